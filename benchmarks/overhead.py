@@ -77,9 +77,7 @@ def body(failures: int, *, awaited: bool) -> Function:
 
 
 def decorated_by(peer: peers.Peer, *, awaited: bool) -> Callable[[Function], Call]:
-    return lambda body: Call(
-        expression="call(None)", names={"call": peer.decorator()(body)}, awaited=awaited, within=peer.within
-    )
+    return lambda body: Call(expression="call(None)", names={"call": peer.decorator()(body)}, awaited=awaited)
 
 
 def subjects(*, awaited: bool) -> list[Subject]:
@@ -141,12 +139,10 @@ class UnequalWorkError(Exception):
 async def check_equal_work(subject: Subject, scenario: str, *, awaited: bool) -> None:
     """Call it twice around a counting body: the outcome and the number of calls must be what the scenario says."""
     counts = [0]
-    call = subject.build(_counting(body(SCENARIOS[scenario], awaited=awaited), counts, awaited=awaited))
-    once = call.once()
+    once = subject.build(_counting(body(SCENARIOS[scenario], awaited=awaited), counts, awaited=awaited)).once()
     for _ in range(2):
         counts[0] = 0
-        with call.within():
-            outcome = await _outcome(once, awaited=awaited)
+        outcome = await _outcome(once, awaited=awaited)
         found = (outcome, counts[0])
         expected = (RETRIED.__name__ if scenario == EXHAUSTED else ANSWER, 1 if scenario == SUCCESS else ATTEMPTS)
         if found != expected:

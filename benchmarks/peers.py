@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
@@ -27,14 +27,10 @@ _current: ContextVar[object | None] = ContextVar("current", default=None)
 
 @attrs.frozen
 class Peer:
-    """`decorator` imports the library when it is called: ImportError means that it is missing.
-
-    Its calls are made inside of `within`, which is not timed.
-    """
+    """`decorator` imports the library when it is called: ImportError means that it is missing."""
 
     name: str
     decorator: Callable[[], Decorator]
-    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def forwarding_closure(function: Function) -> Function:
@@ -136,7 +132,8 @@ def backoff() -> Decorator:
 def opnieuw() -> Decorator:
     import opnieuw
 
-    return opnieuw.retry(retry_on_exceptions=RETRIED, max_calls_total=ATTEMPTS, namespace="benchmark")
+    # It has no delay of 0 (a window of 0 seconds means no retries), so it chooses one, which nobody waits for.
+    return opnieuw.retry(retry_on_exceptions=RETRIED, max_calls_total=ATTEMPTS)
 
 
 @contextmanager
@@ -162,20 +159,10 @@ async def _no_async_sleep(_seconds: float) -> None:
     return None
 
 
-def opnieuw_without_delay() -> AbstractContextManager[object]:
-    """opnieuw has no delay of 0 (a window of 0 seconds means no retries); a context variable tells it not to wait.
-
-    Entered around opnieuw's own samples only: each variable in the context makes setting any other one dearer.
-    """
-    from opnieuw.test_util import retry_immediately
-
-    return retry_immediately("benchmark")
-
-
 LIBRARIES = (
     Peer("nopanic", nopanic),
     Peer("backoff", backoff),
-    Peer("opnieuw", opnieuw, within=opnieuw_without_delay),
+    Peer("opnieuw", opnieuw),
     Peer("tenacity", tenacity),
     Peer("stamina", stamina),
 )

@@ -12,7 +12,6 @@ import inspect
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from itertools import repeat
 from typing import Any, cast
 
@@ -23,16 +22,12 @@ UNROLLED = 10
 
 @attrs.frozen(kw_only=True)
 class Call:
-    """One call as its user would write it: an expression, the names in it, and the error that it may end with.
-
-    `within` gives what is entered around its samples, untimed.
-    """
+    """One call as its user would write it: an expression, the names in it, and the error that it may end with."""
 
     expression: str
     names: Mapping[str, object]
     awaited: bool = False
     ends_with: type[Exception] | None = None
-    within: Callable[[], AbstractContextManager[object]] = nullcontext
 
     def once(self) -> Callable[[], Any]:
         """A function (a coroutine function when awaited) that makes this call once and returns its value."""
@@ -68,7 +63,6 @@ class Samples:
     """Seconds per call of one subject, one number per round."""
 
     loop: Callable[[int], Any]
-    within: Callable[[], AbstractContextManager[object]]
     repeats: int = 1
     seconds: list[float] = attrs.Factory(list)
 
@@ -95,7 +89,7 @@ async def sample(calls: Sequence[Call], *, rounds: int, seconds: float) -> list[
 
     The collector runs as it would in a program: who makes cyclic garbage pays for it.
     """
-    subjects = [Samples(loop=call.loop(), within=call.within) for call in calls]
+    subjects = [Samples(loop=call.loop()) for call in calls]
     for subject in subjects:
         await _calibrate(subject, seconds)
     gc.collect()
@@ -116,6 +110,5 @@ async def _calibrate(subject: Samples, seconds: float) -> None:
 
 
 async def _run(subject: Samples) -> float:
-    with subject.within():
-        outcome = subject.loop(subject.repeats)
-        return cast("float", await outcome if inspect.isawaitable(outcome) else outcome)
+    outcome = subject.loop(subject.repeats)
+    return cast("float", await outcome if inspect.isawaitable(outcome) else outcome)
