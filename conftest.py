@@ -1,4 +1,4 @@
-"""README.md and the pages under docs/ are tests: each page that shows Python runs, top to bottom, as one test of its own."""
+"""README.md and the pages under docs/ are tests: each page that shows Python runs, top to bottom, as one test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from _pytest._code import Traceback
 from sybil import Sybil
 from sybil.document import Document
 from sybil.example import SybilFailure
@@ -52,6 +53,10 @@ class PageTest(pytest.Item):
             for example in self.document.examples():
                 example.evaluate()
 
+    def _traceback_filter(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Traceback:
+        # From the block that failed on; what ran it is of no interest.
+        return excinfo.traceback.cut(path=self.path)
+
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show what a doctest expected and got without the machinery around it."""
         if isinstance(excinfo.value, SybilFailure):
@@ -65,7 +70,7 @@ class PageTest(pytest.Item):
 
 @contextlib.contextmanager
 def _module(document: Document) -> Iterator[types.ModuleType]:
-    # Classes look their annotations up in the module that they were made in: a page that declares some needs a real one.
+    # Classes look their annotations up in the module they were made in: a page that declares some needs a real one.
     module = types.ModuleType("page_" + Path(document.path).stem.lower())
     sys.modules[module.__name__] = module
     try:

@@ -1,4 +1,4 @@
-"""What a user's type checker says of the public API: `tests/typing/api.py` holds calls to accept and calls to refuse."""
+"""What a user's type checker says of the public API: `tests/typing/api.py` has calls to accept and to refuse."""
 
 from __future__ import annotations
 
