@@ -9,9 +9,11 @@ from typing import Any
 
 import attrs
 import peers
+import work
 from peers import ATTEMPTS, RETRIED, Function
 from report import Options, Report, Target, parse_options, publish, table, version
 from sampling import Call, Samples, paired_ratio, sample
+from work import ANSWER, EXHAUSTED, FLAKY, SUCCESS
 
 try:
     import counted
@@ -21,9 +23,6 @@ except ImportError as missing:
         raise
     own = counted = None  # type: ignore[assignment]
 
-ANSWER = "answer"
-SUCCESS, FLAKY, EXHAUSTED = "success", "two failures, then success", "exhausted"
-SCENARIOS = {SUCCESS: 0, FLAKY: ATTEMPTS - 1, EXHAUSTED: ATTEMPTS}
 OURS = "retrykit, decorated"
 EXECUTE = "retrykit, execute(callback)"
 BLOCK = "retrykit, attempts() block"
@@ -45,35 +44,6 @@ class Subject:
     package: str | None
     build: Callable[[Function], Call]
     only: str | None = None
-
-
-def body(failures: int, *, awaited: bool) -> Function:
-    """Fails `failures` times, then succeeds, then begins again; with 0 there is nothing in it to count."""
-    calls = 0
-
-    def succeed(_argument: object) -> object:
-        return ANSWER
-
-    def flaky(_argument: object) -> object:
-        nonlocal calls
-        calls += 1
-        if failures >= ATTEMPTS or calls % (failures + 1):
-            raise RETRIED("connection refused")
-        return ANSWER
-
-    async def async_succeed(_argument: object) -> object:
-        return ANSWER
-
-    async def async_flaky(_argument: object) -> object:
-        nonlocal calls
-        calls += 1
-        if failures >= ATTEMPTS or calls % (failures + 1):
-            raise RETRIED("connection refused")
-        return ANSWER
-
-    if awaited:
-        return async_flaky if failures else async_succeed
-    return flaky if failures else succeed
 
 
 def decorated_by(peer: peers.Peer, *, awaited: bool) -> Callable[[Function], Call]:
@@ -138,35 +108,16 @@ class UnequalWorkError(Exception):
 
 async def check_equal_work(subject: Subject, scenario: str, *, awaited: bool) -> None:
     """Call it twice around a counting body: the outcome and the number of calls must be what the scenario says."""
-    counts = [0]
-    once = subject.build(_counting(body(SCENARIOS[scenario], awaited=awaited), counts, awaited=awaited)).once()
+    calls: list[None] = []
+    function = work.watched(work.body(scenario, awaited=awaited), lambda: calls.append(None), awaited=awaited)
+    once = subject.build(function).once()
     for _ in range(2):
-        counts[0] = 0
-        outcome = await _outcome(once, awaited=awaited)
-        found = (outcome, counts[0])
+        calls.clear()
+        found = (await work.outcome(once, awaited=awaited), len(calls))
         expected = (RETRIED.__name__ if scenario == EXHAUSTED else ANSWER, 1 if scenario == SUCCESS else ATTEMPTS)
         if found != expected:
             message = f"{subject.name}, {scenario}: outcome and calls are {found}, not {expected}"
             raise UnequalWorkError(message)
-
-
-async def _outcome(once: Callable[[], Any], *, awaited: bool) -> object:
-    try:
-        return await once() if awaited else once()
-    except RETRIED as error:
-        return type(error).__name__
-
-
-def _counting(function: Function, counts: list[int], *, awaited: bool) -> Function:
-    def counting(argument: object) -> object:
-        counts[0] += 1
-        return function(argument)
-
-    async def async_counting(argument: object) -> object:
-        counts[0] += 1
-        return await function(argument)
-
-    return async_counting if awaited else counting
 
 
 # ---- measuring
@@ -208,7 +159,7 @@ async def measure(scenario: str, *, awaited: bool, options: Options) -> Group:
         except ImportError as error:
             missing[subject.name] = error.name
         else:
-            call = subject.build(body(SCENARIOS[scenario], awaited=awaited))
+            call = subject.build(work.body(scenario, awaited=awaited))
             calls[subject.name] = attrs.evolve(call, ends_with=RETRIED if scenario == EXHAUSTED else None)
     rounds, seconds = (11, 0.004) if options.quick else (41, 0.015)
     timed = await sample(list(calls.values()), rounds=rounds, seconds=seconds)
@@ -222,7 +173,7 @@ def measure_all(options: Options) -> list[Group]:
 
 
 async def _measure_mode(options: Options, *, awaited: bool) -> list[Group]:
-    return [await measure(scenario, awaited=awaited, options=options) for scenario in SCENARIOS]
+    return [await measure(scenario, awaited=awaited, options=options) for scenario in work.FAILURES]
 
 
 def _driven(coroutine: Any) -> list[Group]:

@@ -26,7 +26,7 @@ class Options:
 
 @attrs.frozen
 class Target:
-    """A ratio or a count, and the most it may be. `value` is None when it could not be measured: then it does not hold."""
+    """A ratio or a count, and the most it may be. `value` is None when it was not measured: then it does not hold."""
 
     name: str
     value: float | None

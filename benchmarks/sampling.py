@@ -1,4 +1,4 @@
-"""Interleaved sampling: every subject of a group is timed once per round, A B C A B C …, so that all see the same weather.
+"""Interleaved sampling: every subject of a group is timed once per round, A B C A B C …, under the same weather.
 
 Each subject gets a timing loop compiled for itself. A loop shared by all of them would have call sites that have seen
 every callee, and the interpreter stops specializing such sites: the cheapest subjects would look dearer than they are.
