@@ -68,14 +68,13 @@ def measure(names: list[str], *, rounds: int) -> dict[str, Timing]:
     """Start the programs in turn, `rounds` times each."""
     timings = {name: Timing() for name in names}
     for _ in range(rounds):
-        for name, program in PROGRAMS.items():
-            if name in timings:
-                timings[name].seconds.append(_seconds(program))
+        for name, timing in timings.items():
+            timing.seconds.append(_seconds(name))
     return timings
 
 
-def _seconds(program: str) -> float:
-    command = [sys.executable, "-c", program]
+def _seconds(name: str) -> float:
+    command = [sys.executable, "-c", PROGRAMS[name]]
     started = time.perf_counter()
     subprocess.run(command, env=environment(), check=True)
     return time.perf_counter() - started
