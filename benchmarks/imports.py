@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -38,10 +42,18 @@ class Timing:
         return [own - bare for own, bare in zip(self.seconds, floor.seconds, strict=True)]
 
 
+@functools.cache
 def environment() -> dict[str, str]:
-    """The same for all: the checkout that this file lies in can be imported, whether installed or not."""
+    """The same for all: this checkout can be imported, installed or not, and everything is imported from byte code.
+
+    An installed package has its byte code; that of a checkout, or of an environment that forbids to write it, goes into
+    a temporary folder, which the first runs fill.
+    """
+    byte_code = tempfile.mkdtemp(prefix="byte-code-")
+    atexit.register(shutil.rmtree, byte_code, ignore_errors=True)
     paths = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return {**inherited, "PYTHONPATH": os.pathsep.join(paths), "PYTHONPYCACHEPREFIX": byte_code}
 
 
 def run(program: str, *options: str) -> subprocess.CompletedProcess[str]:
@@ -128,7 +140,7 @@ def _group(module: str) -> str:
 
 def rows(timings: Mapping[str, Timing], missing: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     """One flat object per program; seconds."""
-    for name in PROGRAMS:
+    for name, program in PROGRAMS.items():
         timing = timings.get(name)
         above = timing.above(timings[FLOOR]) if timing else None
         yield {
@@ -140,7 +152,7 @@ def rows(timings: Mapping[str, Timing], missing: Mapping[str, str]) -> Iterator[
             "max": timing and max(timing.seconds),
             "median_above_floor": above and statistics.median(above),
             "rounds": len(timing.seconds) if timing else 0,
-            "unwanted": None if name in missing else unwanted_modules(PROGRAMS[name]),
+            "unwanted": None if name in missing else unwanted_modules(program),
         }
 
 
