@@ -50,7 +50,7 @@ format-check: $(READY)
 	$(BIN)/ruff format --check
 
 lint: $(READY)
-	$(BIN)/ruff check
+	$(BIN)/ruff check --output-format=concise
 
 types: $(READY)
 	$(BIN)/mypy
