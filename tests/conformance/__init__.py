@@ -1,0 +1,1 @@
+"""The conformance suite: recorded scenarios of the real spring-retry, replayed through retrykit's public API."""
