@@ -1,0 +1,124 @@
+"""What a source delivers, and what it is told of it: `Message` and the settlements."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from retrykit.check import at_least, seconds, wrong_type, wrong_value
+from retrykit.key import Key
+
+_CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;"]+))""", re.IGNORECASE)
+
+
+def _text(_instance: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, str):
+        raise wrong_type(field.name, "a str", value)
+    if not value:
+        raise wrong_value(field.name, "a non-empty text", value)
+
+
+def _body(_instance: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, bytes):
+        raise wrong_type(field.name, "bytes", value)
+
+
+def _delay(value: Any) -> float:
+    return seconds("delay", value)
+
+
+def _headers(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping):
+        raise wrong_type("headers", "a mapping of str to str", value)
+    for name, content in value.items():
+        if not isinstance(name, str) or not isinstance(content, str):
+            raise wrong_type("headers", "a mapping of str to str", {name: content})
+    return dict(value)
+
+
+@attrs.frozen(kw_only=True)
+class Message:
+    """One delivery of a message by its source.
+
+    `id` is the stable id by which the source knows the message across deliveries, None where it has none; `key` is what its history is
+    kept under. `redelivered` is what the source says, a hint (brokers forget it and invent it). `delivery_count` is the number of this
+    delivery, from 1, None where the source does not count. `handle` is the source's own, for settling this delivery.
+    """
+
+    destination: str = attrs.field(validator=_text)
+    body: bytes = attrs.field(default=b"", validator=_body)
+    headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False)
+    id: str | None = None
+    key: Key | None = None
+    redelivered: bool = False
+    delivery_count: int | None = None
+    handle: object = attrs.field(default=None, eq=False, repr=False)
+
+    @property
+    def content_type(self) -> str:
+        """The media type in lower case, without its parameters; "" when the message has none."""
+        return self.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+    @property
+    def charset(self) -> str:
+        """The charset that the content type names, else "utf-8". An unknown one is a `ValueError` naming it."""
+        found = _CHARSET.search(self.headers.get("content-type", ""))
+        name = (found.group(1) or found.group(2) or "utf-8") if found else "utf-8"
+        try:
+            return codecs.lookup(name).name
+        except LookupError as error:
+            raise ValueError(f"unknown charset {name!r} in the content type of message {self.id!r}") from error
+
+    @property
+    def text(self) -> str:
+        """The body as text; `UnicodeDecodeError` when the body is not what its content type says."""
+        return self.body.decode(self.charset)
+
+    def json(self) -> Any:
+        """The body as JSON, whatever the content type says it is; `ValueError` when it is not."""
+        return json.loads(self.text)
+
+
+@attrs.frozen
+class Ack:
+    """The message is done with."""
+
+
+@attrs.frozen
+class Redeliver:
+    """The message goes back to its source and comes again, after at least `delay` seconds."""
+
+    delay: float = attrs.field(default=0.0, converter=_delay, validator=at_least(0))
+
+
+@attrs.frozen
+class Park:
+    """The message is put aside in `destination`, where a person can look at it, with `headers` added to its own, and is done with here."""
+
+    destination: str = attrs.field(validator=_text)
+    headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
+    reason: str = attrs.field(default="", kw_only=True)
+
+
+@attrs.frozen
+class Republish:
+    """A copy of the message, with `headers` added to its own, goes to `destination`; the original is done with."""
+
+    destination: str = attrs.field(validator=_text)
+    headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
+
+
+@attrs.frozen
+class Discard:
+    """The message is dropped on purpose; `reason` is logged."""
+
+    reason: str = attrs.field(validator=_text)
+
+
+Settlement = Ack | Redeliver | Park | Republish | Discard
+SETTLEMENTS: Final = (Ack, Redeliver, Park, Republish, Discard)

@@ -1,0 +1,36 @@
+"""Consuming messages with retry: the listener container, the broker protocol, and what becomes of messages that fail for good.
+
+Brokers: `retrykit.messaging.memory.MemoryBroker`, `retrykit.messaging.stomp.StompBroker` (extra `stomp`).
+"""
+
+from __future__ import annotations
+
+from retrykit.message import Ack, Discard, Message, Park, Redeliver, Republish, Settlement
+from retrykit.messaging.broker import Broker, Capabilities, Session
+from retrykit.messaging.container import ListenerContainer
+from retrykit.messaging.counters import Counters
+from retrykit.messaging.errors import BrokerError, BrokerUnavailableError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.recoverers import Recoverer, discard, park, republish
+
+__all__ = [
+    "Ack",
+    "Broker",
+    "BrokerError",
+    "BrokerUnavailableError",
+    "Capabilities",
+    "ConnectionLostError",
+    "Counters",
+    "Discard",
+    "ListenerContainer",
+    "Message",
+    "NoStableIdError",
+    "Park",
+    "Recoverer",
+    "Redeliver",
+    "Republish",
+    "Session",
+    "Settlement",
+    "discard",
+    "park",
+    "republish",
+]

@@ -1,0 +1,220 @@
+"""The listener container: workers that take messages from a broker through a template, and are connected again when they lose it."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import SimpleQueue
+from types import FrameType, TracebackType
+from typing import Any, Final, Literal, Self
+
+import attrs
+
+from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
+from retrykit.check import is_callable_or_none, whole, wrong_type
+from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.counters import Counters, Tally
+from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with
+from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.worker import Worker
+from retrykit.template import RetryTemplate
+
+_log = logging.getLogger("retrykit.messaging")
+
+RECONNECT: Final = ExponentialBackOffPolicy(initial=0.1, multiplier=2.0, max_interval=15.0, jitter="full")
+_Event = Literal["signal", "finished"]
+
+
+def _is_template(_instance: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, RetryTemplate):
+        raise wrong_type(field.name, "a RetryTemplate", value)
+
+
+def _is_broker(_instance: Any, field: Any, value: Any) -> None:
+    if isinstance(value, type) or not isinstance(value, Broker):
+        raise wrong_type(field.name, "a broker: an object with a name and connect()", value)
+
+
+@attrs.define(eq=False)
+class ListenerContainer:
+    """Consume a destination: each message is one stateful call of `template`, redelivered until it succeeds or is recovered.
+
+    `handler(message)` or `handler(message, context)` runs in `transaction`, any callable that gives a context manager (`Session.begin`);
+    what that gives is `context.transaction`. It commits before the message is acknowledged. `recover(message, context)` ends a message that
+    may not be tried again (`park("…")`, `republish("…")`, `discard("…")`, or your own); without it such a message stays at the broker, and
+    holds up one consumer, with growing pauses and an error in the log, until somebody acts.
+
+    `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made again, with the pauses
+    of `reconnect`. A container is used once: `with container: container.wait()`, or `container.run()`.
+    """
+
+    broker: Broker = attrs.field(validator=_is_broker)
+    handler: Handler
+    template: RetryTemplate = attrs.field(kw_only=True, validator=_is_template)
+    transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    recover: Recoverer | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    concurrency: int = attrs.field(default=1, kw_only=True, validator=whole(1))
+    reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
+    _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
+    _stopping: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
+    _finished: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
+    _events: SimpleQueue[_Event] = attrs.field(factory=SimpleQueue, init=False, repr=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+    _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
+    _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
+    _running: int = attrs.field(default=0, init=False, repr=False)
+    _error: BaseException | None = attrs.field(default=None, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        calls_with(self.handler)  # refuses what is no handler, before anything runs
+
+    # -- lifetime
+
+    def start(self) -> None:
+        """Start the workers and return; they connect by themselves. `RuntimeError` at the second time."""
+        with self._lock:
+            if self._threads:
+                raise RuntimeError("this container was started before: a container is used once")
+            self._threads = [self._thread(number) for number in range(1, self.concurrency + 1)]
+            self._running = len(self._threads)
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Ask the workers to finish the message in hand and leave; returns at once. `now` takes their connections away: what they have in
+        hand is rolled back and delivered again. May be called from any thread, and again."""
+        self._stopping.set()
+        with self._lock:
+            sessions = list(self._sessions)
+            started = bool(self._threads)
+        if not started:
+            self._end()
+        for session in sessions:
+            session.close(wait=False) if now else session.interrupt()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all workers have left; False after `timeout` seconds. Raises what made the container give up, such as `NoStableIdError`."""
+        finished = self._finished.wait(timeout)
+        if finished:
+            self._raise()
+        return finished
+
+    def run(self) -> None:
+        """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; a second one stops at once.
+
+        After a second one a handler may still be running in its thread: nothing that it does will be committed.
+        """
+        with self._signals():
+            self.start()
+            signals = 0
+            while self._events.get() == "signal":
+                signals += 1
+                _log.info("stopping %s", "at once" if signals > 1 else "when the messages in hand are finished")
+                self.stop(now=signals > 1)
+                if signals > 1:
+                    return
+        self._raise()
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop in good order and wait for it; raises what made the container give up."""
+        self.stop()
+        self._finished.wait()
+        if error is None:
+            self._raise()
+
+    # -- what observers see
+
+    @property
+    def counters(self) -> Counters:
+        """The totals at this moment."""
+        now = self._tally.snapshot()
+        with self._lock:
+            stale = sum(session.stale_frames for session in self._sessions)
+        return attrs.evolve(now, stale_frames=now.stale_frames + stale)
+
+    @property
+    def connected(self) -> int:
+        """How many workers have a connection."""
+        with self._lock:
+            return len(self._sessions)
+
+    # -- inside
+
+    def _thread(self, number: int) -> threading.Thread:
+        # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
+        return threading.Thread(target=self._work, name=f"retrykit-{self.template.name}-{number}", daemon=True)
+
+    def _work(self) -> None:
+        work = Work(self.template, calls_with(self.handler), self.recover, self.transaction, self._tally)
+        try:
+            Worker(self.broker, work, self.reconnect, self._stopping, self._enlist).run()
+        except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` and `run` raise it to the owner
+            self._give_up(error)
+        finally:
+            self._leave()
+
+    @contextmanager
+    def _enlist(self, session: Session) -> Iterator[Session]:
+        with self._lock:
+            self._sessions.append(session)
+        self._tally.add(generations=1)
+        # `stop` may have come between connecting and being on the list.
+        if self._stopping.is_set():
+            session.interrupt()
+        try:
+            yield session
+        finally:
+            with self._lock:
+                self._sessions.remove(session)
+            session.close()
+            self._tally.add(stale_frames=session.stale_frames)
+
+    def _give_up(self, error: BaseException) -> None:
+        _log.critical("the container gives up: %s", error, exc_info=error)
+        with self._lock:
+            self._error = self._error or error
+        self.stop()
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            self._end()
+
+    def _end(self) -> None:
+        self._finished.set()
+        self._events.put("finished")
+
+    def _raise(self) -> None:
+        """Raise what made the container give up: to the first who asks."""
+        with self._lock:
+            error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of signal handlers
+        # A handler interrupts the main thread anywhere, also while it holds a lock: SimpleQueue.put is made for that, stop() is not.
+        self._events.put("signal")

@@ -1,0 +1,52 @@
+"""What a listener container counts for its observers."""
+
+from __future__ import annotations
+
+import threading
+
+import attrs
+
+
+@attrs.frozen(kw_only=True)
+class Counters:
+    """Totals since the container started. Every delivery ends in exactly one of the fields below `redelivered`."""
+
+    generations: int = 0
+    """Connections made."""
+    stale_frames: int = 0
+    """Deliveries dropped because their subscription was over."""
+    received: int = 0
+    """Deliveries handed to the template."""
+    redelivered: int = 0
+    """Those that the source said it delivered before; a part of `received`."""
+    acknowledged: int = 0
+    """The handler (or a recovery of the user's own) succeeded."""
+    duplicates: int = 0
+    """Completed before: acknowledged without the handler."""
+    parked: int = 0
+    republished: int = 0
+    discarded: int = 0
+    rolled_back: int = 0
+    """An attempt failed; the message went back to be delivered again."""
+    withheld: int = 0
+    """No attempt failed, but the message could not be dealt with now (recovery failed, none given, attempts elsewhere, stopping)."""
+    in_doubt: int = 0
+    """A commit was not confirmed; nothing was counted against the message."""
+
+
+@attrs.define(eq=False)
+class Tally:
+    """`Counters` that several threads add to."""
+
+    _now: Counters = attrs.field(factory=Counters, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+
+    def add(self, **amounts: int) -> None:
+        """Add to the named counters."""
+        with self._lock:
+            now = self._now
+            self._now = attrs.evolve(now, **{name: getattr(now, name) + amount for name, amount in amounts.items()})
+
+    def snapshot(self) -> Counters:
+        """The totals at this moment."""
+        return self._now

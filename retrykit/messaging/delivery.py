@@ -1,0 +1,250 @@
+"""One message on its way through the template: who commits when, and what its source is told.
+
+The order of effects in one delivery, and what a crash after each leaves behind:
+
+1. the pause that is still due is waited for (nothing is open; the broker delivers again);
+2. database transaction, handler; its sends open the broker's transaction (both are undone; delivered again);
+3. the broker has taken the sends (the same);
+4. database commit, with the completion mark where the history is kept in that database (delivered again: with a mark it is answered as
+   a duplicate, without one the handler runs again);
+5. acknowledgement last, broker commit, confirmed (done; a history that is left over is found at no later delivery);
+6. the history is settled.
+
+A failure rolls both back; the failure is stored before the message goes back. A recovery runs in 2 to 6 in place of the handler, so what
+it sends and the acknowledgement are one broker transaction. A broker commit that is not confirmed is neither: see `CommitInDoubtError`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import attrs
+
+from retrykit.check import wrong_type
+from retrykit.clock import Clock, SystemClock
+from retrykit.context import RetryState
+from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
+from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
+from retrykit.messaging.broker import Session
+from retrykit.messaging.counters import Tally
+from retrykit.messaging.errors import ConnectionLostError, NoStableIdError
+from retrykit.messaging.recoverers import Recoverer
+
+if TYPE_CHECKING:
+    from retrykit.context import RetryContext
+    from retrykit.template import RetryTemplate
+
+_log = logging.getLogger("retrykit.messaging")
+
+Handler = Callable[..., Any]
+Transaction = Callable[[], AbstractContextManager[Any]]
+
+
+class WithheldError(Exception):
+    """No attempt could be made or settled; the message went back. The worker takes a pause before its next one."""
+
+
+@attrs.frozen
+class WaitingClock:
+    """A template's clock whose sleep ends when `wait` says that the wait is pointless: the session stops, or its connection is lost."""
+
+    clock: Clock
+    wait: Callable[[float], bool]
+
+    def time(self) -> float:
+        """As the template's own."""
+        return self.clock.time()
+
+    def monotonic(self) -> float:
+        """As the template's own."""
+        return self.clock.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait, to be interrupted by the end of the session."""
+        # A clock of the tests decides by itself how time passes; only the system's is waited for here.
+        real = isinstance(self.clock, SystemClock)
+        if not self.wait(seconds if real else 0.0):
+            raise InterruptedError("the session ends")
+        if not real:
+            self.clock.sleep(seconds)
+
+    async def async_sleep(self, seconds: float) -> None:
+        """As the template's own; the container never calls it."""
+        await self.clock.async_sleep(seconds)
+
+
+@attrs.frozen(eq=False)
+class Work:
+    """What is done with each message: the user's handler, recoverer, transaction and template, and the counters."""
+
+    template: RetryTemplate
+    call: Callable[[Message, RetryContext], Any]
+    recover: Recoverer | None
+    transaction: Transaction | None
+    tally: Tally
+
+    def deliver(self, session: Session, message: Message) -> None:
+        """Take one delivery to its end: settled, or given back.
+
+        `CommitInDoubtError` means that the session is of no more use; `WithheldError` that a pause is due.
+        """
+        delivery = _Delivery(self, session, message)
+        try:
+            delivery.run()
+        except CommitInDoubtError:
+            self.tally.add(in_doubt=1)
+            raise
+        except BaseException as error:
+            delivery.give_back(error)
+            if not isinstance(error, Exception):
+                raise
+            if delivery.withheld(error):
+                raise WithheldError from error
+
+
+def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
+    """The handler as a function of message and context; it may take the message alone. `TypeError` for what cannot be called so."""
+    if not callable(handler):
+        raise wrong_type("handler", "callable", handler)
+    if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
+        raise wrong_type("handler", "a plain function (coroutines and generators would not run inside the transaction)", handler)
+    takes = _positional(handler)
+    if takes == 0:
+        raise wrong_type("handler", "callable with (message) or (message, context)", handler)
+    return handler if takes > 1 else lambda message, context: handler(message)  # noqa: ARG005 - the other form
+
+
+def _positional(handler: Handler) -> int:
+    try:
+        parameters = inspect.signature(handler).parameters.values()
+    except ValueError:
+        return 1  # a builtin that does not tell: the simple form
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return 2
+    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    required = [one for one in positional if one.default is one.empty]
+    # An optional second parameter is the handler's own business, unless it is called what it would be given.
+    return max(len(required), 2 if len(positional) > 1 and positional[1].name == "context" else min(1, len(positional)))
+
+
+class _Delivery:
+    """One delivery: the callback, the recovery and the transaction that the template is given, and what they came to."""
+
+    def __init__(self, work: Work, session: Session, message: Message) -> None:
+        self.work = work
+        self.session = session
+        self.message = message
+        self.settlement: Settlement = Ack()
+        self.context: RetryContext | None = None
+        self.committed = False
+
+    def run(self) -> None:
+        if self.message.key is None:
+            raise NoStableIdError(destination=self.message.destination, remedy="its session must give every message a key")
+        self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
+        self.work.template.execute(
+            self.attempt,
+            None if self.work.recover is None else self.recovery,
+            state=self.state(),
+            transaction=lambda: _UnitOfWork(self),
+        )
+        if not self.committed:
+            # The template had the answer already: nothing ran, so no transaction was opened.
+            self.session.commit(self.message)
+            self.work.tally.add(duplicates=1)
+
+    def state(self) -> RetryState:
+        trusted = self.session.capabilities.trustworthy_flag and self.work.template.remember_completed is None
+        redelivered = True if self.message.redelivered else (False if trusted else None)
+        return RetryState(key=self.message.key, redelivered=redelivered, recover_on_redelivery=False)
+
+    def attempt(self, context: RetryContext) -> Any:
+        self.context = context
+        return self._obey(self.work.call(self.message, context), "handler")
+
+    def recovery(self, context: RetryContext) -> Any:
+        self.context = context
+        assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
+        return self._obey(self.work.recover(self.message, context), "recover")
+
+    def _obey(self, result: Any, whose: str) -> Any:
+        self.settlement = result if isinstance(result, SETTLEMENTS) else Ack()
+        match self.settlement:
+            case Redeliver():
+                raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
+            case Park(destination, headers) | Republish(destination, headers):
+                self.session.send(destination, self.message.body, headers)
+        return result
+
+    def settled(self) -> None:
+        self.committed = True
+        key = self.message.key
+        match self.settlement:
+            case Park(destination, reason=reason):
+                self.work.tally.add(parked=1)
+                _log.warning("message %r was parked in %s: %s", key, destination, reason)
+            case Republish():
+                self.work.tally.add(republished=1)
+            case Discard(reason):
+                self.work.tally.add(discarded=1)
+                _log.warning("message %r was discarded: %s", key, reason)
+            case _:
+                self.work.tally.add(acknowledged=1)
+
+    def give_back(self, error: BaseException) -> None:
+        decision = None if self.context is None else self.context.decision
+        delay = 0.0 if decision is None else decision.delay
+        self.session.rollback(self.message, delay)
+        if self.withheld(error):
+            self.work.tally.add(withheld=1)
+            level = logging.INFO if isinstance(error, BackOffInterruptedError) else logging.ERROR
+            _log.log(level, "message %r goes back without a new attempt: %s", self.message.key, error, exc_info=error)
+        else:
+            self.work.tally.add(rolled_back=1)
+            why = "" if decision is None else decision.reason
+            _log.info("message %r goes back after a failed attempt: %r (%s)", self.message.key, error, why)
+
+    def withheld(self, error: BaseException) -> bool:
+        """Whether the next delivery would come to the same at once: not so after a failed attempt that leaves others."""
+        if self.context is None or self.context.exhausted:
+            return isinstance(error, Exception)
+        return False
+
+
+class _UnitOfWork:
+    """The transaction of one attempt (or recovery): the database's inside, the broker's commit after it."""
+
+    def __init__(self, delivery: _Delivery) -> None:
+        self._delivery = delivery
+        transaction = delivery.work.transaction
+        self._database: AbstractContextManager[Any] = nullcontext() if transaction is None else transaction()
+
+    def __enter__(self) -> Any:
+        return self._database.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        session = self._delivery.session
+        if error is not None:
+            # Sends first: they must not be taken for those of the next try in the same delivery.
+            session.rollback()
+            self._database.__exit__(kind, error, trace)
+            return
+        try:
+            session.flush()
+        except ConnectionLostError as lost:
+            self._database.__exit__(type(lost), lost, lost.__traceback__)
+            raise CommitInDoubtError from lost
+        try:
+            self._database.__exit__(None, None, None)
+        except BaseException:
+            session.rollback()
+            raise
+        session.commit(self._delivery.message)
+        self._delivery.settled()

@@ -1,0 +1,28 @@
+"""What can go wrong between a consumer and its broker."""
+
+from __future__ import annotations
+
+from retrykit.errors import RetryError
+
+
+class BrokerError(RetryError):
+    """The broker {broker} refused or failed: {reason}"""
+
+
+class BrokerUnavailableError(BrokerError):
+    """No connection to the broker {broker} could be made: {reason}"""
+
+
+class ConnectionLostError(BrokerError):
+    """The connection to the broker {broker} was lost: {reason}
+
+    What was not confirmed on it is undone by the broker, and its messages are delivered again.
+    """
+
+
+class NoStableIdError(BrokerError):
+    """A message from {destination} at the broker {broker} has no id that is the same at its next delivery: {remedy}
+
+    Without one its history could not be found again, and a poison message would be retried for ever: the container stops at the first.
+    The message goes back to the broker.
+    """

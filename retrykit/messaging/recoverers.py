@@ -1,0 +1,175 @@
+"""What becomes of a message whose retry has ended: `park`, `republish`, `discard`.
+
+A recoverer is any callable `recover(message, context)`. It may return a settlement, which the container carries out in one broker
+transaction with the acknowledgement; whatever else it returns, the message is acknowledged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from datetime import datetime
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from retrykit.check import wrong_type, wrong_value
+from retrykit.history import StoredError, message_of, type_name
+from retrykit.key import key_to_json
+from retrykit.message import Discard, Message, Park, Republish
+
+if TYPE_CHECKING:
+    from retrykit.context import RetryContext
+
+Recoverer = Callable[[Message, "RetryContext"], Any]
+
+ID: Final = "retrykit-id"
+"""The stable id: of the original in every copy, whatever id a broker gives the copy."""
+KEY: Final = "retrykit-key"
+ATTEMPTS: Final = "retrykit-attempts"
+FIRST_FAILED_AT: Final = "retrykit-first-failed-at"
+LAST_FAILED_AT: Final = "retrykit-last-failed-at"
+ERROR_TYPE: Final = "retrykit-error-type"
+ERROR: Final = "retrykit-error"
+REASON: Final = "retrykit-reason"
+DESTINATION: Final = "retrykit-destination"
+"""Where the original came from, and where it is sent back to."""
+OTHER_HEADERS: Final = "retrykit-other-headers"
+"""A JSON object of the original's headers that do not travel as headers."""
+
+DEFAULT_HEADERS: Final = (
+    "content-type",
+    "content-encoding",
+    "correlation-id",
+    "reply-to",
+    "type",
+    "priority",
+    "persistent",
+    "traceparent",
+    "tracestate",
+)
+
+_MAX_TEXT: Final = 1_000
+_MAX_OTHER: Final = 8_000
+# Facts about one delivery or one frame: they say nothing about the message, so they are not kept even as text.
+_OF_THE_FRAME: Final = frozenset({"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"})
+
+
+def _patterns(value: object) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Iterable):
+        raise wrong_type("headers", "names or patterns of headers", value)
+    patterns = tuple(value)
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise wrong_type("headers", "names or patterns of headers", pattern)
+    return patterns
+
+
+def _destination(_instance: Any, field: Any, value: Any) -> None:
+    if not isinstance(value, str):
+        raise wrong_type(field.name, "a str", value)
+    if not value:
+        raise wrong_value(field.name, "a non-empty text", value)
+
+
+@attrs.frozen
+class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.parked")`
+    """Put the message aside in `destination` with its history in `retrykit-…` headers.
+
+    `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are kept as JSON text in
+    `retrykit-other-headers`, because brokers take some for commands (delays, expiry, transactions). Texts are bounded to 1,000 characters.
+    """
+
+    destination: str = attrs.field(validator=_destination)
+    headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
+
+    def __call__(self, message: Message, context: RetryContext) -> Park:
+        """The settlement; nothing is sent yet."""
+        reason = _reason(context)
+        ours = _identity(message) | _history(context) | _others(message, self.headers) | {REASON: reason}
+        return Park(self.destination, headers=_travelling(message, self.headers) | ours, reason=reason)
+
+
+@attrs.frozen
+class republish:  # noqa: N801 - as `park`
+    """Send a copy of the message on to `destination`, with its stable id (`retrykit-id`) and the `headers` of the original, no history."""
+
+    destination: str = attrs.field(validator=_destination)
+    headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
+
+    def __call__(self, message: Message, context: RetryContext) -> Republish:  # noqa: ARG002 - the signature of recoverers
+        """The settlement; nothing is sent yet."""
+        return Republish(self.destination, headers=_travelling(message, self.headers) | _identity(message))
+
+
+@attrs.frozen
+class discard:  # noqa: N801 - as `park`
+    """Drop the message on purpose; `reason` is logged with its key."""
+
+    reason: str = attrs.field(validator=_destination)
+
+    def __call__(self, message: Message, context: RetryContext) -> Discard:  # noqa: ARG002 - the signature of recoverers
+        """The settlement."""
+        return Discard(self.reason)
+
+
+def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
+    return {name: value for name, value in message.headers.items() if _matches(name, patterns)}
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return name not in _OF_THE_FRAME and any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
+    kept = {
+        name: value
+        for name, value in message.headers.items()
+        if name not in _OF_THE_FRAME and not name.startswith("retrykit-") and not _matches(name, patterns)
+    }
+    text = json.dumps(kept, sort_keys=True)
+    # Beyond the bound they are left out whole: half a JSON object is of use to nobody.
+    return {OTHER_HEADERS: text} if kept and len(text) <= _MAX_OTHER else {}
+
+
+def _identity(message: Message) -> dict[str, str]:
+    stable = message.headers.get(ID) or message.id
+    return {ID: stable, DESTINATION: message.destination} if stable else {DESTINATION: message.destination}
+
+
+def _history(context: RetryContext) -> dict[str, str]:
+    error = context.last_error
+    facts = {
+        KEY: json.dumps(key_to_json(context.key)),
+        ATTEMPTS: str(context.retry_count),
+        FIRST_FAILED_AT: _instant(context.first_failed_at),
+        LAST_FAILED_AT: _instant(context.last_failed_at),
+        ERROR_TYPE: _type_of(error),
+        ERROR: one_line("" if error is None else message_of(error)),
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _reason(context: RetryContext) -> str:
+    if context.veto_reason is not None:
+        return one_line(f"vetoed: {context.veto_reason}")
+    return one_line(context.decision.reason if context.decision is not None else "no further attempt is allowed")
+
+
+def _type_of(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    # An error loaded from a history is a stand-in that knows the name of the original's type.
+    return error.type if isinstance(error, StoredError) else type_name(type(error))
+
+
+def _instant(moment: datetime | None) -> str:
+    return "" if moment is None else moment.isoformat(timespec="milliseconds")
+
+
+def one_line(text: str) -> str:
+    """`text` as a header can carry it on every broker: one line, no control characters, at most 1,000 characters."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if len(line) <= _MAX_TEXT else line[: _MAX_TEXT - 1] + "…"
+

@@ -1,0 +1,92 @@
+"""One worker of a container: a thread that connects, receives, delivers, and connects again."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+import attrs
+
+from retrykit.backoff import BackOffPolicy
+from retrykit.errors import BackOffInterruptedError, RetryError
+from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.delivery import WaitingClock, WithheldError, Work
+from retrykit.messaging.errors import NoStableIdError
+from retrykit.policy import PredicateRetryPolicy
+from retrykit.template import RetryTemplate
+
+if TYPE_CHECKING:
+    from retrykit.context import RetryContext
+    from retrykit.message import Message
+
+_log = logging.getLogger("retrykit.messaging")
+
+
+@attrs.frozen(eq=False)
+class Worker:
+    """Consumes until `stopping`. `enlist` registers a session with the container, which interrupts it to stop, and closes it after use."""
+
+    broker: Broker
+    work: Work
+    reconnect: BackOffPolicy
+    stopping: threading.Event
+    enlist: Callable[[Session], AbstractContextManager[Session]]
+
+    def run(self) -> None:
+        """Live one connection after the other. A life that came to nothing is a failed attempt: the next one waits longer.
+
+        Raises what no later connection can mend, such as `NoStableIdError`.
+        """
+        lives = self._supervisor()
+        while not self.stopping.is_set():
+            try:
+                lives.execute(self._life)
+            except BackOffInterruptedError:
+                return
+
+    def _supervisor(self) -> RetryTemplate:
+        template = self.work.template
+        return RetryTemplate(
+            name=f"{template.name[:60]}.connection",
+            retry_policy=PredicateRetryPolicy(lambda error: not isinstance(error, NoStableIdError)),
+            back_off_policy=self.reconnect,
+            clock=WaitingClock(template.clock, lambda seconds: not self.stopping.wait(seconds)),
+        )
+
+    def _life(self, context: RetryContext) -> None:
+        delivered = 0
+        try:
+            with self.enlist(self.broker.connect()) as session:
+                work = self._work_in(session)
+                while (message := self._next(session)) is not None:
+                    work.deliver(session, message)
+                    delivered += 1
+        except NoStableIdError:
+            raise
+        except Exception as error:
+            self._report(error, delivered, context)
+            if not delivered:
+                raise
+
+    def _next(self, session: Session) -> Message | None:
+        return None if self.stopping.is_set() else session.receive()
+
+    def _work_in(self, session: Session) -> Work:
+        """The work with a template whose pauses end when this session does."""
+        template = self.work.template
+        return attrs.evolve(self.work, template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause)))
+
+    def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
+        # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.
+        expected = isinstance(error, RetryError | WithheldError)
+        _log.warning(
+            "%s: connection ended after %d deliveries (try %d): %s",
+            self.broker.name,
+            delivered,
+            context.attempt,
+            error.__cause__ or error,
+            exc_info=None if expected else error,
+        )
