@@ -1,0 +1,34 @@
+"""Histories and parked items in a SQL database, in the work's own transaction where they share one."""
+
+from __future__ import annotations
+
+try:
+    import sqlalchemy as _sqlalchemy  # noqa: F401 - asked for first, so that its absence gives one clear error
+except ModuleNotFoundError as error:
+    if error.name != "sqlalchemy":
+        raise
+    msg = 'retrykit.sql keeps histories in a SQL database and needs SQLAlchemy: pip install "retrykit[sql]"'
+    raise ModuleNotFoundError(msg, name="sqlalchemy") from error
+
+from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
+from retrykit.sql.parked import ParkedItem, park_in, park_in_transaction, parked_item, parked_items, remove_parked_in
+from retrykit.sql.sqlite import sqlite_engine
+from retrykit.sql.tables import SCHEMA_VERSION, create_tables, metadata, rk_context, rk_parked, rk_schema
+
+__all__ = [
+    "SCHEMA_VERSION",
+    "JoinedContextCache",
+    "ParkedItem",
+    "SqlRetryContextCache",
+    "create_tables",
+    "metadata",
+    "park_in",
+    "park_in_transaction",
+    "parked_item",
+    "parked_items",
+    "remove_parked_in",
+    "rk_context",
+    "rk_parked",
+    "rk_schema",
+    "sqlite_engine",
+]

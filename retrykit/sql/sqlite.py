@@ -1,0 +1,234 @@
+"""What SQLite needs to be shared by threads and processes: its settings, its write lock, and care at fork.
+
+SQLAlchemy 2.1 leaves BEGIN to the driver, and Python's driver (in the transaction control it has by default) sends
+one only before the first INSERT, UPDATE or DELETE, and a deferred one. A deferred transaction that has read and then
+wants to write fails at once with "database is locked" when another process wrote in between, whatever the busy
+timeout is. So `sqlite_engine` takes BEGIN over, and says IMMEDIATE. On an engine made elsewhere nothing is changed:
+there the verbs of a cache send their own `BEGIN IMMEDIATE`.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final, Literal
+from weakref import WeakKeyDictionary, WeakSet
+
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
+from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.pool import Pool, QueuePool, StaticPool
+
+from retrykit.check import Seconds, seconds, shown, wrong_type, wrong_value
+from retrykit.errors import ContextCacheError
+
+BEGIN: Final = "retrykit_begin"
+_MODES: Final = ("IMMEDIATE", "DEFERRED", "EXCLUSIVE", None)
+_SYNCHRONOUS: Final = {"power": "FULL", "process": "NORMAL"}
+
+_known: WeakSet[Engine] = WeakSet()
+_inherited: list[Pool] = []
+_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
+_locks: WeakKeyDictionary[Pool, threading.RLock] = WeakKeyDictionary()
+_locks_lock: Final = threading.Lock()
+
+
+def sqlite_engine(
+    url: str | URL,
+    *,
+    busy_timeout: Seconds = 30.0,
+    durability: Literal["power", "process"] = "power",
+    foreign_keys: bool = True,
+    **options: Any,
+) -> Engine:
+    """An engine for a SQLite database that threads and processes share: for the work's Sessions and the cache alike.
+
+    Files: WAL journal; every transaction begins with BEGIN IMMEDIATE, so it waits up to `busy_timeout` seconds for
+    the write lock instead of failing in the middle (read-only work:
+    `engine.execution_options(retrykit_begin="DEFERRED")`). `durability`: "power" keeps what was committed through a
+    loss of power (synchronous=FULL), "process" through the death of the process (NORMAL). Foreign keys are enforced.
+    `:memory:`: one connection, which threads take in turn. Further options go to `sqlalchemy.create_engine`.
+    ValueError for another database's URL.
+    """
+    place = sqlite_url(url)
+    if durability not in _SYNCHRONOUS:
+        raise wrong_value("durability", "one of 'power', 'process'", durability)
+    waiting = seconds("busy_timeout", busy_timeout)
+    if waiting < 0:
+        raise wrong_value("busy_timeout", "0 or more seconds", busy_timeout)
+    options.setdefault("hide_parameters", True)
+    options["connect_args"] = {"timeout": waiting, "check_same_thread": False, **options.get("connect_args", {})}
+    if _in_memory(place):
+        options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
+    engine = create_engine(place, **options)
+    _take_over(engine, wal=not _in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
+    forget_at_fork(engine)
+    return engine
+
+
+def sqlite_url(url: str | URL) -> URL:
+    """The URL, parsed. ValueError, without the password, for what is no URL or no SQLite one."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise wrong_value("url", "a database URL such as 'sqlite:///retrykit.db'", url) from error
+    if parsed.get_backend_name() != "sqlite":
+        raise wrong_value("url", "a sqlite URL (other databases are not supported yet)", parsed.render_as_string())
+    return parsed
+
+
+def _in_memory(url: URL) -> bool:
+    return url.database in (None, "", ":memory:")
+
+
+def _take_over(engine: Engine, *, wal: bool, synchronous: str, foreign_keys: bool) -> None:
+    @event.listens_for(engine, "connect")
+    def configure(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None  # no BEGIN of the driver's own
+        cursor = connection.cursor()
+        if wal:
+            _switch_to_wal(cursor, engine.dialect.loaded_dbapi.OperationalError)
+        cursor.execute(f"PRAGMA synchronous={synchronous}")
+        cursor.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
+        cursor.close()
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        mode = connection.get_execution_options().get(BEGIN, "IMMEDIATE")
+        if mode not in _MODES:
+            raise wrong_value(f"execution option {BEGIN}", f"one of {_MODES}", mode)
+        if mode is not None:
+            connection.exec_driver_sql(f"BEGIN {mode}")
+
+
+def _switch_to_wal(cursor: Any, busy: type[Exception]) -> None:
+    """Once per file. The switch does not wait for other connections as statements do: wait for the lock, try again."""
+    for _ in range(100):
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except busy as error:
+            if "locked" not in str(error):
+                raise
+            cursor.execute("BEGIN IMMEDIATE")
+            cursor.execute("ROLLBACK")
+        else:
+            return
+    cursor.execute("PRAGMA journal_mode=WAL")
+
+
+def driver_connection(connection: Connection) -> Any:
+    """The driver's own connection beneath."""
+    return connection.connection.dbapi_connection
+
+
+def reading(engine: Engine) -> Engine:
+    """The same engine for single reads: on one of ours they take no write lock, and no BEGIN at all."""
+    return engine.execution_options(**{BEGIN: None})
+
+
+def start_writing(connection: Connection) -> None:
+    """Take the write lock, if no transaction is open at the driver: BEGIN IMMEDIATE waits, an upgrade does not."""
+    if connection.dialect.name != "sqlite":
+        return
+    if not connection.in_transaction():
+        connection.begin()
+    if not driver_connection(connection).in_transaction:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def database_of(connection: Connection) -> str:
+    """The file beneath, as SQLite itself resolved it; "" for a database in memory. Asked once per pool."""
+    pool = connection.engine.pool
+    found = _databases.get(pool)
+    if found is None:
+        file = connection.exec_driver_sql("SELECT file FROM pragma_database_list WHERE name = 'main'").scalar()
+        found = _databases[pool] = os.path.realpath(file) if file else ""
+    return found
+
+
+def check_shareable(engine: Engine) -> None:
+    """Refuse an in-memory database of which every connection would see its own, empty one: ValueError."""
+    pool = engine.pool
+    if isinstance(pool, StaticPool):
+        return
+    if isinstance(pool, QueuePool) and pool.size() == 1 and pool._max_overflow == 0:  # noqa: SLF001 - not told otherwise
+        return
+    with reading(engine).connect() as connection:
+        file = database_of(connection)
+    if not file:
+        advice = "give the URL 'sqlite://' instead, or poolclass=StaticPool, or use a file"
+        fault = f"with {type(pool).__name__} each thread sees an empty in-memory database of its own"
+        raise ValueError(f"engine: {fault}: {advice}")
+
+
+@contextmanager
+def alone(engine: Engine) -> Iterator[None]:
+    """What a verb holds while it runs: a lock where all threads share one connection, else nothing."""
+    pool = engine.pool
+    if not isinstance(pool, StaticPool):
+        yield
+        return
+    with _locks_lock:
+        lock = _locks.setdefault(pool, threading.RLock())
+    with lock:
+        _refuse_to_disturb(pool)
+        yield
+
+
+def _refuse_to_disturb(pool: StaticPool) -> None:
+    """On a StaticPool our COMMIT would commit, and our giving it back would roll back, whatever else is open on it."""
+    record = pool.connection
+    if getattr(record.dbapi_connection, "in_transaction", False):
+        msg = (
+            "the in-memory database has one connection for all (StaticPool) and a transaction is open on it: "
+            "join that transaction, or use a file, or retrykit.sql.sqlite_engine('sqlite://')"
+        )
+        raise ContextCacheError(msg)
+
+
+def forget_at_fork(engine: Engine) -> None:
+    """In a forked child, leave the parent's connections alone: two processes on one connection corrupt the file."""
+    _known.add(engine)
+
+
+def _leave_to_the_parent() -> None:
+    for engine in list(_known):
+        if isinstance(engine.pool, StaticPool) or _in_memory(engine.url):
+            continue  # a copy in this process's memory, no shared file
+        # Kept, not closed: closing would touch files and locks that are the parent's.
+        _inherited.append(engine.pool)
+        engine.dispose(close=False)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)
+
+
+def hint(error: BaseException, url: URL) -> str:
+    """What to do about a fault of SQLite's, if that can be told."""
+    text = str(error)
+    if "locked" in text:
+        return " (the work's own transaction may hold the lock: only one on the same file can be joined)"
+    if isinstance(error, OperationalError) and "unable to open" in text and url.database:
+        folder = Path(url.database).absolute().parent
+        return f" (in {folder})" if folder.is_dir() else f" (no directory {folder})"
+    return ""
+
+
+def engine_of(engine: object) -> Engine:
+    """An Engine from an Engine, a URL or its text. TypeError for anything else, async engines included."""
+    if isinstance(engine, str | URL):
+        return sqlite_engine(engine)
+    if not isinstance(engine, Engine):
+        if hasattr(engine, "sync_engine"):
+            raise TypeError(
+                "engine: an async engine cannot run sync verbs: give a sync Engine or URL of the same database"
+            )
+        raise wrong_type("engine", "a sqlalchemy.Engine or a database URL", engine)
+    if engine.dialect.name != "sqlite":
+        raise ValueError(f"engine: only SQLite is supported yet, not {shown(engine.dialect.name)}")
+    check_shareable(engine)
+    forget_at_fork(engine)
+    return engine

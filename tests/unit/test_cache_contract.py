@@ -1,0 +1,12 @@
+from __future__ import annotations
+
+from retrykit.cache import MapRetryContextCache
+from retrykit.testing.cache_contract import ContextCacheContract
+
+
+class TestMapRetryContextCache(ContextCacheContract):
+    threads = 4
+    rounds = 100
+
+    def make_cache(self, directory, **options):
+        return MapRetryContextCache(**options)
