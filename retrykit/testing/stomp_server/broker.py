@@ -1,0 +1,216 @@
+"""The broker proper: queues, journal, dead letters, schedule, counters. It knows no sockets."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+
+from retrykit.testing.stomp_server.frames import Frame
+from retrykit.testing.stomp_server.journal import Journal
+from retrykit.testing.stomp_server.profiles import Profile
+from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
+
+PREFIX = "/queue/"
+_OWN_HEADERS = {
+    "receipt",
+    "transaction",
+    "message-id",
+    "redelivered",
+    "subscription",
+    "ack",
+    "destination",
+    "persistent",
+}
+
+
+class StompError(Exception):
+    """The client's frame cannot be carried out; the connection goes on unless `fatal`."""
+
+    def __init__(self, message: str, *, fatal: bool = False) -> None:
+        """Keep the text of the ERROR frame's `message` header."""
+        super().__init__(message)
+        self.fatal = fatal
+
+
+class Broker:
+    """All state that connections share; every method runs on one thread.
+
+    `call_later(seconds, action)` is how it gets woken for scheduled messages.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        journal: Journal,
+        survivors: Iterable[Message],
+        call_later: Callable[[float, Callable[[], None]], object],
+        *,
+        keep_flags: bool = False,
+    ) -> None:
+        """Take over what survived from an earlier life."""
+        self.profile = profile
+        self.journal = journal
+        self.queues: dict[str, Queue] = {}
+        self.counters: Counter[str] = Counter()
+        self.boot = f"{uuid.uuid4().hex[:12]}-{time.time_ns() // 1_000_000}"
+        self.paused = False
+        self._keep_flags = keep_flags
+        self._call_later = call_later
+        self._ack_numbers = itertools.count(1)
+        survivors = list(survivors)
+        self._numbers = itertools.count(max((message.number for message in survivors), default=0) + 1)
+        for message in survivors:
+            message.redelivered = message.redelivered and keep_flags
+            self._place(message)
+
+    # -- messages in and out
+
+    def queue(self, destination: str) -> Queue:
+        """Find or make a queue; StompError for a destination that this test double does not have."""
+        if not destination.removeprefix(PREFIX) or not destination.startswith(PREFIX):
+            raise StompError(f"The embedded server has only {PREFIX}NAME, not {destination}")
+        if destination not in self.queues:
+            self.queues[destination] = Queue(destination)
+        return self.queues[destination]
+
+    def new_message(self, frame: Frame, origin: str) -> Message:
+        """Make the message of a SEND frame; `origin` becomes part of its id."""
+        destination = frame.headers["destination"]
+        self.queue(destination)
+        number = next(self._numbers)
+        persistent = frame.headers.get("persistent") == "true"
+        headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
+        delay = self._delay(headers)
+        if self.profile.dead_letters is not None:
+            stamp = str(time.time_ns() // 1_000_000)
+            headers = {"expires": "0", "priority": "4", "timestamp": stamp} | headers
+        if persistent:
+            headers["persistent"] = "true"
+        message = Message(number, f"{origin}:-1:1:{number}", destination, headers, frame.body, persistent)
+        if delay > 0:
+            headers["scheduledJobId"] = message.message_id
+            # The delay counts from the COMMIT where there is one, so until `change` it is a duration.
+            message.due = delay
+        return message
+
+    def _delay(self, headers: dict[str, str]) -> float:
+        scheduling = [name for name in headers if name.startswith("AMQ_SCHEDULED_")]
+        if self.profile.name != "activemq" or not scheduling:
+            return 0.0
+        if scheduling != ["AMQ_SCHEDULED_DELAY"]:
+            raise StompError(f"The embedded server knows only AMQ_SCHEDULED_DELAY, not {' '.join(scheduling)}")
+        text = headers.pop("AMQ_SCHEDULED_DELAY")
+        if not (text.isascii() and text.isdigit()):
+            raise StompError(f"AMQ_SCHEDULED_DELAY is not a number of milliseconds: {text}", fatal=True)
+        return int(text) / 1000
+
+    def change(self, arriving: Sequence[Message], leaving: Sequence[Message]) -> None:
+        """Let messages arrive and settled ones go, as one atomic step of the journal."""
+        for message in arriving:
+            if message.due:
+                message.due += time.time()
+        self.journal.record(arriving, leaving)
+        for message in arriving:
+            self._place(message)
+
+    def _place(self, message: Message) -> None:
+        queue = self.queue(message.destination)
+        wait = message.due - time.time()
+        if wait > 0:
+            queue.scheduled[message.number] = message
+            self._call_later(wait, lambda: self._come_due(queue, message))
+        else:
+            queue.fresh.append(message)
+            self.dispatch(queue)
+
+    def _come_due(self, queue: Queue, message: Message) -> None:
+        del queue.scheduled[message.number]
+        queue.fresh.append(message)
+        self.dispatch(queue)
+
+    # -- deliveries
+
+    def attach(self, subscription: Subscription) -> None:
+        """Let a subscription take part; it may get messages at once."""
+        subscription.queue.turns.append(subscription)
+        self.dispatch(subscription.queue)
+
+    def detach(self, subscription: Subscription) -> list[Delivery]:
+        """End a subscription and hand back what it had in flight, flagged; the deliveries that went back.
+
+        What is ACKed in an open transaction stays away until that transaction ends.
+        """
+        subscription.queue.turns.remove(subscription)
+        going = [delivery for delivery in subscription.in_flight.values() if not delivery.in_transaction]
+        self.hand_back(going)
+        return going
+
+    def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Put deliveries back into their queues, flagged as redelivered, before all that is fresh."""
+        for delivery in deliveries:
+            delivery.subscription.remove(delivery)
+            delivery.message.redelivered = True
+            delivery.subscription.queue.returned.append(delivery.message)
+        for queue in {delivery.subscription.queue for delivery in deliveries}:
+            self.dispatch(queue)
+
+    def dispatch(self, queue: Queue) -> None:
+        """Deliver as much as there are messages and room, in turns; nothing while `paused`."""
+        while not self.paused and queue.waiting and (subscription := queue.next_subscription()) is not None:
+            message = queue.next_message()
+            if message.expired(time.time()):
+                self.bury(message, f"java.lang.Throwable: Message Expired. Expiration:{message.headers['expires']}")
+                continue
+            self._deliver(message, subscription)
+
+    def _deliver(self, message: Message, subscription: Subscription) -> None:
+        ack_id = f"ID:{self.boot}:{next(self._ack_numbers)}"
+        shown_id = message.message_id if self.profile.stable_ids else f"T_{subscription.id}@@{ack_id}"
+        delivery = Delivery(message, subscription, shown_id, ack_id if self.profile.stable_ids else shown_id)
+        if self._keep_flags and not message.redelivered:
+            # Before the frame leaves: after a crash nobody knows how far the client came.
+            self.journal.record((), (), [message])
+        message.deliveries += 1
+        self.counters["deliveries"] += 1
+        self.counters["redeliveries"] += message.redelivered
+        if subscription.mode == "auto":
+            self.change((), [message])
+        else:
+            subscription.in_flight[shown_id] = delivery
+        subscription.deliver(delivery)
+
+    def bury(self, message: Message, cause: str | None = None) -> None:
+        """Move a message to the dead letters, under its old id; as ActiveMQ does, drop one that is not persistent."""
+        self.counters["dead_letters"] += 1
+        if self.profile.dead_letters is None or not message.persistent:
+            self.change((), [message])
+            return
+        headers = dict(message.headers)
+        headers["original-destination"] = message.destination
+        headers["originalExpiration"] = headers.get("expires", "0")
+        headers["expires"] = "0"
+        if cause is not None:
+            headers["dlqDeliveryFailureCause"] = cause
+        dead = Message(
+            number=next(self._numbers),
+            message_id=message.message_id,
+            destination=self.profile.dead_letters,
+            headers=headers,
+            body=message.body,
+            persistent=True,
+        )
+        self.change([dead], [message])
+
+    def forget_flags(self) -> None:
+        """Forget which waiting messages were delivered before."""
+        for queue in self.queues.values():
+            for message in queue.returned:
+                message.redelivered = False
+
+    def survivors(self) -> list[Message]:
+        """List the persistent messages in order of arrival, wherever they are."""
+        kept = [message for queue in self.queues.values() for _, message in queue.all_messages() if message.persistent]
+        return sorted(kept, key=lambda message: message.number)

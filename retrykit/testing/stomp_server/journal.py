@@ -1,0 +1,136 @@
+"""The data file: one line per atomic change, so that a transaction is there as a whole or not at all.
+
+A line is a CRC-32 in hex, a space, and JSON: `{"add": [message, …], "remove": [number, …], "flag": [number, …]}`.
+A torn last line (the process was killed while writing) fails its check and is cut off when the file is opened; what is
+dead is dropped at the same time by writing the file anew. One server at a time may use a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from retrykit.testing.stomp_server.queues import Message
+
+
+class Journal:
+    """Keeps persistent messages; without a path it keeps nothing and costs nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Remember the path; nothing is read or written before `open`."""
+        self._path = path
+        self._file: BinaryIO | None = None
+        self._pending: list[bytes] = []
+
+    def open(self) -> list[Message]:
+        """Read what survived, in order of arrival, and make the file ready for more. Raises OSError."""
+        if self._path is None:
+            return []
+        messages = _replay(self._path)
+        fresh = self._path.with_name(self._path.name + ".new")
+        with fresh.open("wb") as file:
+            file.write(b"".join(_line({"add": [_to_json(message)]}) for message in messages))
+            file.flush()
+            os.fsync(file.fileno())
+        fresh.replace(self._path)
+        _sync_folder(self._path.parent)
+        self._file = self._path.open("ab", buffering=0)
+        return messages
+
+    def record(self, added: Iterable[Message], removed: Iterable[Message], flagged: Iterable[Message] = ()) -> None:
+        """Note one atomic change, durable after the next `sync`. Messages that are not persistent are left out."""
+        if self._file is None:
+            return
+        change = {
+            "add": [_to_json(message) for message in added if message.persistent],
+            "remove": [message.number for message in removed if message.persistent],
+            "flag": [message.number for message in flagged if message.persistent],
+        }
+        if any(change.values()):
+            self._pending.append(_line({name: value for name, value in change.items() if value}))
+
+    def sync(self) -> None:
+        """Make everything noted so far survive a crash. Raises OSError; what was noted is then in doubt."""
+        if self._file is None or not self._pending:
+            return
+        data = memoryview(b"".join(self._pending))
+        self._pending.clear()
+        while data:
+            data = data[self._file.write(data) or 0 :]
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file; what was not synced is lost, as in a crash."""
+        self._pending.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _line(change: dict[str, Any]) -> bytes:
+    text = json.dumps(change, separators=(",", ":")).encode()
+    return b"%08x " % zlib.crc32(text) + text + b"\n"
+
+
+def _to_json(message: Message) -> dict[str, Any]:
+    return {
+        "number": message.number,
+        "id": message.message_id,
+        "destination": message.destination,
+        "headers": message.headers,
+        # Latin-1 maps bytes to characters one to one, which is smaller than base64 for text.
+        "body": message.body.decode("latin-1"),
+        "due": message.due,
+        "redelivered": message.redelivered,
+    }
+
+
+def _from_json(stored: dict[str, Any]) -> Message:
+    return Message(
+        number=stored["number"],
+        message_id=stored["id"],
+        destination=stored["destination"],
+        headers=stored["headers"],
+        body=stored["body"].encode("latin-1"),
+        persistent=True,
+        due=stored["due"],
+        redelivered=stored["redelivered"],
+    )
+
+
+def _changes(path: Path) -> Iterator[dict[str, Any]]:
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            check, _, text = line.rstrip(b"\n").partition(b" ")
+            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
+                return
+            yield json.loads(text)
+
+
+def _replay(path: Path) -> list[Message]:
+    alive: dict[int, Message] = {}
+    for change in _changes(path):
+        for number in change.get("remove", ()):
+            alive.pop(number, None)
+        for number in change.get("flag", ()):
+            if number in alive:
+                alive[number].redelivered = True
+        alive |= {stored["number"]: _from_json(stored) for stored in change.get("add", ())}
+    return sorted(alive.values(), key=lambda message: message.number)
+
+
+def _sync_folder(folder: Path) -> None:
+    # Without this the new name itself may be lost in a power failure. Windows cannot open folders, nor needs it.
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,401 @@
+"""One client's session: what each STOMP command does to the broker."""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from retrykit.testing.stomp_server.broker import Broker, StompError
+from retrykit.testing.stomp_server.faults import DroppedError, Faults
+from retrykit.testing.stomp_server.frames import Frame
+from retrykit.testing.stomp_server.queues import Delivery, Message, Subscription
+
+VERSIONS = ("1.2", "1.1", "1.0")
+ACK_MODES = ("auto", "client", "client-individual")
+_STALE_IDS = 10_000
+
+
+class Outlet(Protocol):
+    """What a session needs of its connection."""
+
+    def send(self, frame: Frame) -> None:
+        """Write a frame, after everything before it is durable."""
+
+    def send_receipt(self, frame: Frame) -> None:
+        """Write a receipt, as late as the ordered faults want it."""
+
+    def agreed(self, version: str, send_every: float, expect_every: float) -> None:
+        """Learn the protocol version and the heart-beats, in seconds (0: none)."""
+
+    def finish(self) -> None:
+        """End the connection after what is written."""
+
+    def abort(self) -> None:
+        """End the connection now."""
+
+
+@dataclass(slots=True, eq=False)
+class Transaction:
+    """What waits for COMMIT; `frames` only where the profile buffers."""
+
+    sends: list[Message] = field(default_factory=list)
+    acks: list[Delivery] = field(default_factory=list)
+    frames: list[Frame] = field(default_factory=list)
+
+
+class Session:
+    """Carries out the frames of one connection, in order."""
+
+    def __init__(
+        self, broker: Broker, faults: Faults, outlet: Outlet, *, name: str, login: tuple[str, str] | None = None
+    ) -> None:
+        """Wait for CONNECT; `login` is the user and password to ask for, None to let everybody in."""
+        self._broker = broker
+        self._faults = faults
+        self._outlet = outlet
+        self._name = name
+        self._login = login
+        self._version: str | None = None
+        self._ended = False
+        self._subscriptions: dict[str, Subscription] = {}
+        self._transactions: dict[str, Transaction] = {}
+        self._pending: dict[str, Delivery] = {}
+        self._stale: dict[str, None] = {}
+        self._commands: dict[str, Callable[[Frame], None]] = {
+            "SEND": self._send,
+            "SUBSCRIBE": self._subscribe,
+            "UNSUBSCRIBE": self._unsubscribe,
+            "ACK": self._ack,
+            "NACK": self._nack,
+            "BEGIN": self._begin,
+            "COMMIT": self._commit,
+            "ABORT": self._abort,
+            "DISCONNECT": self._disconnect,
+        }
+
+    def receive(self, frame: Frame) -> None:
+        """Carry out one frame; whatever is wrong with it is answered with ERROR."""
+        if self._ended:
+            return
+        try:
+            self._carry_out(frame)
+        except StompError as error:
+            self._refuse(frame, error)
+        except DroppedError:
+            self._ended = True
+            self._outlet.abort()
+
+    def refuse_bytes(self, reason: str) -> None:
+        """Answer bytes that are no frame: ERROR, then the end."""
+        self._refuse(Frame("", {}), StompError(reason, fatal=True))
+
+    def end(self) -> None:
+        """Undo what is open and hand back what is in flight; the connection is gone."""
+        self._ended = True
+        for subscription in self._subscriptions.values():
+            self._broker.detach(subscription)
+        self._subscriptions.clear()
+        for transaction in self._transactions.values():
+            self._roll_back(transaction)
+        self._transactions.clear()
+
+    def _carry_out(self, frame: Frame) -> None:
+        if frame.command in ("CONNECT", "STOMP"):
+            self._connect(frame)
+            return
+        command = self._commands.get(frame.command)
+        if command is None:
+            raise StompError(f"Unknown STOMP action: {frame.command}", fatal=True)
+        if self._version is None:
+            raise StompError("Not connected.")
+        command(frame)
+        if frame.command not in ("COMMIT", "DISCONNECT"):
+            self._receipt(frame)
+
+    def _refuse(self, frame: Frame, error: StompError) -> None:
+        self._broker.counters["errors"] += 1
+        headers = {"content-type": "text/plain", "message": str(error).replace("\n", " ")}
+        if "receipt" in frame.headers:
+            headers["receipt-id"] = frame.headers["receipt"]
+        self._outlet.send(Frame("ERROR", headers, str(error).encode()))
+        if error.fatal:
+            self._ended = True
+            self._outlet.finish()
+
+    def _receipt(self, frame: Frame) -> None:
+        if "receipt" in frame.headers:
+            self._outlet.send_receipt(Frame("RECEIPT", {"receipt-id": frame.headers["receipt"]}))
+
+    # -- the connection
+
+    def _connect(self, frame: Frame) -> None:
+        if self._version is not None:
+            raise StompError("Already connected.")
+        wanted = [version.strip() for version in frame.headers.get("accept-version", "1.0").split(",")]
+        version = next((version for version in VERSIONS if version in wanted), None)
+        if version is None:
+            raise StompError(f"Invalid Protocol version{wanted}, supported versions are: {VERSIONS}", fatal=True)
+        self._check_login(frame)
+        can_send, wants = _heart_beat(frame.headers.get("heart-beat", "0,0"))
+        self._version = version
+        headers = {
+            "server": self._broker.profile.server,
+            "heart-beat": f"{wants},{can_send}",
+            "session": self._name,
+            "version": version,
+        }
+        self._outlet.send(Frame("CONNECTED", headers))
+        self._outlet.agreed(version, wants / 1000, can_send / 1000)
+        self._broker.counters["connections"] += 1
+
+    def _check_login(self, frame: Frame) -> None:
+        if self._login is None:
+            return
+        given = f"{frame.headers.get('login', '')}\n{frame.headers.get('passcode', '')}"
+        if not hmac.compare_digest(given.encode(), "\n".join(self._login).encode()):
+            raise StompError("User name or password is invalid.", fatal=True)
+
+    def _disconnect(self, frame: Frame) -> None:
+        self.end()
+        self._receipt(frame)
+        self._outlet.finish()
+
+    # -- messages
+
+    def _send(self, frame: Frame) -> None:
+        if not frame.headers.get("destination"):
+            raise StompError("SEND received without a Destination specified!")
+        transaction = self._transaction(frame)
+        if transaction is not None and self._broker.profile.buffered:
+            transaction.frames.append(frame)
+            return
+        message = self._broker.new_message(frame, self._name)
+        self._broker.counters["sends"] += 1
+        if transaction is None:
+            self._broker.change([message], ())
+        else:
+            transaction.sends.append(message)
+
+    def _subscribe(self, frame: Frame) -> None:
+        headers = frame.headers
+        id_ = headers.get("id")
+        if id_ is None and self._version == "1.0":
+            id_ = headers.get("destination")
+        if id_ is None:
+            raise StompError("SUBSCRIBE received without a subscription id!")
+        if not headers.get("destination"):
+            raise StompError("Invalid empty or 'null' Destination header")
+        if id_ in self._subscriptions:
+            # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
+            raise StompError(f"The subscription id is in use already: {id_}")
+        queue = self._broker.queue(headers["destination"])
+        mode = headers.get("ack", "auto")
+        mode = mode if mode in ACK_MODES else "auto"
+        subscription = Subscription(id_, queue, mode, self._prefetch(headers), self._deliver)
+        self._subscriptions[id_] = subscription
+        self._broker.attach(subscription)
+
+    def _prefetch(self, headers: dict[str, str]) -> int:
+        profile = self._broker.profile
+        text = headers.get(profile.prefetch_header)
+        if text is None:
+            return profile.default_prefetch
+        if not (text.isascii() and text.isdigit() and int(text) > 0):
+            raise StompError(f"{profile.prefetch_header} must be a positive number: {text}")
+        return int(text)
+
+    def _unsubscribe(self, frame: Frame) -> None:
+        headers = frame.headers
+        id_ = headers.get("id", headers.get("destination") if self._version == "1.0" else None)
+        if id_ is None:
+            raise StompError("UNSUBSCRIBE received without a subscription id!")
+        subscription = self._subscriptions.pop(id_, None)
+        if subscription is None:
+            raise StompError("No subscription matched.")
+        for delivery in self._broker.detach(subscription):
+            self._forget(delivery)
+
+    def _forget(self, delivery: Delivery) -> None:
+        # The broker takes the first late ACK of such an id without a word, and without effect.
+        if self._pending.pop(delivery.ack_id, None) is not None:
+            self._stale[delivery.ack_id] = None
+            if len(self._stale) > _STALE_IDS:
+                del self._stale[next(iter(self._stale))]
+
+    def _deliver(self, delivery: Delivery) -> None:
+        message, profile = delivery.message, self._broker.profile
+        headers = {
+            "subscription": delivery.subscription.id,
+            "destination": message.destination,
+            "message-id": delivery.message_id,
+        } | message.headers
+        if message.redelivered or profile.plain_flag:
+            headers["redelivered"] = "true" if message.redelivered else "false"
+        if delivery.subscription.mode != "auto":
+            self._pending[delivery.ack_id] = delivery
+            if self._version == "1.2":
+                headers["ack"] = delivery.ack_id
+        self._outlet.send(Frame("MESSAGE", headers, message.body))
+
+    # -- settlements
+
+    def _ack(self, frame: Frame) -> None:
+        transaction = self._transaction(frame)
+        if transaction is not None and self._broker.profile.buffered:
+            transaction.frames.append(frame)
+            return
+        delivery = self._delivery(frame)
+        if delivery is None:
+            return
+        deliveries = _up_to(delivery) if delivery.subscription.mode == "client" else [delivery]
+        self._broker.counters["acks"] += len(deliveries)
+        for each in deliveries:
+            del self._pending[each.ack_id]
+        if transaction is None:
+            self._settle(deliveries)
+            return
+        transaction.acks += deliveries
+        for each in deliveries:
+            each.subscription.mark(each, in_transaction=True)
+        self._broker.dispatch(delivery.subscription.queue)
+
+    def _settle(self, deliveries: list[Delivery]) -> None:
+        self._broker.change((), [delivery.message for delivery in deliveries])
+        self._release(deliveries)
+
+    def _release(self, deliveries: list[Delivery]) -> None:
+        for delivery in deliveries:
+            delivery.subscription.remove(delivery)
+        for queue in {delivery.subscription.queue for delivery in deliveries}:
+            self._broker.dispatch(queue)
+
+    def _nack(self, frame: Frame) -> None:
+        transaction = self._transaction(frame)
+        if transaction is not None and self._broker.profile.buffered:
+            transaction.frames.append(frame)
+            return
+        delivery = self._delivery(frame)
+        if delivery is None:
+            return
+        if transaction is not None:
+            raise StompError(f"Poison ack cannot be transacted: {delivery.message_id}")
+        self._broker.counters["nacks"] += 1
+        del self._pending[delivery.ack_id]
+        if self._broker.profile.dead_letters is None and frame.headers.get("requeue") != "false":
+            self._broker.hand_back([delivery])
+            return
+        self._broker.bury(delivery.message)
+        self._release([delivery])
+
+    def _delivery(self, frame: Frame) -> Delivery | None:
+        """Find what an ACK or NACK is about; None where it comes too late to mean anything."""
+        if self._version == "1.2":
+            return self._delivery_by_ack_id(frame)
+        message_id = frame.headers.get("message-id")
+        subscription_id = frame.headers.get("subscription")
+        if message_id is None:
+            raise StompError(f"{frame.command} received without a message-id to acknowledge!")
+        if subscription_id is None and self._version == "1.1":
+            raise StompError(f"{frame.command} received without a subscription id for acknowledge!")
+        for subscription in self._subscriptions.values():
+            found = subscription.in_flight.get(message_id)
+            if found is not None and not found.in_transaction and subscription_id in (None, subscription.id):
+                return found
+        raise StompError(f"Unexpected {frame.command} received for message-id [{message_id}]")
+
+    def _delivery_by_ack_id(self, frame: Frame) -> Delivery | None:
+        ack_id = frame.headers.get("id")
+        if ack_id is None:
+            raise StompError(f"{frame.command} received without a ack id for acknowledge!")
+        if ack_id in self._stale:
+            del self._stale[ack_id]
+            return None
+        delivery = self._pending.get(ack_id)
+        if delivery is None:
+            raise StompError(f"Unexpected {frame.command} received for message-id [null]")
+        return delivery
+
+    # -- transactions
+
+    def _transaction(self, frame: Frame) -> Transaction | None:
+        name = frame.headers.get("transaction")
+        if name is None:
+            return None
+        if name not in self._transactions:
+            raise StompError(f"Invalid transaction id: {name}")
+        return self._transactions[name]
+
+    def _begin(self, frame: Frame) -> None:
+        name = frame.headers.get("transaction")
+        if not name:
+            raise StompError("Must specify the transaction you are beginning")
+        if name in self._transactions:
+            raise StompError(f"The transaction was already started: {name}")
+        self._transactions[name] = Transaction()
+
+    def _commit(self, frame: Frame) -> None:
+        transaction = self._ending(frame, "committing")
+        if self._faults.strikes("before_commit"):
+            raise DroppedError
+        del self._transactions[frame.headers["transaction"]]
+        self._broker.change(transaction.sends, [delivery.message for delivery in transaction.acks])
+        self._release(transaction.acks)
+        self._broker.counters["commits"] += 1
+        self._replay(transaction.frames)
+        if self._faults.strikes("before_receipt"):
+            raise DroppedError
+        self._receipt(frame)
+        if self._faults.strikes("after_receipt"):
+            self._ended = True
+            self._outlet.finish()
+
+    def _replay(self, frames: list[Frame]) -> None:
+        for frame in frames:
+            # Its receipt went out when it was buffered; only a failure is still to be told.
+            headers = {name: text for name, text in frame.headers.items() if name not in ("transaction", "receipt")}
+            self.receive(Frame(frame.command, headers, frame.body))
+
+    def _abort(self, frame: Frame) -> None:
+        transaction = self._ending(frame, "aborting")
+        del self._transactions[frame.headers["transaction"]]
+        self._roll_back(transaction)
+        self._broker.counters["aborts"] += 1
+
+    def _ending(self, frame: Frame, what: str) -> Transaction:
+        transaction = self._transaction(frame)
+        if transaction is None:
+            raise StompError(f"Must specify the transaction you are {what}")
+        return transaction
+
+    def _roll_back(self, transaction: Transaction) -> None:
+        """Undo SENDs and ACKs. Nothing is redelivered: a message stays in flight where its subscription still is."""
+        homeless = []
+        for delivery in transaction.acks:
+            delivery.subscription.mark(delivery, in_transaction=False)
+            if self._subscriptions.get(delivery.subscription.id) is delivery.subscription:
+                self._pending[delivery.ack_id] = delivery
+            else:
+                homeless.append(delivery)
+        self._broker.hand_back(homeless)
+
+
+def _up_to(last: Delivery) -> list[Delivery]:
+    """List the deliveries that a cumulative ACK settles: this one and all before it that are not settled yet."""
+    settled = []
+    for delivery in last.subscription.in_flight.values():
+        if not delivery.in_transaction:
+            settled.append(delivery)
+        if delivery is last:
+            break
+    return settled
+
+
+def _heart_beat(text: str) -> tuple[int, int]:
+    """Read `cx,cy` in milliseconds: what the client will send, what it wants."""
+    match = re.fullmatch(r"\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*", text)
+    if match is None:
+        raise StompError(f"Invalid heart-beat header: {text}", fatal=True)
+    return int(match[1]), int(match[2])
