@@ -18,8 +18,8 @@ from work import ANSWER, EXHAUSTED, FLAKY, SUCCESS
 try:
     import counted
     import own
-except ImportError as missing:
-    if (missing.name or "").partition(".")[0] != "retrykit":
+except ModuleNotFoundError as missing:
+    if missing.name != "retrykit":
         raise
     own = counted = None  # type: ignore[assignment]
 
