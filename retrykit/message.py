@@ -16,7 +16,8 @@ from retrykit.key import Key
 _CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;"]+))""", re.IGNORECASE)
 
 
-def _text(_instance: Any, field: Any, value: Any) -> None:
+def is_nonempty_text(_instance: Any, field: Any, value: Any) -> None:
+    """An attrs validator: a str with something in it."""
     if not isinstance(value, str):
         raise wrong_type(field.name, "a str", value)
     if not value:
@@ -50,7 +51,7 @@ class Message:
     delivery, from 1, None where the source does not count. `handle` is the source's own, for settling this delivery.
     """
 
-    destination: str = attrs.field(validator=_text)
+    destination: str = attrs.field(validator=is_nonempty_text)
     body: bytes = attrs.field(default=b"", validator=_body)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False)
     id: str | None = None
@@ -100,7 +101,7 @@ class Redeliver:
 class Park:
     """The message is put aside in `destination`, where a person can look at it, with `headers` added to its own, and is done with here."""
 
-    destination: str = attrs.field(validator=_text)
+    destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
     reason: str = attrs.field(default="", kw_only=True)
 
@@ -109,7 +110,7 @@ class Park:
 class Republish:
     """A copy of the message, with `headers` added to its own, goes to `destination`; the original is done with."""
 
-    destination: str = attrs.field(validator=_text)
+    destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
 
 
@@ -117,7 +118,7 @@ class Republish:
 class Discard:
     """The message is dropped on purpose; `reason` is logged."""
 
-    reason: str = attrs.field(validator=_text)
+    reason: str = attrs.field(validator=is_nonempty_text)
 
 
 Settlement = Ack | Redeliver | Park | Republish | Discard

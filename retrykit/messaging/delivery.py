@@ -112,24 +112,27 @@ def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
     if not callable(handler):
         raise wrong_type("handler", "callable", handler)
     if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
-        raise wrong_type("handler", "a plain function (coroutines and generators would not run inside the transaction)", handler)
-    takes = _positional(handler)
-    if takes == 0:
+        raise wrong_type(
+            "handler", "a plain function (coroutines and generators would not run inside the transaction)", handler
+        )
+    takes = _arguments(handler)
+    if takes not in (1, 2):
         raise wrong_type("handler", "callable with (message) or (message, context)", handler)
-    return handler if takes > 1 else lambda message, context: handler(message)  # noqa: ARG005 - the other form
+    return handler if takes == 2 else lambda message, context: handler(message)  # noqa: ARG005, PLR2004 - the other form
 
 
-def _positional(handler: Handler) -> int:
+def _arguments(handler: Handler) -> int:
+    """How many positional arguments a handler wants: those that it requires, and an optional second one if it is called "context"."""
     try:
-        parameters = inspect.signature(handler).parameters.values()
+        parameters = list(inspect.signature(handler).parameters.values())
     except ValueError:
         return 1  # a builtin that does not tell: the simple form
-    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
-        return 2
     positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    required = [one for one in positional if one.default is one.empty]
-    # An optional second parameter is the handler's own business, unless it is called what it would be given.
-    return max(len(required), 2 if len(positional) > 1 and positional[1].name == "context" else min(1, len(positional)))
+    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
+        return max(2, len(positional))
+    required = sum(one.default is one.empty for one in positional)
+    wanted = 2 if len(positional) > 1 and positional[1].name == "context" else min(1, len(positional))
+    return max(required, wanted)
 
 
 class _Delivery:
@@ -145,7 +148,9 @@ class _Delivery:
 
     def run(self) -> None:
         if self.message.key is None:
-            raise NoStableIdError(destination=self.message.destination, remedy="its session must give every message a key")
+            raise NoStableIdError(
+                destination=self.message.destination, remedy="its session must give every message a key"
+            )
         self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
         self.work.template.execute(
             self.attempt,
@@ -177,7 +182,7 @@ class _Delivery:
         match self.settlement:
             case Redeliver():
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
-            case Park(destination, headers) | Republish(destination, headers):
+            case Park(destination, headers=headers) | Republish(destination, headers=headers):
                 self.session.send(destination, self.message.body, headers)
         return result
 
@@ -203,7 +208,9 @@ class _Delivery:
         if self.withheld(error):
             self.work.tally.add(withheld=1)
             level = logging.INFO if isinstance(error, BackOffInterruptedError) else logging.ERROR
-            _log.log(level, "message %r goes back without a new attempt: %s", self.message.key, error, exc_info=error)
+            _log.log(
+                level, "message %r goes back without a new attempt: %s (%r)", self.message.key, error, error.__cause__
+            )
         else:
             self.work.tally.add(rolled_back=1)
             why = "" if decision is None else decision.reason

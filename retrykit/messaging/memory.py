@@ -12,13 +12,13 @@ import itertools
 import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 import attrs
 
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
-from retrykit.message import Message
+from retrykit.message import Message, is_nonempty_text
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.errors import BrokerUnavailableError, ConnectionLostError
 from retrykit.messaging.recoverers import ID
@@ -48,8 +48,16 @@ class _Stored:
             key=(destination, self.id),
             redelivered=self.deliveries > 1,
             delivery_count=self.deliveries or None,
-            handle=self,
+            handle=_Handle(self, self.deliveries),
         )
+
+
+@attrs.frozen(eq=False)
+class _Handle:
+    """What settles one delivery of a message, and no later one."""
+
+    stored: _Stored
+    delivery: int
 
 
 @attrs.define(eq=False)
@@ -88,13 +96,8 @@ class _Queues:
 class MemoryBroker:
     """An in-process broker, and one destination of it to consume from; `at` gives another destination of the same broker."""
 
-    destination: str
+    destination: str = attrs.field(validator=is_nonempty_text)
     _state: _Queues = attrs.field(factory=_Queues, repr=False, kw_only=True, alias="state")
-
-    @destination.validator
-    def _named(self, _field: Any, value: Any) -> None:
-        if not isinstance(value, str) or not value:
-            raise wrong_type("destination", "a non-empty str", value)
 
     @property
     def name(self) -> str:
@@ -129,7 +132,9 @@ class MemoryBroker:
         with self._state.changed:
             waiting = list(self._state.queues.get(self.destination, ()))
             held = [stored for session in self._state.sessions for stored in session.holds(self.destination)]
-            return tuple(stored.delivery(self.destination) for stored in sorted(waiting + held, key=lambda one: one.number))
+            return tuple(
+                stored.delivery(self.destination) for stored in sorted(waiting + held, key=lambda one: one.number)
+            )
 
     def wait_until_empty(self, timeout: float = 10.0) -> bool:
         """Wait until nothing is left at the destination, waiting or in hand; False after `timeout` seconds."""
@@ -215,6 +220,8 @@ class MemorySession:
     def commit(self, message: Message | None = None) -> None:
         """Acknowledge and send, in one step."""
         with self._state.changed:
+            if message is not None and self._in_hand(message) is None:
+                self._lose("a delivery that is not in hand was to be acknowledged")
             fate = self._state.doubts.pop(0) if self._state.doubts else None
             if fate != "undone" and self._lost is None:
                 self._settle(message)
@@ -228,8 +235,13 @@ class MemorySession:
             self._state.put(destination, body, headers)
         self._sends = []
         if message is not None:
-            self._held.pop(_stored(message).number, None)
+            del self._held[_handle(message).stored.number]
             self._state.changed.notify_all()
+
+    def _in_hand(self, message: Message) -> _Stored | None:
+        handle = _handle(message)
+        held = self._held.get(handle.stored.number)
+        return handle.stored if held is not None and handle.delivery == handle.stored.deliveries else None
 
     def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:
         """Forget the sends; give the message back."""
@@ -237,9 +249,9 @@ class MemorySession:
         if message is None:
             return
         with self._state.changed:
-            held = self._held.pop(_stored(message).number, None)
-            if held is not None:
-                self._state.give_back(*held, due=time.monotonic() + delay)
+            stored = self._in_hand(message)
+            if stored is not None:
+                self._state.give_back(*self._held.pop(stored.number), due=time.monotonic() + delay)
 
     def pause(self, seconds: float) -> bool:
         """Wait, unless interrupted or lost."""
@@ -284,7 +296,7 @@ class MemorySession:
         return ConnectionLostError(broker=self._broker.name, reason=self._lost)
 
 
-def _stored(message: Message) -> _Stored:
-    if not isinstance(message.handle, _Stored):
+def _handle(message: Message) -> _Handle:
+    if not isinstance(message.handle, _Handle):
         raise wrong_type("message", "a delivery of this broker", message)
     return message.handle

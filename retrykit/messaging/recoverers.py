@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from retrykit.check import wrong_type, wrong_value
+from retrykit.check import wrong_type
 from retrykit.history import StoredError, message_of, type_name
 from retrykit.key import key_to_json
-from retrykit.message import Discard, Message, Park, Republish
+from retrykit.message import Discard, Message, Park, Republish, is_nonempty_text
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
@@ -53,7 +53,9 @@ DEFAULT_HEADERS: Final = (
 _MAX_TEXT: Final = 1_000
 _MAX_OTHER: Final = 8_000
 # Facts about one delivery or one frame: they say nothing about the message, so they are not kept even as text.
-_OF_THE_FRAME: Final = frozenset({"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"})
+_OF_THE_FRAME: Final = frozenset(
+    {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
+)
 
 
 def _patterns(value: object) -> tuple[str, ...]:
@@ -66,13 +68,6 @@ def _patterns(value: object) -> tuple[str, ...]:
     return patterns
 
 
-def _destination(_instance: Any, field: Any, value: Any) -> None:
-    if not isinstance(value, str):
-        raise wrong_type(field.name, "a str", value)
-    if not value:
-        raise wrong_value(field.name, "a non-empty text", value)
-
-
 @attrs.frozen
 class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.parked")`
     """Put the message aside in `destination` with its history in `retrykit-…` headers.
@@ -81,7 +76,7 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
     `retrykit-other-headers`, because brokers take some for commands (delays, expiry, transactions). Texts are bounded to 1,000 characters.
     """
 
-    destination: str = attrs.field(validator=_destination)
+    destination: str = attrs.field(validator=is_nonempty_text)
     headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
 
     def __call__(self, message: Message, context: RetryContext) -> Park:
@@ -95,7 +90,7 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 class republish:  # noqa: N801 - as `park`
     """Send a copy of the message on to `destination`, with its stable id (`retrykit-id`) and the `headers` of the original, no history."""
 
-    destination: str = attrs.field(validator=_destination)
+    destination: str = attrs.field(validator=is_nonempty_text)
     headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
 
     def __call__(self, message: Message, context: RetryContext) -> Republish:  # noqa: ARG002 - the signature of recoverers
@@ -107,7 +102,7 @@ class republish:  # noqa: N801 - as `park`
 class discard:  # noqa: N801 - as `park`
     """Drop the message on purpose; `reason` is logged with its key."""
 
-    reason: str = attrs.field(validator=_destination)
+    reason: str = attrs.field(validator=is_nonempty_text)
 
     def __call__(self, message: Message, context: RetryContext) -> Discard:  # noqa: ARG002 - the signature of recoverers
         """The settlement."""
@@ -172,4 +167,3 @@ def one_line(text: str) -> str:
     """`text` as a header can carry it on every broker: one line, no control characters, at most 1,000 characters."""
     line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
     return line if len(line) <= _MAX_TEXT else line[: _MAX_TEXT - 1] + "…"
-

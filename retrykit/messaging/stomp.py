@@ -36,7 +36,7 @@ try:
     from stomp.transport import Transport
     from stomp.utils import Frame, convert_frame, pack
 except ModuleNotFoundError as missing:
-    if missing.name != "stomp":
+    if (missing.name or "").partition(".")[0] != "stomp":
         raise
     raise ImportError('STOMP brokers need stomp.py: pip install "retrykit[stomp]"', name="stomp") from missing
 
@@ -79,7 +79,9 @@ class StompBroker:
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "address", parse_address(self.url))
         if self.destination and self.address.path not in ("", self.destination):
-            raise wrong_value("destination", f"the path of the URL ({self.address.path!r}) or left out", self.destination)
+            raise wrong_value(
+                "destination", f"the path of the URL ({self.address.path!r}) or left out", self.destination
+            )
         object.__setattr__(self, "destination", self.destination or self.address.path)
 
     @property
@@ -345,7 +347,11 @@ class StompSession:
         destination = headers.get("destination", self._broker.destination)
         stable = headers.get(self._broker.id_header or self._profile.id_header)
         if not stable:
-            remedy = self._profile.remedy if self._broker.id_header is None else f"it has no header {self._broker.id_header!r}"
+            remedy = (
+                self._profile.remedy
+                if self._broker.id_header is None
+                else f"it has no header {self._broker.id_header!r}"
+            )
             raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
         return Message(
             destination=destination,

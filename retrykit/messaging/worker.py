@@ -77,7 +77,9 @@ class Worker:
     def _work_in(self, session: Session) -> Work:
         """The work with a template whose pauses end when this session does."""
         template = self.work.template
-        return attrs.evolve(self.work, template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause)))
+        return attrs.evolve(
+            self.work, template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause))
+        )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
         # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.

@@ -1,0 +1,597 @@
+"""The listener container on the in-process broker."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from contextlib import contextmanager
+
+import pytest
+
+from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
+from retrykit.cache import MapRetryContextCache
+from retrykit.messaging import (
+    BrokerUnavailableError,
+    Capabilities,
+    Discard,
+    ListenerContainer,
+    NoStableIdError,
+    Redeliver,
+    discard,
+    park,
+    republish,
+)
+from retrykit.messaging.memory import MemoryBroker
+from retrykit.policy import SimpleRetryPolicy
+from retrykit.template import RetryTemplate
+
+ORDERS = "/queue/orders"
+PARKED = "/queue/orders.parked"
+PATIENCE = 20.0
+QUICK = ExponentialBackOffPolicy(initial=0.001, max_interval=0.01)
+
+
+@pytest.fixture
+def broker():
+    return MemoryBroker(ORDERS)
+
+
+def template(max_attempts=3, **options):
+    return RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=max_attempts), **options)
+
+
+def container(broker, handler, **options):
+    return ListenerContainer(broker, handler, **{"template": template(), "reconnect": QUICK} | options)
+
+
+def consume(broker, handler, **options):
+    """Consume until nothing is left; the container afterwards."""
+    made = container(broker, handler, **options)
+    with made:
+        assert broker.wait_until_empty(PATIENCE), f"left: {broker.messages()}"
+    return made
+
+
+class Database:
+    """A transaction factory that records what happens to its transactions; `commits_that_fail` raise."""
+
+    def __init__(self, commits_that_fail=0):
+        self.log = []
+        self.open = 0
+        self.commits_that_fail = commits_that_fail
+
+    @contextmanager
+    def begin(self):
+        self.open += 1
+        try:
+            yield self
+            if self.commits_that_fail:
+                self.commits_that_fail -= 1
+                raise RuntimeError("deferred constraint")
+        except BaseException:
+            self.log.append("rollback")
+            raise
+        else:
+            self.log.append("commit")
+        finally:
+            self.open -= 1
+
+
+def failing(times, error=ConnectionError):
+    """A handler that fails the first `times` calls; `calls` records the texts."""
+
+    def handler(message):
+        handler.calls.append(message.text)
+        if len(handler.calls) <= times:
+            raise error(f"failure {len(handler.calls)}")
+
+    handler.calls = []
+    return handler
+
+
+# -- outcomes
+
+
+def test_a_handled_message_is_acknowledged(broker):
+    broker.publish("1")
+    broker.publish("2")
+    handler = failing(0)
+    counters = consume(broker, handler).counters
+    assert handler.calls == ["1", "2"]
+    assert (counters.received, counters.acknowledged, counters.generations) == (2, 2, 1)
+
+
+def test_a_handler_may_take_the_context_too(broker):
+    broker.publish("1")
+    seen = []
+    consume(broker, lambda message, context: seen.append((message.text, context.attempt, context.key)))
+    assert seen == [("1", 1, (ORDERS, "m-1"))]
+
+
+def test_a_flaky_message_is_redelivered_until_it_succeeds(broker):
+    broker.publish("x")
+    handler = failing(2)
+    cache = MapRetryContextCache()
+    counters = consume(broker, handler, template=template(context_cache=cache)).counters
+    assert handler.calls == ["x"] * 3
+    assert (counters.rolled_back, counters.redelivered, counters.acknowledged) == (2, 2, 1)
+    assert list(cache.items()) == []
+
+
+def test_each_failure_rolls_the_database_back_before_the_next_attempt(broker):
+    broker.publish("x")
+    database = Database()
+    consume(broker, failing(2), transaction=database.begin)
+    assert database.log == ["rollback", "rollback", "commit"]
+
+
+def test_the_handler_gets_the_transaction_in_its_context(broker):
+    broker.publish("x")
+    database = Database()
+    seen = []
+    consume(broker, lambda message, context: seen.append(context.transaction), transaction=database.begin)
+    assert seen == [database]
+
+
+def test_a_poison_message_is_parked_once_with_its_history(broker):
+    broker.publish("bad", {"content-type": "text/plain"})
+    broker.publish("good")
+    handled = []
+
+    def handler(message):
+        handled.append(message.text)
+        if message.text == "bad":
+            raise ValueError("it is bad")
+
+    counters = consume(broker, handler, recover=park(PARKED)).counters
+    assert sorted(handled) == ["bad", "bad", "bad", "good"]
+    (parked,) = broker.at(PARKED).messages()
+    assert parked.body == b"bad"
+    assert parked.headers["content-type"] == "text/plain"
+    assert parked.headers["retrykit-attempts"] == "3"
+    assert parked.headers["retrykit-error"] == "it is bad"
+    assert parked.headers["retrykit-error-type"] == "builtins.ValueError"
+    assert parked.headers["retrykit-id"] == "m-1"
+    assert "3 of 3" in parked.headers["retrykit-reason"]
+    assert (counters.parked, counters.rolled_back, counters.acknowledged) == (1, 2, 1)
+
+
+def test_the_recovery_of_the_last_attempt_needs_no_further_delivery(broker):
+    broker.publish("bad")
+    counters = consume(broker, failing(9), recover=park(PARKED)).counters
+    assert counters.received == 3
+
+
+def test_a_commit_that_fails_is_a_failed_attempt(broker):
+    broker.publish("x")
+    database = Database(commits_that_fail=2)
+    handler = failing(0)
+    counters = consume(broker, handler, transaction=database.begin, recover=park(PARKED)).counters
+    assert handler.calls == ["x"] * 3
+    assert database.log == ["rollback", "rollback", "commit"]
+    assert (counters.rolled_back, counters.acknowledged, counters.parked) == (2, 1, 0)
+
+
+def test_a_message_whose_commit_always_fails_is_parked(broker):
+    broker.publish("x")
+    database = Database(commits_that_fail=3)
+    consume(broker, failing(0), transaction=database.begin, recover=park(PARKED))
+    assert database.log == ["rollback", "rollback", "rollback", "commit"]
+    assert len(broker.at(PARKED).messages()) == 1
+
+
+def test_what_a_failed_recovery_sent_is_undone_with_it(broker):
+    broker.publish("x")
+    # Three attempts fail, then the commit of the first recovery does: its copy must not be there twice.
+    database = Database()
+    commits = []
+
+    @contextmanager
+    def begin():
+        with database.begin() as transaction:
+            yield transaction
+            commits.append(1)
+            if len(commits) == 1:
+                raise RuntimeError("recovery's commit fails once")
+
+    consume(broker, failing(9), transaction=begin, recover=park(PARKED))
+    assert len(broker.at(PARKED).messages()) == 1
+
+
+def test_discarding_and_republishing_settle_the_message(broker):
+    broker.publish("1")
+    counters = consume(broker, failing(9), recover=discard("nobody wants it")).counters
+    assert counters.discarded == 1
+    broker.publish("2", {"correlation-id": "c"})
+    counters = consume(broker, failing(9), recover=republish("/queue/elsewhere")).counters
+    assert counters.republished == 1
+    (copy,) = broker.at("/queue/elsewhere").messages()
+    assert (copy.body, copy.headers["correlation-id"], copy.id) == (b"2", "c", "m-2")
+
+
+def test_any_callable_can_recover(broker):
+    broker.publish("x")
+    seen = []
+    consume(broker, failing(9), recover=lambda message, context: seen.append((message.text, context.retry_count)))
+    assert seen == [("x", 3)]
+
+
+def test_a_handler_may_settle_its_message_itself(broker):
+    broker.publish("x")
+    assert consume(broker, lambda message: Discard("not for us")).counters.discarded == 1
+
+
+def test_a_handler_that_asks_for_redelivery_by_its_result_is_told_how(broker):
+    broker.publish("x")
+    consume(broker, lambda message: Redeliver(1.0), recover=park(PARKED))
+    (parked,) = broker.at(PARKED).messages()
+    assert "raise an exception" in parked.headers["retrykit-error"]
+
+
+def test_a_vetoed_message_is_parked_at_once(broker):
+    broker.publish("x")
+
+    def handler(message, context):
+        context.veto("wrong tenant")
+        raise ValueError("no")
+
+    counters = consume(broker, handler, recover=park(PARKED)).counters
+    assert (counters.received, counters.parked) == (1, 1)
+    (parked,) = broker.at(PARKED).messages()
+    assert parked.headers["retrykit-reason"] == "vetoed: wrong tenant"
+
+
+def test_a_recovery_that_fails_is_tried_again_at_later_deliveries_without_the_handler(broker):
+    broker.publish("x")
+    handler = failing(9)
+    tries = []
+
+    def recover(message, context):
+        tries.append(1)
+        if len(tries) <= 4:
+            raise OSError("no space left")
+
+    counters = consume(broker, handler, recover=recover).counters
+    assert len(handler.calls) == 3
+    assert len(tries) == 5
+    assert counters.withheld == 1
+
+
+def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
+    broker.publish("x")
+    handler = failing(9)
+    made = container(broker, handler)
+    with made:
+        wait_for(lambda: made.counters.withheld >= 3)
+    assert len(handler.calls) == 3
+    (left,) = broker.messages()
+    assert left.body == b"x"
+
+
+# -- duplicates and doubts
+
+
+def test_a_delivery_of_a_completed_message_is_acknowledged_without_the_handler(broker):
+    remembering = template(remember_completed=60)
+    handler = failing(0)
+    for _ in range(2):
+        broker.publish("x", id="the-same")
+        made = consume(broker, handler, template=remembering)
+    assert handler.calls == ["x"]
+    assert (made.counters.duplicates, made.counters.acknowledged) == (1, 0)
+
+
+@pytest.mark.parametrize(("fate", "runs"), [("done", 1), ("undone", 2)])
+def test_a_commit_in_doubt_counts_nothing_and_drops_the_connection(broker, fate, runs):
+    broker.publish("x")
+    broker.doubt_next_commit(fate)
+    handler = failing(0)
+    counters = consume(broker, handler, template=template(max_attempts=1), recover=park(PARKED)).counters
+    assert handler.calls == ["x"] * runs
+    assert (counters.in_doubt, counters.parked, counters.acknowledged) == (1, 0, runs - 1)
+
+
+def test_a_completion_mark_answers_what_a_commit_in_doubt_delivers_again(broker):
+    # The mark is kept in another place than the work here, so it is only written when the commit is confirmed.
+    broker.publish("x")
+    broker.doubt_next_commit("undone")
+    handler = failing(0)
+    consume(broker, handler, template=template(remember_completed=60))
+    assert handler.calls == ["x"] * 2
+
+
+@pytest.mark.parametrize("fate", ["done", "undone"])
+def test_a_parking_in_doubt_parks_once(broker, fate):
+    broker.publish("x")
+    broker.doubt_next_commit(fate)
+    handler = failing(9)
+    consume(broker, handler, recover=park(PARKED))
+    assert len(handler.calls) == 3
+    assert len(broker.at(PARKED).messages()) == 1
+
+
+def test_a_connection_lost_while_the_handler_runs_rolls_the_database_back(broker):
+    broker.publish("x")
+    database = Database()
+    calls = []
+
+    def handler(message):
+        calls.append(1)
+        if len(calls) == 1:
+            broker.drop_connections()
+
+    made = consume(broker, handler, transaction=database.begin, template=template(max_attempts=1))
+    assert database.log == ["rollback", "commit"]
+    assert (made.counters.in_doubt, made.counters.generations) == (1, 2)
+
+
+# -- lifetime
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.002)
+
+
+def test_stopping_finishes_the_message_in_hand_and_takes_no_other(broker):
+    broker.publish("1")
+    broker.publish("2")
+    running, go_on = threading.Event(), threading.Event()
+    handled = []
+
+    def handler(message):
+        running.set()
+        assert go_on.wait(PATIENCE)
+        handled.append(message.text)
+
+    made = container(broker, handler)
+    made.start()
+    assert running.wait(PATIENCE)
+    made.stop()
+    assert not made.wait(0.01)
+    go_on.set()
+    assert made.wait(PATIENCE)
+    assert handled == ["1"]
+    assert [message.text for message in broker.messages()] == ["2"]
+
+
+def test_stopping_at_once_commits_nothing_more(broker):
+    broker.publish("1")
+    running, go_on = threading.Event(), threading.Event()
+    database = Database()
+
+    def handler(message):
+        running.set()
+        assert go_on.wait(PATIENCE)
+
+    made = container(broker, handler, transaction=database.begin)
+    made.start()
+    assert running.wait(PATIENCE)
+    made.stop(now=True)
+    go_on.set()
+    assert made.wait(PATIENCE)
+    assert database.log == ["rollback"]
+    assert [message.text for message in broker.messages()] == ["1"]
+
+
+def test_stopping_ends_a_pause_and_keeps_the_history(broker):
+    class Held(MemoryBroker):
+        """Cannot delay by itself, so that the worker holds the message."""
+
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            rollback = session.rollback
+            session.rollback = lambda message=None, delay=0.0: rollback(message)
+            return session
+
+    held = Held(ORDERS)
+    held.publish("x")
+    cache = MapRetryContextCache()
+    slow = template(context_cache=cache, back_off_policy=FixedBackOffPolicy(3600))
+    made = container(held, failing(9), template=slow)
+    with made:
+        wait_for(lambda: made.counters.received == 2)
+    assert [stored.snapshot["retry_count"] for _, stored in cache.items()] == [1]
+    assert len(held.messages()) == 1
+
+
+def test_a_broker_that_can_wait_is_given_the_delay(broker):
+    broker.publish("slow")
+    broker.publish("next")
+    handler = failing(1)
+    slow = template(back_off_policy=FixedBackOffPolicy(0.2))
+    consume(broker, handler, template=slow)
+    assert handler.calls == ["slow", "next", "slow"]
+
+
+def test_a_container_is_used_once(broker):
+    made = container(broker, failing(0))
+    with made:
+        pass
+    with pytest.raises(RuntimeError, match="used once"):
+        made.start()
+
+
+def test_a_container_that_never_started_can_be_stopped(broker):
+    made = container(broker, failing(0))
+    made.stop()
+    assert made.wait(0)
+
+
+def test_a_lost_connection_is_made_again(broker):
+    handler = failing(0)
+    made = container(broker, handler)
+    with made:
+        wait_for(lambda: made.connected == 1)
+        broker.drop_connections()
+        broker.publish("x")
+        assert broker.wait_until_empty(PATIENCE)
+    assert handler.calls == ["x"]
+    assert made.counters.generations == 2
+
+
+def test_a_broker_that_is_not_there_is_waited_for(broker):
+    broker.refuse_connections()
+    broker.publish("x")
+    handler = failing(0)
+    made = container(broker, handler)
+    with made:
+        broker.refuse_connections(False)
+        assert broker.wait_until_empty(PATIENCE)
+    assert handler.calls == ["x"]
+
+
+def test_stopping_ends_the_wait_for_a_broker(broker):
+    broker.refuse_connections()
+    with container(broker, failing(0), reconnect=FixedBackOffPolicy(3600)) as made:
+        pass
+    assert made.counters.generations == 0
+
+
+def test_a_message_without_a_stable_id_stops_the_container_loudly(broker):
+    class Anonymous(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            session.receive = self.refuse
+            return session
+
+        def refuse(self, timeout=None):
+            raise NoStableIdError(destination=ORDERS, broker=self.name, remedy="set one")
+
+    made = container(Anonymous(ORDERS), failing(0), concurrency=2)
+    made.start()
+    with pytest.raises(NoStableIdError, match="set one"):
+        made.wait(PATIENCE)
+
+
+def test_what_is_no_failure_of_the_handler_stops_the_container_and_gives_the_message_back(broker):
+    broker.publish("x")
+
+    def handler(message):
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit), container(broker, handler) as made:
+        made.wait(PATIENCE)
+    assert len(broker.messages()) == 1
+
+
+def test_several_workers_share_the_messages(broker):
+    for number in range(40):
+        broker.publish(str(number))
+    together = threading.Barrier(4)
+    worker = threading.local()
+    handled = []
+
+    def handler(message):
+        if not hasattr(worker, "met"):
+            worker.met = together.wait(PATIENCE)
+        handled.append(message.text)
+
+    made = consume(broker, handler, concurrency=4)
+    assert sorted(handled, key=int) == [str(number) for number in range(40)]
+    assert made.counters.generations == 4
+
+
+def test_a_signal_drains_the_container(broker):
+    broker.publish("1")
+    broker.publish("2")
+    handled = []
+
+    def handler(message):
+        if not handled:
+            os.kill(os.getpid(), signal.SIGTERM)
+        handled.append(message.text)
+        wait_for(made._stopping.is_set)
+
+    before = signal.getsignal(signal.SIGTERM)
+    made = container(broker, handler)
+    made.run()
+    assert handled == ["1"]
+    assert len(broker.messages()) == 1
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_signal_stops_at_once(broker):
+    broker.publish("1")
+    go_on = threading.Event()
+    database = Database()
+
+    def handler(message):
+        os.kill(os.getpid(), signal.SIGINT)
+        wait_for(made._stopping.is_set)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert go_on.wait(PATIENCE)
+
+    made = container(broker, handler, transaction=database.begin)
+    made.run()
+    assert [message.text for message in broker.messages()] == ["1"]
+    assert database.open == 1
+    go_on.set()
+    assert made.wait(PATIENCE)
+    assert database.log == ["rollback"]
+
+
+def test_running_outside_the_main_thread_ends_when_stopped(broker):
+    broker.publish("1")
+    made = container(broker, failing(0))
+    running = threading.Thread(target=made.run)
+    running.start()
+    assert broker.wait_until_empty(PATIENCE)
+    made.stop()
+    running.join(PATIENCE)
+    assert not running.is_alive()
+
+
+# -- bad arguments
+
+
+async def coroutine(message):
+    pass
+
+
+def generator(message):
+    yield
+
+
+@pytest.mark.parametrize(
+    ("change", "names"),
+    [
+        ({"broker": "stomp://localhost"}, "broker.*stomp://localhost"),
+        ({"handler": 7}, "handler.*7"),
+        ({"handler": coroutine}, "handler.*coroutine"),
+        ({"handler": generator}, "handler.*generator"),
+        ({"handler": lambda: None}, "handler.*message"),
+        ({"handler": lambda one, two, three: None}, "handler.*message, context"),
+        ({"template": None}, "template.*None"),
+        ({"transaction": 7}, "transaction.*7"),
+        ({"recover": "/queue/p"}, "recover.*/queue/p"),
+        ({"concurrency": 0}, "concurrency.*0"),
+        ({"concurrency": "2"}, "concurrency.*'2'"),
+        ({"reconnect": 1.0}, r"reconnect.*1\.0"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(broker, change, names):
+    given = {"broker": broker, "handler": failing(0), "template": template()} | change
+    with pytest.raises((ValueError, TypeError), match=names):
+        ListenerContainer(given.pop("broker"), given.pop("handler"), **given)
+
+
+def test_a_refused_connection_says_who_refused(broker):
+    broker.refuse_connections()
+    with pytest.raises(BrokerUnavailableError, match="memory:/queue/orders"):
+        broker.connect()
+
+
+def test_capabilities_claim_nothing_by_themselves():
+    assert Capabilities() == Capabilities(
+        delayed_redelivery=False,
+        atomic_send_and_ack=False,
+        stable_ids=False,
+        trustworthy_flag=False,
+        counts_deliveries=False,
+    )

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from retrykit.context import RetryContext
+from retrykit.message import Discard, Message, Park, Republish
+from retrykit.messaging import discard, park, republish
+
+HEADERS = {
+    "content-type": "application/json",
+    "correlation-id": "c-1",
+    "x-tenant": "blue",
+    "receipt": "r",
+    "transaction": "t",
+    "message-id": "ID:1",
+    "redelivered": "true",
+    "expires": "17",
+    "timestamp": "18",
+    "AMQ_SCHEDULED_DELAY": "5000",
+}
+MUST_NOT_TRAVEL = {"receipt", "transaction", "message-id", "redelivered", "expires", "timestamp", "AMQ_SCHEDULED_DELAY"}
+
+
+def message(**options):
+    given = {"destination": "/queue/a", "body": b"{}", "headers": HEADERS, "id": "ID:1", "key": ("/queue/a", "ID:1")}
+    return Message(**given | options)
+
+
+def context(**facts):
+    known = {
+        "format": 1,
+        "name": "orders",
+        "key": ["/queue/a", "ID:1"],
+        "retry_count": 3,
+        "first_failed_at": 1_700_000_000.25,
+        "last_failed_at": 1_700_000_060.5,
+        "last_error": {"type": "sqlalchemy.exc.IntegrityError", "message": "no such customer"},
+    }
+    return RetryContext.from_snapshot(known | facts)
+
+
+def test_a_parked_message_tells_its_history():
+    settlement = park("/queue/a.parked")(message(), context())
+    assert isinstance(settlement, Park)
+    assert settlement.destination == "/queue/a.parked"
+    ours = {name: value for name, value in settlement.headers.items() if name.startswith("retrykit-")}
+    del ours["retrykit-other-headers"], ours["retrykit-reason"]
+    assert ours == {
+        "retrykit-id": "ID:1",
+        "retrykit-destination": "/queue/a",
+        "retrykit-key": '["/queue/a", "ID:1"]',
+        "retrykit-attempts": "3",
+        "retrykit-first-failed-at": "2023-11-14T22:13:20.250+00:00",
+        "retrykit-last-failed-at": "2023-11-14T22:14:20.500+00:00",
+        "retrykit-error-type": "sqlalchemy.exc.IntegrityError",
+        "retrykit-error": "no such customer",
+    }
+
+
+def test_only_listed_headers_travel():
+    headers = park("/queue/p")(message(), context()).headers
+    assert headers["content-type"] == "application/json"
+    assert headers["correlation-id"] == "c-1"
+    assert not MUST_NOT_TRAVEL & set(headers)
+    assert "x-tenant" not in headers
+
+
+def test_patterns_let_an_applications_own_headers_travel():
+    headers = park("/queue/p", headers=("x-*",))(message(), context()).headers
+    assert headers["x-tenant"] == "blue"
+    assert "correlation-id" not in headers
+
+
+def test_headers_that_do_not_travel_are_kept_as_text():
+    kept = json.loads(park("/queue/p")(message(), context()).headers["retrykit-other-headers"])
+    assert kept["x-tenant"] == "blue"
+    assert kept["AMQ_SCHEDULED_DELAY"] == "5000"
+    assert "receipt" not in kept
+
+
+def test_too_many_other_headers_are_left_out():
+    many = HEADERS | {f"h{number}": "x" * 100 for number in range(100)}
+    assert "retrykit-other-headers" not in park("/queue/p")(message(headers=many), context()).headers
+
+
+def test_the_stable_id_of_the_original_goes_through_every_copy():
+    copy = message(headers=HEADERS | {"retrykit-id": "first"}, id="ID:2")
+    assert park("/queue/p")(copy, context()).headers["retrykit-id"] == "first"
+    assert republish("/queue/p")(copy, context()).headers["retrykit-id"] == "first"
+
+
+def test_error_texts_are_bounded_to_one_line():
+    error = {"type": "E", "message": "first\nsecond\x00" + "x" * 5000}
+    text = park("/queue/p")(message(), context(last_error=error)).headers["retrykit-error"]
+    assert text.startswith("first second x")
+    assert len(text) == 1000
+
+
+def test_a_veto_is_the_reason():
+    settlement = park("/queue/p")(message(), context(veto="wrong tenant"))
+    assert settlement.reason == "vetoed: wrong tenant"
+    assert settlement.headers["retrykit-reason"] == "vetoed: wrong tenant"
+
+
+def test_an_item_that_never_failed_can_be_parked():
+    headers = park("/queue/p")(message(), context(retry_count=0, last_error=None, first_failed_at=None)).headers
+    assert headers["retrykit-attempts"] == "0"
+    assert "retrykit-error" not in headers
+
+
+def test_republishing_keeps_no_history():
+    settlement = republish("/queue/b")(message(), context())
+    assert isinstance(settlement, Republish)
+    assert settlement.headers == {
+        "content-type": "application/json",
+        "correlation-id": "c-1",
+        "retrykit-id": "ID:1",
+        "retrykit-destination": "/queue/a",
+    }
+
+
+def test_discarding_gives_the_reason():
+    assert discard("stale")(message(), context()) == Discard("stale")
+
+
+def test_recoverers_are_values():
+    assert park("/queue/p") == park("/queue/p")
+    assert repr(discard("stale")) == "discard(reason='stale')"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "names"),
+    [
+        (lambda: park(""), "destination.*''"),
+        (lambda: park(7), "destination.*7"),
+        (lambda: park("/queue/p", headers="x-*"), r"headers.*x-\*"),
+        (lambda: park("/queue/p", headers=(1,)), "headers.*1"),
+        (lambda: republish(None), "destination.*None"),
+        (lambda: discard(""), "reason.*''"),
+    ],
+)
+def test_a_wrong_argument_is_refused_by_name(wrong, names):
+    with pytest.raises((ValueError, TypeError), match=names):
+        wrong()

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from retrykit.messaging.address import Address, parse_address, redacted
+from retrykit.messaging.errors import BrokerUnavailableError
+from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, profile_for
+from retrykit.messaging.stomp import StompBroker
+
+
+@pytest.mark.parametrize(
+    ("url", "address"),
+    [
+        ("stomp://host", Address("host", 61613)),
+        ("stomp://host:7/queue/a", Address("host", 7, path="/queue/a")),
+        ("stomp://me:p%40ss%2Fw@host:7", Address("host", 7, "me", "p@ss/w")),
+        ("stomp://[::1]:7", Address("::1", 7)),
+    ],
+)
+def test_a_url_names_host_port_credentials_and_destination(url, address):
+    assert parse_address(url) == address
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "host:61613", "http://host", "stomp://", "stomp://host:99999", "stomp://host?x=1", "stomp://a:b%0Ac@host", 7],
+)
+def test_a_url_that_makes_no_sense_is_refused_by_name(url):
+    with pytest.raises((ValueError, TypeError), match="url"):
+        StompBroker(url, destination="/queue/a")
+
+
+@pytest.mark.parametrize("url", ["stomp://me:secret@host", "http://me:secret@host", "stomp://me:secret@host:99999"])
+def test_a_password_is_never_shown(url):
+    assert "secret" not in redacted(url)
+    try:
+        broker = StompBroker(url, destination="/queue/a")
+    except ValueError as error:
+        assert "secret" not in str(error)
+    else:
+        assert "secret" not in f"{broker!r} {broker.name} {broker.address!r}"
+
+
+def test_the_destination_is_given_or_the_path_of_the_url():
+    assert StompBroker("stomp://host/queue/a").destination == "/queue/a"
+    assert StompBroker("stomp://host", destination="/queue/a").name == "stomp://host:61613/queue/a"
+    with pytest.raises(ValueError, match="destination.*'/queue/b'"):
+        StompBroker("stomp://host/queue/a", destination="/queue/b")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("prefetch", 0),
+        ("prefetch", "1"),
+        ("heart_beat", 0),
+        ("connect_timeout", -1),
+        ("receipt_timeout", float("nan")),
+        ("send_timeout", None),
+        ("profile", "artemis"),
+        ("profile", 7),
+        ("destination", 7),
+    ],
+)
+def test_a_wrong_option_is_refused(option, value):
+    with pytest.raises((ValueError, TypeError)):
+        StompBroker("stomp://host", **{option: value})
+
+
+def test_the_profile_is_what_the_server_calls_itself():
+    assert profile_for("ActiveMQ/5.17.2") is ACTIVEMQ
+    assert profile_for("Something/1.0") is GENERIC
+    assert profile_for("") is GENERIC
+
+
+def test_consuming_from_nowhere_is_refused_before_anything_is_connected():
+    with pytest.raises(ValueError, match="destination"):
+        StompBroker("stomp://127.0.0.1:1").connect()
+
+
+def test_a_broker_that_is_not_there_is_unavailable(unused_port):
+    with pytest.raises(BrokerUnavailableError, match=f"127.0.0.1:{unused_port}"):
+        StompBroker(f"stomp://127.0.0.1:{unused_port}", destination="/queue/a").connect()
+
+
+def test_a_server_that_never_answers_is_unavailable_in_time(silent_port):
+    broker = StompBroker(f"stomp://127.0.0.1:{silent_port}", destination="/queue/a", connect_timeout=0.1)
+    with pytest.raises(BrokerUnavailableError, match="did not answer"):
+        broker.connect()
+
+
+@pytest.fixture
+def silent_port():
+    import socket
+
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield listening.getsockname()[1]
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    # Bound but not listening: nobody else can take it, and nobody answers.
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound.getsockname()[1]
+
+
+def test_without_stomp_py_the_error_says_what_to_install():
+    code = "import sys; sys.modules['stomp'] = None\nimport retrykit.messaging.stomp"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert 'pip install "retrykit[stomp]"' in ran.stderr
+
+
+def test_the_rest_of_messaging_does_not_need_stomp_py():
+    code = "import sys; import retrykit.messaging, retrykit.messaging.memory; assert 'stomp' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
