@@ -1,0 +1,179 @@
+"""How long to wait before the next attempt: pure questions, answered in seconds.
+
+The n-th failure asks for the n-th interval, so a series goes on across deliveries and processes. The cap is applied first, jitter after it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, Final, Literal, Protocol, runtime_checkable
+
+import attrs
+
+from retrykit.check import at_least, has, is_callable, more_than, seconds, to_seconds, whole, wrong_type, wrong_value
+
+JITTERS: Final = ("full", "equal", "decorrelated")
+Jitter = Literal["full", "equal", "decorrelated"] | float | None
+
+
+@runtime_checkable
+class BackOffPolicy(Protocol):
+    """What says how long to wait. Give any object with this method."""
+
+    def delay(self, context: Any) -> float:
+        """Seconds (0 or more) from the failure number `context.retry_count` to the next attempt."""
+
+
+is_back_off = has("delay")
+
+
+def chance(seed: int | None, context: Any) -> float:
+    """A number in [0, 1): from the machine without a seed; with one, the same for the same item and failure, in every process."""
+    import random  # noqa: PLC0415 - only those who use jitter pay for the import
+
+    if seed is None:
+        return random.random()  # noqa: S311 - spreads load, keeps no secret
+    return random.Random(f"{seed}|{context.name}|{context.key!r}|{context.retry_count}").random()  # noqa: S311
+
+
+@attrs.frozen
+class NoBackOffPolicy:
+    """The next attempt follows at once."""
+
+    def delay(self, context: Any) -> float:  # noqa: ARG002 - nothing about it matters
+        """0."""
+        return 0.0
+
+
+@attrs.frozen
+class FixedBackOffPolicy:
+    """Always the same interval (seconds, default 1)."""
+
+    interval: float = attrs.field(default=1.0, converter=to_seconds("interval"), validator=at_least(0))
+
+    def delay(self, context: Any) -> float:  # noqa: ARG002 - nothing about it matters
+        """The interval."""
+        return self.interval
+
+
+@attrs.frozen
+class UniformRandomBackOffPolicy:
+    """An interval drawn evenly between two bounds (seconds, default 0.5 to 1.5)."""
+
+    min_interval: float = attrs.field(default=0.5, converter=to_seconds("min_interval"), validator=at_least(0))
+    max_interval: float = attrs.field(default=1.5, converter=to_seconds("max_interval"), validator=at_least(0))
+    seed: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True)
+
+    def __attrs_post_init__(self) -> None:
+        if self.max_interval < self.min_interval:
+            raise wrong_value("max_interval", f"at least min_interval={self.min_interval:g}", self.max_interval)
+
+    def delay(self, context: Any) -> float:
+        """A draw."""
+        return self.min_interval + (self.max_interval - self.min_interval) * chance(self.seed, context)
+
+
+def _check_jitter(_instance: Any, field: Any, value: Any) -> None:
+    if value is None or value in JITTERS:
+        return
+    wanted = f"None, one of {', '.join(map(repr, JITTERS))}, or a fraction from 0 to 1"
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong_type(field.name, wanted, value)
+    if isinstance(value, str) or not 0 <= value <= 1:
+        raise wrong_value(field.name, wanted, value)
+
+
+@attrs.frozen
+class ExponentialBackOffPolicy:
+    """`initial`, `initial * multiplier`, … seconds, never more than `max_interval`. The defaults are Spring's: 0.1, 2, 30, no jitter.
+
+    `jitter` spreads callers that failed together: "full" draws from 0 to the interval, "equal" from its half up, "decorrelated" from
+    `initial` to three times the last delay (Brooker, "Exponential Backoff And Jitter", 2015); a fraction f draws within ± f of it.
+    `seed` makes the draws repeatable, for tests: production code leaves it None.
+    """
+
+    initial: float = attrs.field(default=0.1, converter=to_seconds("initial"), validator=more_than(0))
+    multiplier: float = attrs.field(default=2.0, validator=at_least(1))
+    max_interval: float = attrs.field(default=30.0, converter=to_seconds("max_interval"), validator=more_than(0))
+    jitter: Jitter = attrs.field(default=None, validator=_check_jitter, kw_only=True)
+    seed: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True)
+
+    def delay(self, context: Any) -> float:
+        """The interval for this failure."""
+        if self.jitter == "decorrelated":
+            last = max(self.initial, context.last_delay or self.initial)
+            return min(self.max_interval, self.initial + (3 * last - self.initial) * chance(self.seed, context))
+        interval = self.interval(max(1, context.retry_count))
+        return interval if self.jitter is None else self._jittered(interval, chance(self.seed, context))
+
+    def interval(self, failure: int) -> float:
+        """The capped interval after failure number `failure` (from 1), before jitter."""
+        try:
+            return min(self.max_interval, self.initial * self.multiplier ** (failure - 1))
+        except OverflowError:
+            return self.max_interval
+
+    def _jittered(self, interval: float, drawn: float) -> float:
+        if self.jitter == "full":
+            return interval * drawn
+        if self.jitter == "equal":
+            return interval / 2 * (1 + drawn)
+        assert isinstance(self.jitter, int | float)  # noqa: S101 - for type checkers: validated at construction
+        return interval * (1 + self.jitter * (2 * drawn - 1))
+
+
+def _schedule(value: Any) -> tuple[float, ...]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise wrong_type("schedule", "intervals in seconds", value)
+    return tuple(seconds("schedule", interval) for interval in value)
+
+
+@attrs.frozen
+class ScheduleBackOffPolicy:
+    """Given intervals, one after the other; the last one repeats. The default is 1, 2, 3, 5, 8 … 55 seconds."""
+
+    schedule: tuple[float, ...] = attrs.field(default=(1, 2, 3, 5, 8, 13, 21, 34, 55), converter=_schedule)
+
+    @schedule.validator
+    def _check(self, field: Any, schedule: tuple[float, ...]) -> None:
+        if not schedule:
+            raise wrong_value(field.name, "at least one interval", schedule)
+        if min(schedule) < 0:
+            raise wrong_value(field.name, "intervals of 0 seconds or more", schedule)
+
+    def delay(self, context: Any) -> float:
+        """The interval whose turn it is."""
+        return self.schedule[min(max(1, context.retry_count), len(self.schedule)) - 1]
+
+
+def retry_after(error: BaseException) -> float | timedelta | None:
+    """The usual hint: the error's own `retry_after` (seconds or a timedelta), or that of its response's `Retry-After` header in seconds."""
+    hint = getattr(error, "retry_after", None)
+    if hint is None:
+        headers = getattr(getattr(error, "response", None), "headers", None) or {}
+        hint = headers.get("Retry-After")
+    if isinstance(hint, str):
+        return float(hint) if hint.strip().isdigit() else None
+    return hint if isinstance(hint, int | float | timedelta) and not isinstance(hint, bool) else None
+
+
+@attrs.frozen
+class ErrorHintBackOffPolicy:
+    """The failure itself says how long to wait (`Retry-After`, a throttling error); without a hint the `fallback` does.
+
+    `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none. Never more than `max_interval`.
+    """
+
+    fallback: BackOffPolicy = attrs.field(factory=ExponentialBackOffPolicy, validator=is_back_off)
+    hint: Callable[[BaseException], float | timedelta | None] = attrs.field(default=retry_after, validator=is_callable)
+    max_interval: float = attrs.field(default=300.0, converter=to_seconds("max_interval"), validator=more_than(0))
+
+    def delay(self, context: Any) -> float:
+        """The hint, bounded; else the fallback's."""
+        error = context.last_error
+        hinted = None if error is None else self.hint(error)
+        wanted = hinted.total_seconds() if isinstance(hinted, timedelta) else hinted
+        if wanted is None or not 0 <= wanted < float("inf"):
+            return self.fallback.delay(context)
+        return min(float(wanted), self.max_interval)

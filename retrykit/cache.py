@@ -1,0 +1,187 @@
+"""Where histories are kept between deliveries: a compare-and-set store of JSON-able snapshots.
+
+`RetryContextCache` is all that a store must do; `retrykit.testing.ContextCacheContract` checks one. No object of the program is ever stored:
+a snapshot is plain JSON data (see `RetryContext.snapshot`), so there is no pickle, and any process can read what another wrote.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import attrs
+
+from retrykit.check import has, more_than, one_of, to_seconds, whole
+from retrykit.errors import CacheCapacityError
+from retrykit.key import canonical_key
+
+__all__ = ["JoinableContextCache", "MapRetryContextCache", "RetryContextCache", "StoredContext", "canonical_key"]
+
+
+@attrs.frozen
+class StoredContext:
+    """A snapshot and the version it was stored as."""
+
+    snapshot: Mapping[str, Any]
+    version: int
+
+
+@runtime_checkable
+class RetryContextCache(Protocol):
+    """A store of histories. `key` is canonical text (`canonical_key`), at most 512 characters.
+
+    The methods of a cache for `AsyncRetryTemplate` may be coroutine functions. Faults are raised as `ContextCacheError`.
+    """
+
+    def load(self, key: str) -> StoredContext | None:
+        """What is stored under the key, or None."""
+
+    def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
+        """Store the snapshot if the stored version still is `expected` (None: nothing is stored). One atomic step.
+
+        Returns the new version, a number never used before for this key; None if somebody else was first, and nothing was changed.
+        `CacheCapacityError` when the store is full and the key is new: a known key can always be stored.
+        """
+
+    def remove(self, key: str, expected: int | None = None) -> bool:
+        """Forget the key, if its version still is `expected` (None: whatever it is). Whether something was removed."""
+
+    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
+        """All keys that begin with the prefix, in order, with what is stored: for operators."""
+
+    def expire(self, now: float) -> int:
+        """Forget what need not be kept any longer at `now` (seconds since the epoch). How many histories went."""
+
+
+@runtime_checkable
+class JoinableContextCache(RetryContextCache, Protocol):
+    """A cache that can take part in the work's own transaction, when both are in one database."""
+
+    def joined(self, transaction: Any) -> RetryContextCache | None:
+        """The same store, seen through the caller's open transaction: what is saved there commits or rolls back with the work.
+
+        None when that transaction is not on this store's database.
+        """
+
+
+is_cache = has("load", "save", "remove")
+
+
+def identity(cache: Any) -> Any:
+    """What makes two caches equal in two templates: in-memory ones compare by their bounds, not by what they hold."""
+    return cache.bounds if isinstance(cache, MapRetryContextCache) else cache
+
+
+@attrs.define(slots=False, eq=False)
+class MapRetryContextCache:
+    """Histories in this process's memory: for one process, tests, and as the default.
+
+    `capacity`: how many histories at most. When it is full and a new key comes, `on_full="reject"` raises `CacheCapacityError` (the failure is
+    then not remembered, and the business error stays what the caller sees), `"evict_oldest"` forgets the one that was stored longest ago.
+    `time_to_live`: seconds after which a history that was not touched may be forgotten (`expire`); None keeps it.
+    A pickled or copied cache has the same bounds and is empty: history in memory belongs to its process.
+    """
+
+    capacity: int = attrs.field(default=100_000, validator=whole(1))
+    on_full: Literal["reject", "evict_oldest"] = attrs.field(default="reject", validator=one_of("reject", "evict_oldest"), kw_only=True)
+    time_to_live: float | None = attrs.field(
+        default=None, converter=to_seconds("time_to_live"), validator=more_than(0), kw_only=True
+    )
+    _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=len)
+    _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)
+
+    @property
+    def bounds(self) -> tuple[Any, ...]:
+        """What it was made with."""
+        return (self.capacity, self.on_full, self.time_to_live)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _empty, self.bounds
+
+    def load(self, key: str) -> StoredContext | None:
+        """What is stored under the key, or None."""
+        with self._lock:
+            found = self._entries.get(key)
+        return None if found is None else StoredContext(_copied(found.snapshot), found.version)
+
+    def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
+        """Store if the version still is `expected`; the new version, or None."""
+        kept = _copied(snapshot)
+        with self._lock:
+            found = self._entries.get(key)
+            if (None if found is None else found.version) != expected:
+                return None
+            if found is None:
+                self._make_room(key)
+            else:
+                # Taken out and put back: the dict's order is the order in which histories were last stored.
+                del self._entries[key]
+            version = next(self._versions)
+            self._entries[key] = StoredContext(kept, version)
+            return version
+
+    def _make_room(self, key: str) -> None:
+        if len(self._entries) >= self.capacity and self.time_to_live is not None:
+            self._drop_over(time.time())
+        if len(self._entries) < self.capacity:
+            return
+        if self.on_full == "reject":
+            raise CacheCapacityError(capacity=self.capacity, key=key)
+        del self._entries[next(iter(self._entries))]
+
+    def remove(self, key: str, expected: int | None = None) -> bool:
+        """Forget the key, if its version still is `expected`."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None or expected not in (None, found.version):
+                return False
+            del self._entries[key]
+            return True
+
+    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
+        """All keys that begin with the prefix, in order."""
+        with self._lock:
+            keys = sorted(key for key in self._entries if key.startswith(prefix))
+        for key in keys:
+            stored = self.load(key)
+            if stored is not None:
+                yield key, stored
+
+    def expire(self, now: float) -> int:
+        """Forget completion marks that are over, and histories not touched for `time_to_live`."""
+        with self._lock:
+            return self._drop_over(now)
+
+    def _drop_over(self, now: float) -> int:
+        over = [key for key, stored in self._entries.items() if self._is_over(stored.snapshot, now)]
+        for key in over:
+            del self._entries[key]
+        return len(over)
+
+    def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
+        until = snapshot.get("expires_at")
+        if until is None and self.time_to_live is not None:
+            touched = snapshot.get("last_failed_at") or snapshot.get("started_at")
+            until = None if touched is None else touched + self.time_to_live
+        return until is not None and until <= now
+
+
+def _copied(value: Any) -> Any:
+    """A copy of JSON data, so that neither side sees what the other does to its own."""
+    if isinstance(value, Mapping):
+        return {name: _copied(part) for name, part in value.items()}
+    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _empty(capacity: int, on_full: Literal["reject", "evict_oldest"], time_to_live: float | None) -> MapRetryContextCache:
+    return MapRetryContextCache(capacity, on_full=on_full, time_to_live=time_to_live)

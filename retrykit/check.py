@@ -1,0 +1,134 @@
+"""Refusing bad values when they are given, in one wording: the argument, what it must be, and the value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+Validator = Callable[[Any, Any, Any], None]
+Seconds = float | timedelta
+
+
+def shown(value: object) -> str:
+    """The value in an error: its `repr`, bounded."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:79] + "…"  # noqa: PLR2004 - a line's length
+
+
+def wrong_type(name: str, wanted: str, value: object) -> TypeError:
+    """The error for a value of the wrong kind."""
+    return TypeError(f"{name}: must be {wanted}, not {type(value).__name__} {shown(value)}")
+
+
+def wrong_value(name: str, wanted: str, value: object) -> ValueError:
+    """The error for a value of the right kind that is out of range."""
+    return ValueError(f"{name}: must be {wanted}, not {shown(value)}")
+
+
+def seconds(name: str, value: object) -> float:
+    """A duration in seconds from a number or a timedelta; finite."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise wrong_type(name, "seconds (int, float) or a timedelta", value)
+    if not math.isfinite(value):
+        raise wrong_value(name, "finite", value)
+    return float(value)
+
+
+def to_seconds(name: str) -> Callable[[Any], Any]:
+    """An attrs converter for a duration; None stays None."""
+    return lambda value: None if value is None else seconds(name, value)
+
+
+def at_least(bound: float) -> Validator:
+    """An attrs validator: a number, `bound` or more; None is let through where the default is None."""
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        if value is None and field.default is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise wrong_type(field.name, "a number", value)
+        if not value >= bound:
+            raise wrong_value(field.name, f"at least {bound:g}", value)
+
+    return check
+
+
+def more_than(bound: float) -> Validator:
+    """An attrs validator: a number above `bound`."""
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        at_least(bound)(_instance, field, value)
+        if value is not None and not (value > bound and math.isfinite(value)):
+            raise wrong_value(field.name, f"more than {bound:g} and finite", value)
+
+    return check
+
+
+def whole(bound: int, *, optional: bool = False) -> Validator:
+    """An attrs validator: an int, `bound` or more; None too if `optional`."""
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        if optional and value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong_type(field.name, "an int" + (" or None" if optional else ""), value)
+        if value < bound:
+            raise wrong_value(field.name, f"at least {bound}", value)
+
+    return check
+
+
+def one_of(*allowed: Any) -> Validator:
+    """An attrs validator: one of these very values (1 is not True here)."""
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        if not any(type(value) is type(choice) and value == choice for choice in allowed):
+            wanted = "one of " + ", ".join(map(repr, allowed))
+            known_type = any(type(value) is type(choice) for choice in allowed)
+            raise (wrong_value if known_type else wrong_type)(field.name, wanted, value)
+
+    return check
+
+
+def is_callable(_instance: Any, field: Any, value: Any) -> None:
+    """An attrs validator: something to call."""
+    if not callable(value):
+        raise wrong_type(field.name, "callable", value)
+
+
+def is_callable_or_none(instance: Any, field: Any, value: Any) -> None:
+    """An attrs validator: something to call, or None."""
+    if value is not None:
+        is_callable(instance, field, value)
+
+
+def has(*methods: str, optional: bool = False) -> Validator:
+    """An attrs validator: an object (not a class) with these methods; None too if `optional`."""
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        if optional and value is None:
+            return
+        missing = [method for method in methods if not callable(getattr(value, method, None))]
+        if missing or isinstance(value, type):
+            wanted = "an object with " + ", ".join(f"{method}()" for method in missing or methods)
+            raise wrong_type(field.name, wanted, value)
+
+    return check
+
+
+def error_types(name: str, value: object) -> tuple[type[Exception], ...]:
+    """Exception classes given as one class or an iterable of classes."""
+    given = (value,) if isinstance(value, type) else value
+    if isinstance(given, str | bytes) or not hasattr(given, "__iter__"):
+        raise wrong_type(name, "an exception class or a tuple of them", value)
+    types = tuple(given)
+    for one in types:
+        if not isinstance(one, type) or not issubclass(one, BaseException):
+            raise wrong_type(name, "an exception class or a tuple of them", one)
+        if not issubclass(one, Exception):
+            raise wrong_value(name, "exception classes under Exception (others are never retried)", one)
+    return types

@@ -1,0 +1,353 @@
+"""One call's view of its item: how often it failed, with what, what was decided; and how client code finds it.
+
+A context is three stores until something happens: everything that a history remembers is kept in a `History` that is made when a failure,
+a stored snapshot or the user's own attributes need it. A decorated function does not even make the context: it binds a *frame*, a list
+`[template, started, outer]`, and `current_context()` turns that into a context when somebody asks. After a failure there is a context, but
+still nobody else may have it: then the frame is `[context]`, and is marked when somebody asks. What nobody has seen need not be tidied up.
+
+The binding is a context variable, set and reset around each attempt: threads started through `contextvars.copy_context` and tasks inherit
+it, and after the call it is what it was before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar, Token
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import attrs
+
+from retrykit.check import is_callable, one_of, wrong_type
+from retrykit.clock import SYSTEM_CLOCK
+from retrykit.errors import RetryError
+from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, StoredError, Tally, message_of, type_name
+from retrykit.key import Key, check_key, key_from_json, key_to_json
+
+if TYPE_CHECKING:
+    from retrykit.clock import Clock
+    from retrykit.policy import RetryDecision
+
+_bound: ContextVar[Any] = ContextVar("retrykit.context", default=None)
+
+
+def current_context() -> RetryContext | None:
+    """The context of the innermost attempt that is running around the caller, at any depth; None outside of every attempt."""
+    return context_in(_bound.get())
+
+
+def context_in(bound: Any) -> RetryContext | None:
+    """The context that a binding stands for: itself, or the one that its frame is turned into when it is first asked for."""
+    if type(bound) is not list:
+        # A RetryContext; or nothing: None, or what a token says of a variable that was not set.
+        return None if bound is Token.MISSING else bound  # type: ignore[no-any-return]
+    if isinstance(bound[0], RetryContext):
+        bound.append(True)  # noqa: FBT003 - the mark of one that was asked for
+        return bound[0]
+    if len(bound) == 3:  # noqa: PLR2004 - template, started, outer
+        # Two threads may ask at once: the first append wins, for both.
+        bound.append(RetryContext(*bound))
+    return bound[3]  # type: ignore[no-any-return]
+
+
+def veto(reason: str = "vetoed by the client code") -> None:
+    """Forbid further attempts of the operation that is running around the caller; the present attempt goes on.
+
+    Raises `RetryError` outside of every attempt. The veto is kept with the item's history, across deliveries and restarts.
+    """
+    context = current_context()
+    if context is None:
+        msg = f"there is no attempt to veto around this call (reason given: {reason!r})"
+        raise RetryError(msg)
+    context.veto(reason)
+
+
+def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
+    """Every failure is rethrown: the default of `RetryState.rollback_for`."""
+    return True
+
+
+def _check_state_key(_state: Any, _field: Any, key: Any) -> None:
+    if key is not None:
+        check_key(key)
+
+
+@attrs.frozen(kw_only=True)
+class RetryState:
+    """What makes a call stateful: which item it is about, and what its source says of it.
+
+    `key` names the item across deliveries; None means that there is nothing to remember (each failure is still rethrown).
+    `redelivered`: True looks the history up and counts an attempt that never ended as a crash; False skips the look-up, so give it only for
+    a source that never forgets; None (unknown) looks it up. `fresh` starts the history of an old key anew.
+    `rollback_for(error)`: False means try again in place instead of rethrowing. `recover_on_redelivery`: True (Spring's rule) rethrows the
+    last failure as well and recovers at the next delivery; False recovers in the same call: right when the session is ours.
+    `journal`: "redelivered" stores "attempt n was started" before an attempt unless the source says that it is the first delivery,
+    "always" in any case, "never" not at all (then neither crashes nor attempts that run at the same time are counted before they fail).
+    """
+
+    key: Key | None = attrs.field(validator=_check_state_key)
+    redelivered: bool | None = attrs.field(default=None, validator=one_of(True, False, None))  # noqa: FBT003
+    fresh: bool = attrs.field(default=False, validator=one_of(True, False))  # noqa: FBT003
+    rollback_for: Callable[[Exception], bool] = attrs.field(default=always, validator=is_callable)
+    recover_on_redelivery: bool = attrs.field(default=True, validator=one_of(True, False))  # noqa: FBT003
+    journal: Literal["redelivered", "always", "never"] = attrs.field(
+        default="redelivered", validator=one_of("redelivered", "always", "never")
+    )
+
+
+class RetryContext:
+    """What is known of the operation while it runs; given to callbacks, recoveries and listeners.
+
+    It belongs to one call. When the call is over it keeps descriptions of the errors instead of the live exceptions, which would pin every
+    frame that they passed through.
+    """
+
+    # What most calls never store is a default of the class: contexts are made on every call, and seldom read.
+    _state: RetryState | None = None
+    _history: History | None = None
+    _live: list[tuple[int, Exception, float]] | None = None
+    _now: float = 0.0
+    _first: float = 0.0
+    _fault: Exception | None = None
+    _wall: float | None = None
+    _pause: float = 0.0
+    _flight: int | None = None
+    _version: int | None = None
+    _outer: Any = None
+    attempt: int = 1
+    closed: bool = False
+    duplicate: bool = False
+    decision: RetryDecision | None = None
+    transaction: Any = None
+
+    def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
+        self._template = template
+        self._started = started
+        self._outer = outer
+        if state is not None:
+            self._state = state
+
+    def __repr__(self) -> str:
+        facts = {"attempt": self.attempt, "retry_count": self.retry_count, "max_attempts": self.max_attempts}
+        shown = "".join(f" {fact}={value}" for fact, value in facts.items())
+        return f"<RetryContext {self.name!r} key={self.key!r}{shown}>"
+
+    # -- which item
+
+    @property
+    def name(self) -> str:
+        """The template's name."""
+        return self._template.name  # type: ignore[no-any-return]
+
+    @property
+    def key(self) -> Key | None:
+        """The item's key; None in a stateless call."""
+        return None if self._state is None else self._state.key
+
+    @property
+    def parent(self) -> RetryContext | None:
+        """The context of the attempt in whose course this call was made."""
+        return context_in(self._outer)
+
+    @property
+    def fence(self) -> int:
+        """A number that grows with every attempt of the key, in every process: guard your own writes with it."""
+        if self._flight is not None:
+            return self._flight
+        history = self._history
+        return self.attempt if self.key is None or history is None else max(1, history.fence)
+
+    # -- counts and failures
+
+    @property
+    def retry_count(self) -> int:
+        """Failed attempts so far, in all deliveries."""
+        history = self._history
+        return 0 if history is None else history.failures
+
+    @property
+    def crashes(self) -> int:
+        """How many of the failed attempts never ended: their process died."""
+        history = self._history
+        return 0 if history is None else history.crashes
+
+    @property
+    def max_attempts(self) -> int | None:
+        """The policy's limit, the first attempt included; None if it has none."""
+        limit: int | None = getattr(self._template.retry_policy, "max_attempts", None)
+        return limit
+
+    @property
+    def last_error(self) -> BaseException | None:
+        """The last failure: the live exception, or a `StoredError` when it was loaded, or when the call is over."""
+        history = self._history
+        return None if history is None else history.last_error
+
+    @property
+    def errors(self) -> tuple[ErrorSummary, ...]:
+        """The last ten failures, one line each, oldest first."""
+        self._describe()
+        return self._facts().errors
+
+    # -- time
+
+    @property
+    def started_at(self) -> datetime:
+        """When the first attempt of the item was begun."""
+        started = self._facts().started_at
+        return _instant(self._wall_of(self._started) if started is None else started)
+
+    @property
+    def first_failed_at(self) -> datetime | None:
+        """When the first failure was counted."""
+        history = self._history
+        if history is None or history.failures == 0:
+            return None
+        return _instant(self._wall_of(self._first) if history.first_failed_at is None else history.first_failed_at)
+
+    @property
+    def last_failed_at(self) -> datetime | None:
+        """When the last failure was counted."""
+        history = self._history
+        if history is None or history.failures == 0:
+            return None
+        return _instant(self._wall_of(self._now) if history.last_failed_at is None else history.last_failed_at)
+
+    @property
+    def not_before(self) -> datetime | None:
+        """When the next attempt is due, if the back-off set a time."""
+        history = self._history
+        return None if history is None or history.not_before is None else _instant(history.not_before)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds from the beginning of the first attempt to the last event of this call."""
+        history = self._history
+        here = max(0.0, self._now - self._started)
+        if history is None or history.started_at is None:
+            return here
+        return max(here, self._wall_of(self._now) - history.started_at)
+
+    @property
+    def tallies(self) -> Mapping[str, Tally]:
+        """What the branches of a composed policy have counted."""
+        history = self._history
+        return {} if history is None else history.tallies
+
+    @property
+    def last_delay(self) -> float | None:
+        """Seconds that the back-off gave last, if it gave any."""
+        history = self._history
+        return None if history is None else history.last_delay
+
+    @property
+    def pause(self) -> float:
+        """Seconds that would be waited before the next attempt, proposed by the back-off: policies with a deadline look at it."""
+        return self._pause
+
+    # -- the verdict
+
+    @property
+    def vetoed(self) -> bool:
+        """Whether further attempts were forbidden."""
+        history = self._history
+        return history is not None and history.veto is not None
+
+    @property
+    def veto_reason(self) -> str | None:
+        """Why, as given to `veto`."""
+        history = self._history
+        return None if history is None else history.veto
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether it was decided that no further attempt is allowed."""
+        history = self._history
+        return history is not None and history.exhausted
+
+    @property
+    def recovered(self) -> bool:
+        """Whether a recovery has produced the outcome."""
+        history = self._history
+        return history is not None and history.recovered
+
+    def veto(self, reason: str = "vetoed") -> None:
+        """Forbid further attempts, also in later deliveries and other processes. The present attempt goes on and may still succeed."""
+        if not isinstance(reason, str):
+            raise wrong_type("reason", "a str", reason)
+        self._facts().veto = reason or "vetoed"
+
+    def withdraw_veto(self) -> None:
+        """Allow further attempts again, as far as the policy does."""
+        self._facts().veto = None
+
+    # -- the user's own facts, and the JSON form
+
+    @property
+    def attributes(self) -> Attributes:
+        """The user's own JSON-able facts, kept across deliveries: `context.attributes["seen"] = 3`."""
+        return self._facts().attributes
+
+    def snapshot(self) -> dict[str, Any]:
+        """The JSON form of what is remembered of the item, versioned (`format`); what caches store."""
+        self._describe()
+        return self._facts().to_json(self.name, key_to_json(self.key))
+
+    @classmethod
+    def from_snapshot(cls, snapshot: Mapping[str, Any]) -> RetryContext:
+        """A context with the facts of a snapshot, to look at. `CodecError` if it is damaged or of a later format."""
+        history = History.from_json(snapshot)
+        state = RetryState(key=key_from_json(snapshot.get("key")))
+        context = cls(Detached(str(snapshot.get("name", "retry"))), 0.0, None, state)
+        context._history = history
+        context.attempt = max(1, history.failures)
+        context.closed = True
+        return context
+
+    # -- for the flow and its drivers
+
+    def _facts(self) -> History:
+        history = self._history
+        if history is None:
+            history = self._history = History()
+        return history
+
+    def _wall_of(self, monotonic: float) -> float:
+        """The instant that a monotonic time stands for. The distance of the two clocks is read once a call, so a jump cannot tear it."""
+        if self._wall is None:
+            clock: Clock = self._template.clock
+            self._wall = clock.time() - clock.monotonic()
+        return self._wall + monotonic
+
+    def _close(self) -> None:
+        """Let go of everything alive: exceptions hold frames, and those frames hold this context."""
+        self.closed = True
+        self.transaction = None
+        self._outer = None
+        history = self._history
+        if history is not None:
+            self._describe()
+            if history.last_error is not None:
+                history.last_error = StoredError.of(history.last_error)
+
+    def _describe(self) -> None:
+        """Put the live failures of this call into words, in the history's bounded list."""
+        live = self._live
+        if live:
+            history = self._facts()
+            words = (ErrorSummary(n, type_name(type(error)), message_of(error)[:500], self._wall_of(at)) for n, error, at in live)
+            history.errors = (*history.errors, *words)[-MAX_ERRORS:]
+            self._live = None
+
+
+@attrs.frozen
+class Detached:
+    """What stands for the template in a context that was read from a snapshot: only its name is known."""
+
+    name: str
+    retry_policy: Any = None
+    clock: Clock = SYSTEM_CLOCK
+
+
+def _instant(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

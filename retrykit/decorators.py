@@ -1,0 +1,355 @@
+"""`@retryable`: a function that retries itself, with the function's own signature.
+
+A call that succeeds at once costs little more than the call: nothing is made for it but a frame that `current_context()` can turn into a
+context. Everything else begins with the first failure. See `retrykit.signature` for how the wrapper is made.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+import attrs
+
+from retrykit.backoff import BackOffPolicy, NoBackOffPolicy
+from retrykit.breaker import CircuitBreakerRetryPolicy
+from retrykit.check import Seconds, error_types, is_callable, wrong_type
+from retrykit.clock import Clock
+from retrykit.context import RetryContext, RetryState, context_in
+from retrykit.driver import async_drive, drive
+from retrykit.listener import RetryListener
+from retrykit.policy import (
+    CompositeRetryPolicy,
+    MaxAttemptsRetryPolicy,
+    RetryPolicy,
+    SimpleRetryPolicy,
+    TimeoutRetryPolicy,
+    nearest,
+)
+from retrykit.signature import direct_wrapper, driven_wrapper
+from retrykit.template import AsyncRetryTemplate, RetryTemplate, _Template, without_frame
+
+P = ParamSpec("P")
+Q = ParamSpec("Q")
+R = TypeVar("R")
+S = TypeVar("S")
+R_co = TypeVar("R_co", covariant=True)
+E_contra = TypeVar("E_contra", bound=BaseException)
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class BoundRetryable(Protocol, Generic[P, R_co]):
+    """A decorated method, bound to its instance."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Call it; again if it fails and the policy allows."""
+
+
+class Retryable(Generic[P, R_co]):
+    """What `@retryable` makes of a function, as type checkers see it. (When the program runs it is a plain function with these attributes.)"""
+
+    template: RetryTemplate | AsyncRetryTemplate
+    __wrapped__: Callable[..., Any]
+    __name__: str
+    __qualname__: str
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Call it; again if it fails and the policy allows."""
+        raise NotImplementedError
+
+    @overload
+    def __get__(self, instance: None, owner: type[Any] | None = None) -> Retryable[P, R_co]: ...
+    @overload
+    def __get__(
+        self: Retryable[Concatenate[S, Q], R_co], instance: S, owner: type[Any] | None = None
+    ) -> BoundRetryable[Q, R_co]: ...
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        """As functions are bound to instances."""
+        raise NotImplementedError
+
+    def recover(
+        self, *error_types: type[E_contra]
+    ) -> Callable[[Callable[Concatenate[E_contra, P], R]], Callable[Concatenate[E_contra, P], R]]:
+        """Register a recovery: `@fetch.recover(ConnectionError)` on `def cached(error, …the function's own arguments…)`.
+
+        It runs when no further attempt is allowed, for the failures of these classes (none given: all); the nearest base class wins.
+        """
+        raise NotImplementedError
+
+    def with_options(self, **options: Any) -> Retryable[P, R_co]:
+        """The same function with other options, for some of its calls: `fetch.with_options(max_attempts=1)(url)`."""
+        raise NotImplementedError
+
+
+def _check_key(_instance: Any, field: Any, value: Any) -> None:
+    if value is not None:
+        is_callable(_instance, field, value)
+
+
+@attrs.frozen(kw_only=True)
+class _Options:
+    """The options of a decorated function."""
+
+    retry_for: Any = Exception
+    no_retry_for: Any = ()
+    max_attempts: int | None = 3
+    back_off: BackOffPolicy = attrs.field(factory=NoBackOffPolicy)
+    timeout: Any = None
+    retry_policy: RetryPolicy | None = None
+    template: RetryTemplate | AsyncRetryTemplate | None = None
+    name: str | None = None
+    context_cache: Any = None
+    listeners: Any = None
+    clock: Any = None
+    key: Callable[..., Any] | None = attrs.field(default=None, validator=_check_key)
+    redelivered: Callable[..., bool | None] | None = attrs.field(default=None, validator=_check_key)
+    recover_on_redelivery: bool = True
+    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=_check_key)
+
+
+_OF_POLICY = ("retry_for", "no_retry_for", "max_attempts", "timeout")
+_OF_TEMPLATE = ("name", "context_cache", "listeners", "clock")
+
+
+def _checked(given: dict[str, Any]) -> _Options:
+    known = {field.name for field in attrs.fields(_Options)}
+    for option in given:
+        if option not in known:
+            msg = f"{option}: no option of a retryable function; there are {', '.join(sorted(known))}"
+            raise TypeError(msg)
+    return _Options(**given)
+
+
+def _policy(options: _Options) -> RetryPolicy:
+    policy: RetryPolicy = SimpleRetryPolicy(options.max_attempts, options.retry_for, no_retry_for=options.no_retry_for)
+    if options.timeout is None:
+        return policy
+    return CompositeRetryPolicy((policy, TimeoutRetryPolicy(options.timeout)))
+
+
+def _template(function: Any, options: _Options, given: dict[str, Any], *, awaited: bool) -> Any:
+    """The template behind a decorated function."""
+    kind = AsyncRetryTemplate if awaited else RetryTemplate
+    if options.template is not None:
+        return _given_template(function, options.template, given, awaited=awaited)
+    if options.retry_policy is not None:
+        _refuse(given, _OF_POLICY, "retry_policy")
+    fields = {option: value for option in _OF_TEMPLATE if (value := getattr(options, option)) is not None}
+    fields.setdefault("name", f"{function.__module__}.{function.__qualname__}"[-80:] if hasattr(function, "__qualname__") else "retry")
+    return kind(retry_policy=options.retry_policy or _policy(options), back_off_policy=options.back_off, **fields)
+
+
+def _given_template(function: Any, template: Any, given: dict[str, Any], *, awaited: bool) -> Any:
+    if not isinstance(template, _Template):
+        raise wrong_type("template", "a RetryTemplate or AsyncRetryTemplate", template)
+    _refuse(given, ("retry_policy", "back_off", *_OF_POLICY, *_OF_TEMPLATE), "template")
+    if awaited:
+        return template if isinstance(template, AsyncRetryTemplate) else AsyncRetryTemplate(**template.__getstate__())
+    if isinstance(template, AsyncRetryTemplate):
+        raise wrong_type("template", f"a RetryTemplate, because {function!r} is not a coroutine function", template)
+    return template
+
+
+def _refuse(given: dict[str, Any], options: tuple[str, ...], instead: str) -> None:
+    for option in options:
+        if option in given:
+            msg = f"{option}: is a part of {instead}={given[instead]!r:.60}, so it cannot be given beside it"
+            raise ValueError(msg)
+
+
+def _check_function(function: Any) -> None:
+    if isinstance(function, staticmethod | classmethod):
+        msg = f"function: put @retryable below @{type(function).__name__}, directly on the function"
+        raise TypeError(msg)
+    if not callable(function):
+        raise wrong_type("function", "callable", function)
+    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+        msg = (
+            f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing that could fail and be"
+            " retried; make a function that does one step retryable, or the one that consumes the whole generator"
+        )
+        raise TypeError(msg)
+
+
+class _Handlers:
+    """The recoveries of one decorated function, by the class of the failure."""
+
+    def __init__(self) -> None:
+        self.by_type: dict[type[BaseException], Callable[..., Any]] = {}
+
+    def of(self, error: BaseException | None) -> Callable[..., Any] | None:
+        """The handler of the nearest class."""
+        if error is None:
+            return self.by_type.get(Exception)
+        found = nearest(error, self.by_type)
+        return None if found is None else self.by_type[found]
+
+    def register(self, *types: Any) -> Any:
+        """The decorator that registers a handler; used bare, or with no classes, for every failure."""
+        if len(types) == 1 and not isinstance(types[0], type) and callable(types[0]):
+            return self.register()(types[0])
+        classes = error_types_of(types or (Exception,))
+
+        def registered(handler: F) -> F:
+            _check_function(handler)
+            self.by_type.update(dict.fromkeys(classes, handler))
+            return handler
+
+        return registered
+
+
+def error_types_of(types: tuple[Any, ...]) -> tuple[type[Exception], ...]:
+    """The classes given to `.recover`."""
+    return error_types("error_types", types)
+
+
+class _Recovery:
+    """The recovery of one call: the handlers with the call's own arguments."""
+
+    __slots__ = ("arguments", "handlers", "keywords")
+
+    def __init__(self, handlers: _Handlers, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        self.handlers = handlers
+        self.arguments = arguments
+        self.keywords = keywords
+
+    def handles(self, error: BaseException | None) -> bool:
+        """Whether there is a handler for this failure."""
+        return self.handlers.of(error) is not None
+
+    def __call__(self, context: RetryContext) -> Any:
+        """Run it."""
+        handler = self.handlers.of(context.last_error)
+        assert handler is not None  # noqa: S101 - the flow asks `handles` first
+        return handler(context.last_error, *self.arguments, **self.keywords)
+
+
+def _decorated(function: Callable[..., Any], given: dict[str, Any], handlers: _Handlers) -> Any:
+    """The wrapper, with its attributes."""
+    _check_function(function)
+    options = _checked(given)
+    awaited = inspect.iscoroutinefunction(function)
+    template = _template(function, options, given, awaited=awaited)
+    loop = async_drive if awaited else drive
+    if options.key is None and options.transaction is None and template.runs_direct:
+        wrapper = direct_wrapper(function, template, loop, _resumer(function, template, handlers), awaited=awaited)
+    else:
+        wrapper = driven_wrapper(function, loop, _starter(function, template, options, handlers), awaited=awaited)
+    functools.update_wrapper(wrapper, function)
+    wrapper.template = template
+    wrapper.recover = handlers.register
+    wrapper.with_options = lambda **changes: _decorated(function, _merged(given, changes, template), handlers)
+    return wrapper
+
+
+def _resumer(function: Any, template: Any, handlers: _Handlers) -> Any:
+    """What goes on with a call whose first attempt was made directly, and failed."""
+
+    def resume(arguments: Any, keywords: Any, frame: list[Any], failure: BaseException) -> Any:
+        without_frame(failure)
+        seen = len(frame) > 3  # noqa: PLR2004 - somebody has asked for the context
+        recovery = _Recovery(handlers, arguments, keywords) if handlers.by_type else None
+        driver = template.driver(context_in(frame), function, arguments, keywords, recovery)
+        if not seen:
+            driver.binding = [driver.context]
+        return driver
+
+    return resume
+
+
+def _starter(function: Any, template: Any, options: _Options, handlers: _Handlers) -> Any:
+    """What begins a call that goes through the flow from the beginning."""
+
+    def start(arguments: Any, keywords: Any) -> Any:
+        state = None
+        if options.key is not None:
+            state = RetryState(
+                key=options.key(*arguments, **keywords),
+                redelivered=None if options.redelivered is None else options.redelivered(*arguments, **keywords),
+                recover_on_redelivery=options.recover_on_redelivery,
+            )
+        recovery = _Recovery(handlers, arguments, keywords) if handlers.by_type else None
+        return template.driver(template.context(state), function, arguments, keywords, recovery, options.transaction)
+
+    return start
+
+
+def _merged(given: dict[str, Any], changes: dict[str, Any], template: Any) -> dict[str, Any]:
+    """The options of a variant. Those that a given template holds make a variant of the template."""
+    _checked(changes)
+    if "template" in changes:
+        return {option: value for option, value in given.items() if option not in (*_OF_POLICY, *_OF_TEMPLATE, "retry_policy", "back_off")} | changes
+    if given.get("template") is None:
+        # The same memory and the same name: a variant of a function speaks of the same items.
+        return {"name": template.name, "context_cache": template.context_cache} | given | changes
+    fields: dict[str, Any] = {option: changes.pop(option) for option in _OF_TEMPLATE if option in changes}
+    if "back_off" in changes:
+        fields["back_off_policy"] = changes.pop("back_off")
+    if "retry_policy" in changes:
+        fields["retry_policy"] = changes.pop("retry_policy")
+    policy = {option: changes.pop(option) for option in _OF_POLICY if option in changes}
+    if policy:
+        fields["retry_policy"] = _evolved(template.retry_policy, policy)
+    return given | {"template": attrs.evolve(template, **fields)} | changes
+
+
+def _evolved(policy: Any, changes: dict[str, Any]) -> Any:
+    fields = {field.name for field in attrs.fields(type(policy))} if attrs.has(type(policy)) else set()
+    for option in changes:
+        if option not in fields:
+            msg = f"{option}: {type(policy).__name__} has no such field; give with_options a retry_policy instead"
+            raise ValueError(msg)
+    return attrs.evolve(policy, **changes)
+
+
+@overload
+def retryable(function: Callable[P, R], /) -> Retryable[P, R]: ...
+@overload
+def retryable(
+    *,
+    retry_for: type[Exception] | tuple[type[Exception], ...] = ...,
+    no_retry_for: type[Exception] | tuple[type[Exception], ...] = ...,
+    max_attempts: int | None = ...,
+    back_off: BackOffPolicy = ...,
+    timeout: Seconds = ...,
+    retry_policy: RetryPolicy = ...,
+    template: RetryTemplate | AsyncRetryTemplate = ...,
+    name: str = ...,
+    context_cache: Any = ...,
+    listeners: Sequence[RetryListener] = ...,
+    clock: Clock = ...,
+    key: Callable[..., Any] = ...,
+    redelivered: Callable[..., bool | None] = ...,
+    recover_on_redelivery: bool = ...,
+    transaction: Callable[[], Any] = ...,
+) -> Callable[[Callable[P, R]], Retryable[P, R]]: ...
+def retryable(function: Any = None, /, **options: Any) -> Any:
+    """Make a function or coroutine function retry itself when it fails.
+
+    `retry_for`, `no_retry_for`, `max_attempts` (3, the first included): see `SimpleRetryPolicy`; or give a `retry_policy`. `back_off`: when
+    (at once). `timeout`: give up this many seconds after the first attempt began. Or give a `template` that says all that, and more.
+
+    `key(*arguments)` makes it stateful: each failure is rethrown so that the caller's session rolls back, and the history of the key remembers.
+    `redelivered(*arguments)` tells what the source says (see `RetryState`). `transaction`: entered for each attempt.
+
+    On methods: below `@staticmethod` and `@classmethod`. `TypeError` for generator functions: calling one runs nothing.
+    """
+    if function is not None:
+        return _decorated(function, options, _Handlers())
+    _checked(options)
+    return lambda function: _decorated(function, options, _Handlers())
+
+
+def circuit_breaker(function: Any = None, /, **options: Any) -> Any:
+    """Put a function behind a circuit breaker: one attempt a call, and none while the circuit is open.
+
+    The options are those of `CircuitBreakerRetryPolicy`; `name`, `context_cache` (shared by processes: they share the circuit), `listeners` and
+    `clock` those of the template. While the circuit is open a call goes to its `.recover` handler for `Exception`, or raises
+    `ExhaustedRetryError`.
+    """
+    own = {option: options[option] for option in _OF_TEMPLATE if option in options}
+    rest = {option: value for option, value in options.items() if option not in own}
+    own["retry_policy"] = CircuitBreakerRetryPolicy(**{"delegate": MaxAttemptsRetryPolicy(1)} | rest)
+    return retryable(function, **own) if function is not None else retryable(**own)

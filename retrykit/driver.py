@@ -1,0 +1,395 @@
+"""Performing what the flow asks for: one performer of steps, and two loops around it, one that calls and one that awaits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from inspect import isawaitable, iscoroutine
+from typing import Any
+
+from retrykit.context import RetryContext, _bound
+from retrykit.flow import Call, abort, run
+from retrykit.owner import is_gone
+from retrykit.steps import (
+    ANSWER_NOTHING,
+    ATTEMPT,
+    BEGIN,
+    COMMIT,
+    JOIN,
+    NOW,
+    RECOVER,
+    RETURN,
+    VALUE,
+    Give,
+    Load,
+    Notify,
+    Pause,
+    Probe,
+    Raise,
+    RaiseFrom,
+    Remove,
+    Report,
+    RollBack,
+    Save,
+    Take,
+)
+
+_bind = _bound.set
+_unbind = _bound.reset
+
+
+class Driver:
+    """One call on its way: what to call, the open transaction, and the value so far. `perform` does what a step says.
+
+    It does each thing once and the same way for both loops: where something may be asynchronous it returns the awaitable.
+    """
+
+    __slots__ = ("arguments", "binding", "call", "context", "function", "keywords", "manager", "recover", "template", "transaction", "value", "view")
+
+    def __init__(
+        self,
+        template: Any,
+        context: RetryContext,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        recover: Callable[[RetryContext], Any] | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> None:
+        self.template = template
+        self.context = context
+        self.binding: Any = context
+        self.function = function
+        self.arguments = arguments
+        self.keywords = keywords
+        self.recover = recover
+        self.transaction = transaction
+        self.manager: Any = None
+        self.view: Any = None
+        self.value: Any = None
+        self.call = Call(template.plan, context)
+        if recover is not None:
+            self.call.recovers = getattr(recover, "handles", _always)
+        if transaction is not None:
+            self.call.transactional = True
+
+    def perform(self, step: Any) -> Any:
+        """Do what the step says: the answer, or an awaitable of it."""
+        return _PERFORMERS[type(step)](self, step)
+
+    def simple(self, step: Any) -> Any:
+        """The steps that have no data."""
+        return _SIMPLE[step.name](self)
+
+    # -- time
+
+    def now(self) -> float:
+        """The monotonic time; the last known one when the clock fails."""
+        try:
+            return self.template.clock.monotonic()  # type: ignore[no-any-return]
+        except Exception as fault:  # noqa: BLE001 - a clock's fault changes no outcome
+            log_fault(self.call, "clock", fault)
+            return max(self.context._now, self.context._started)
+
+    def wall(self) -> float:
+        """The time of day; worked out from the last known one when the clock fails."""
+        context = self.context
+        monotonic = context._now = self.now()
+        try:
+            wall: float = self.template.clock.time()
+        except Exception as fault:  # noqa: BLE001 - as in `now`
+            log_fault(self.call, "clock", fault)
+            wall = monotonic + (context._wall or 0.0)
+        context._wall = wall - monotonic
+        return wall
+
+    # -- stores
+
+    def load(self, step: Load) -> Any:
+        """Read from the cache, or through the open transaction."""
+        return self._store(step).load(step.key)
+
+    def save(self, step: Save) -> Any:
+        """Compare-and-set."""
+        return self._store(step).save(step.key, step.snapshot, step.expected)
+
+    def remove(self, step: Remove) -> Any:
+        """Forget."""
+        return self._store(step).remove(step.key, step.expected)
+
+    def _store(self, step: Load | Save | Remove) -> Any:
+        return self.view if step.joined else self.template.context_cache
+
+    def join(self) -> bool:
+        """See the cache through the open transaction, if it is on the same database."""
+        join = getattr(self.template.context_cache, "joined", None)
+        self.view = None if join is None else join(self.context.transaction)
+        return self.view is not None
+
+    # -- the transaction
+
+    def begin(self) -> Any:
+        """Open the transaction; what it gives becomes `context.transaction`."""
+        assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
+        manager = self.transaction()
+        entering = getattr(manager, "__aenter__", None) or manager.__enter__
+        entered = entering()
+        self.manager = manager
+        return entered if isawaitable(entered) else self.entered(entered)
+
+    def entered(self, transaction: Any) -> None:
+        """The transaction is open."""
+        self.context.transaction = transaction
+
+    def leave(self, error: BaseException | None) -> Any:
+        """Leave the transaction: commit without an error, roll back with one."""
+        manager, self.manager = self.manager, None
+        self.context.transaction = None
+        leaving = getattr(manager, "__aexit__", None) or manager.__exit__
+        if error is None:
+            return leaving(None, None, None)
+        return leaving(type(error), error, error.__traceback__)
+
+    def notify(self, step: Notify) -> Any:
+        """Tell a listener."""
+        arguments = tuple(self.value if argument is VALUE else argument for argument in step.arguments)
+        return getattr(step.listener, step.event)(*arguments)
+
+    def done(self) -> None:
+        """Let go of everything alive; what nobody else has seen goes as a whole, without being put into words."""
+        if type(self.binding) is list and len(self.binding) == 1:
+            self.context._history = self.context._live = None
+        else:
+            self.context._close()
+        self.arguments, self.keywords, self.value = (), {}, None
+
+
+def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `recover.handles(error)` is
+    return True
+
+
+_SIMPLE: dict[str, Callable[[Driver], Any]] = {
+    "NOW": Driver.wall,
+    "JOIN": Driver.join,
+    "BEGIN": Driver.begin,
+    "COMMIT": lambda driver: driver.leave(None),
+}
+
+_PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
+    type(NOW): Driver.simple,
+    Load: Driver.load,
+    Save: Driver.save,
+    Remove: Driver.remove,
+    RollBack: lambda driver, step: driver.leave(step.error),
+    Notify: Driver.notify,
+    Probe: lambda driver, step: is_gone(step.owner),
+    Take: lambda driver, step: step.budget.take(),
+    Give: lambda driver, step: step.budget.deposit(),
+    Report: lambda driver, step: log_fault(driver.call, step.step, step.fault),
+}
+
+# Steps whose failure is a failure of the attempt; of all others the fault itself is the answer.
+_ATTEMPTED = (BEGIN, COMMIT)
+# Steps whose fault nobody asks for: it is logged, and the answer is None.
+_TOLD = (Notify, RollBack, Give, Report)
+
+
+def answer_to(driver: Driver, step: Any, fault: Exception) -> Any:
+    """What the flow is sent when performing a step raised."""
+    if step in _ATTEMPTED:
+        return (fault, driver.now())
+    if isinstance(step, _TOLD):
+        # A context manager that raises the very error it was given has done its work.
+        if not (isinstance(step, RollBack) and fault is step.error):
+            log_fault(driver.call, _described(step), fault)
+        return None
+    return fault
+
+
+def _described(step: Any) -> str:
+    return f"listener {type(step.listener).__name__}.{step.event}" if isinstance(step, Notify) else type(step).__name__
+
+
+def log_fault(call: Call, what: str, fault: BaseException) -> None:
+    """A fault that changes no outcome is not hidden either."""
+    import logging  # noqa: PLC0415 - `import retrykit` must not cost what logging costs
+
+    logger = logging.getLogger("retrykit")
+    logger.error("%s key=%r: fault in %s, the operation goes on", call.plan.name, call.context.key, what, exc_info=fault)
+
+
+def own_frame_off(error: BaseException) -> BaseException:
+    """The error without the frame of the loop that caught it: raising it there again adds that frame once more."""
+    trace = error.__traceback__
+    if trace is not None and trace.tb_frame.f_code in _LOOPS:
+        trace = trace.tb_next
+    return error.with_traceback(trace)
+
+
+def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
+    """Run a call to its outcome. `first`: how the first attempt failed, if it has been made already."""
+    binding = driver.binding
+    function, arguments, keywords = driver.function, driver.arguments, driver.keywords
+    driver.call.begun = first is not None
+    flow = run(driver.call)
+    answer: Any = None
+    try:
+        while True:
+            step = flow.send(answer)
+            if step is ATTEMPT:
+                if first is not None:
+                    answer, first = first, None
+                    continue
+                token = _bind(binding)
+                try:
+                    driver.value = function(*arguments, **keywords)
+                    answer = None
+                except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+                    answer = (error, driver.now())
+                finally:
+                    _unbind(token)
+            elif step is RETURN:
+                return driver.value
+            elif step is ANSWER_NOTHING:
+                return None
+            elif type(step) is Raise:
+                raise own_frame_off(step.error)
+            elif type(step) is RaiseFrom:
+                raise step.error from step.cause
+            else:
+                answer = _perform(driver, step)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            _abort(driver, error)
+        raise
+    finally:
+        # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only gc can find.
+        answer = first = step = flow = binding = None
+        driver.done()
+
+
+def _perform(driver: Driver, step: Any) -> Any:
+    """Perform one step by calling; faults become answers."""
+    try:
+        if step is RECOVER:
+            return _recover(driver)
+        if type(step) is Pause:
+            return driver.template.clock.sleep(step.seconds)
+        return refuse_awaitable(driver.perform(step), step)
+    except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
+        return answer_to(driver, step, fault)
+
+
+def _recover(driver: Driver) -> tuple[Exception, float] | None:
+    assert driver.recover is not None  # noqa: S101 - the flow asks only if there is one
+    token = _bind(driver.binding)
+    try:
+        driver.value = driver.recover(driver.context)
+    except Exception as error:  # noqa: BLE001 - this is where a recovery ends
+        return (error, driver.now())
+    finally:
+        _unbind(token)
+    return None
+
+
+def _abort(driver: Driver, error: BaseException) -> None:
+    """Put things straight after a cancellation."""
+    flow = abort(driver.call, error, opened=driver.manager is not None)
+    answer = None
+    while (step := _send(flow, answer)) is not None:
+        answer = _perform(driver, step)
+
+
+def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
+    """The next step, None at the end."""
+    try:
+        return flow.send(answer)
+    except StopIteration:
+        return None
+
+
+def refuse_awaitable(answer: Any, step: Any) -> Any:
+    """A sync template cannot await: say so instead of dropping the coroutine."""
+    if not iscoroutine(answer):
+        return answer
+    answer.close()
+    msg = f"{_described(step)} is asynchronous: use AsyncRetryTemplate"
+    raise TypeError(msg)
+
+
+async def async_drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
+    """As `drive`, awaiting what can be awaited: attempts, recoveries, pauses, stores, listeners and transactions."""
+    binding = driver.binding
+    function, arguments, keywords = driver.function, driver.arguments, driver.keywords
+    driver.call.begun = first is not None
+    flow = run(driver.call)
+    answer: Any = None
+    try:
+        while True:
+            step = flow.send(answer)
+            if step is ATTEMPT:
+                if first is not None:
+                    answer, first = first, None
+                    continue
+                token = _bind(binding)
+                try:
+                    value = function(*arguments, **keywords)
+                    driver.value = await value if isawaitable(value) else value
+                    answer = None
+                except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+                    answer = (error, driver.now())
+                finally:
+                    _unbind(token)
+            elif step is RETURN:
+                return driver.value
+            elif step is ANSWER_NOTHING:
+                return None
+            elif type(step) is Raise:
+                raise own_frame_off(step.error)
+            elif type(step) is RaiseFrom:
+                raise step.error from step.cause
+            else:
+                answer = await _async_perform(driver, step)
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            await _async_abort(driver, error)
+        raise
+    finally:
+        answer = first = step = flow = value = binding = None
+        driver.done()
+
+
+async def _async_perform(driver: Driver, step: Any) -> Any:
+    try:
+        if step is RECOVER:
+            return await _async_recover(driver)
+        if type(step) is Pause:
+            return await driver.template.clock.async_sleep(step.seconds)
+        answer = driver.perform(step)
+        if not isawaitable(answer):
+            return answer
+        return driver.entered(await answer) if step is BEGIN else await answer
+    except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
+        return answer_to(driver, step, fault)
+
+
+async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
+    assert driver.recover is not None  # noqa: S101 - the flow asks only if there is one
+    token = _bind(driver.binding)
+    try:
+        value = driver.recover(driver.context)
+        driver.value = await value if isawaitable(value) else value
+    except Exception as error:  # noqa: BLE001 - this is where a recovery ends
+        return (error, driver.now())
+    finally:
+        _unbind(token)
+    return None
+
+
+async def _async_abort(driver: Driver, error: BaseException) -> None:
+    flow = abort(driver.call, error, opened=driver.manager is not None)
+    answer = None
+    while (step := _send(flow, answer)) is not None:
+        answer = await _async_perform(driver, step)
+
+
+_LOOPS = (drive.__code__, async_drive.__code__)

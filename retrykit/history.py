@@ -1,0 +1,344 @@
+"""What is remembered of a key between deliveries, and its JSON form.
+
+A history is facts only: how often the item failed, with what, when it is due again, which attempts are running. Nobody decides here.
+Its JSON form is all that a context cache ever sees; no object of the program survives in it, so any process of any version can read it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import attrs
+
+from retrykit.errors import CodecError
+
+FORMAT: Final = 1
+MAX_ERRORS: Final = 10
+MAX_MESSAGE: Final = 2_000
+MAX_TRACEBACK: Final = 8_000
+MAX_CAUSES: Final = 10
+
+
+def type_name(cls: type) -> str:
+    """The name that a class has in histories: `module.qualname`."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def message_of(error: BaseException) -> str:
+    """`str(error)`, bounded, and never raising: the item's own exception may have a broken `__str__`."""
+    try:
+        text = str(error)
+    except Exception as fault:  # noqa: BLE001 - any fault of a user's __str__ must not hide the error it belongs to
+        return f"<no message: str() raised {type(fault).__name__}>"
+    return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
+
+
+def next_cause(error: BaseException) -> BaseException | None:
+    """The error that `error` was raised from: its `__cause__`, else its context unless that was suppressed."""
+    if error.__cause__ is not None or error.__suppress_context__:
+        return error.__cause__
+    return error.__context__
+
+
+class StoredError(Exception):
+    """An exception as a history keeps it: its type's name, message, rendered traceback and causes, but none of its frames.
+
+    `classes` are the names of its type and all its bases, so that policies classify it as they would the live one.
+    """
+
+    def __init__(
+        self,
+        type: str,  # noqa: A002 - the field's name in the JSON form and in every log
+        message: str,
+        *,
+        classes: tuple[str, ...] = (),
+        traceback: str = "",
+        cause: StoredError | None = None,
+        crash: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.type = type
+        self.message = message
+        self.classes = classes or (type,)
+        self.traceback = traceback
+        self.crash = crash
+        self.__cause__ = cause
+
+    def __repr__(self) -> str:
+        return f"StoredError({self.type!r}, {self.message!r})"
+
+    def __eq__(self, other: object) -> bool:
+        """Equal to a stored error of the same type, message and causes."""
+        if not isinstance(other, StoredError):
+            return NotImplemented
+        mine = (self.type, self.message, self.__cause__)
+        return mine == (other.type, other.message, other.__cause__)
+
+    def __hash__(self) -> int:
+        return hash((self.type, self.message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return error_from_json, (error_to_json(self),)
+
+    @classmethod
+    def of(cls, error: BaseException, *, rendered: bool = False) -> StoredError:
+        """Describe `error` and its causes; with `rendered`, its traceback too (the last 8,000 characters)."""
+        chain: list[BaseException] = []
+        link: BaseException | None = error
+        while link is not None and len(chain) < MAX_CAUSES and not any(link is seen for seen in chain):
+            chain.append(link)
+            link = next_cause(link)
+        stored: StoredError | None = None
+        for link in reversed(chain):
+            stored = cls._one(link, stored, rendered=rendered and link is error)
+        assert stored is not None  # noqa: S101 - the chain has at least the error itself
+        return stored
+
+    @classmethod
+    def _one(cls, error: BaseException, cause: StoredError | None, *, rendered: bool) -> StoredError:
+        if isinstance(error, StoredError):
+            return error
+        return cls(
+            type_name(type(error)),
+            message_of(error),
+            classes=tuple(type_name(base) for base in type(error).__mro__[:-1]),
+            traceback=render(error) if rendered else "",
+            cause=cause,
+        )
+
+    @classmethod
+    def of_crash(cls, fence: int, owner: str) -> StoredError:
+        """What is known of an attempt that was started and never ended: who made it."""
+        return cls("retrykit.Crash", f"attempt with fence {fence} never ended; it was made by {owner}", crash=True)
+
+
+def render(error: BaseException) -> str:
+    """The traceback of `error` as text, its end kept when it is too long: that is where it happened."""
+    import traceback  # noqa: PLC0415 - needed only when a failure is stored
+
+    try:
+        text = "".join(traceback.format_exception(error))
+    except Exception as fault:  # noqa: BLE001 - as in `message_of`
+        return f"<no traceback: rendering it raised {type(fault).__name__}>"
+    return text if len(text) <= MAX_TRACEBACK else "…" + text[1 - MAX_TRACEBACK :]
+
+
+def error_to_json(error: StoredError) -> dict[str, Any]:
+    """The JSON form of a stored error; empty fields are left out."""
+    cause = error.__cause__
+    fields = {
+        "type": error.type,
+        "message": error.message,
+        "classes": list(error.classes),
+        "traceback": error.traceback,
+        "cause": error_to_json(cause) if isinstance(cause, StoredError) else None,
+        "crash": error.crash,
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def error_from_json(fields: Mapping[str, Any]) -> StoredError:
+    """A stored error from its JSON form."""
+    cause = fields.get("cause")
+    return StoredError(
+        fields.get("type", "?"),
+        fields.get("message", ""),
+        classes=tuple(fields.get("classes", ())),
+        traceback=fields.get("traceback", ""),
+        cause=error_from_json(cause) if cause else None,
+        crash=fields.get("crash", False),
+    )
+
+
+@attrs.frozen
+class ErrorSummary:
+    """One failed attempt in a line: `attempt` counts from 1, `at` is seconds since the epoch."""
+
+    attempt: int
+    type: str
+    message: str
+    at: float | None
+
+    def __str__(self) -> str:
+        return f"{self.type.rpartition('.')[2]}: {self.message}"
+
+
+@attrs.define
+class Flight:
+    """An attempt (or a recovery) that was started and has not ended: whose it is, and until when that is believed."""
+
+    fence: int
+    owner: str
+    since: float
+    until: float
+    recovery: bool = False
+
+
+@attrs.define
+class Tally:
+    """How often one branch of a composed policy was asked about a failure, and since when (seconds since the epoch)."""
+
+    count: int = 0
+    since: float = 0.0
+
+
+class Attributes(dict[str, Any]):
+    """The user's own facts about an item, kept across deliveries: text keys, JSON values, checked when they are set."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        """Keep `value` under `name`; `CodecError` names the attribute that JSON cannot carry."""
+        super().__setitem__(checked_attribute_name(name), checked_json(name, value))
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Keep several; all are checked before any is kept."""
+        checked = {checked_attribute_name(name): checked_json(name, value) for name, value in dict(*args, **kwargs).items()}
+        super().update(checked)
+
+    def setdefault(self, name: str, default: Any = None) -> Any:
+        """The value of `name`, kept as `default` if it was not there."""
+        if name not in self:
+            self[name] = default
+        return self[name]
+
+    def __ior__(self, other: Any) -> Attributes:  # type: ignore[override, misc]
+        self.update(other)
+        return self
+
+
+def checked_attribute_name(name: object) -> str:
+    """`name` if it is text: JSON has no other keys, and would turn 1 into "1" without a word."""
+    if isinstance(name, str):
+        return name
+    msg = f"attribute {name!r}: the name must be a str, not {type(name).__name__}"
+    raise CodecError(msg, reason="not a str", attribute=name)
+
+
+def checked_json(name: object, value: Any) -> Any:
+    """`value` if JSON carries it unchanged, else `CodecError` naming the attribute."""
+    import json  # noqa: PLC0415 - needed only by those who keep attributes
+
+    try:
+        same = json.loads(json.dumps(value, allow_nan=False)) == value
+    except (TypeError, ValueError, RecursionError) as error:
+        msg = f"attribute {name!r}: JSON cannot carry {type(value).__name__} {value!r:.80}: {error}"
+        raise CodecError(msg, reason=str(error), attribute=name) from error
+    if not same:
+        msg = f"attribute {name!r}: JSON would not give back the same value for {value!r:.80}"
+        raise CodecError(msg, reason="changed by JSON", attribute=name)
+    return value
+
+
+class History:
+    """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
+
+    A fact that was never set is a default of the class: a history is made at every first failure, most end with the call.
+    """
+
+    failures: int = 0
+    crashes: int = 0
+    fence: int = 0
+    started_at: float | None = None
+    first_failed_at: float | None = None
+    last_failed_at: float | None = None
+    not_before: float | None = None
+    last_delay: float | None = None
+    last_error: BaseException | None = None
+    errors: tuple[ErrorSummary, ...] = ()
+    in_flight: tuple[Flight, ...] = ()
+    veto: str | None = None
+    exhausted: bool = False
+    recovered: bool = False
+    recovery_failures: int = 0
+    reason: str = ""
+    completed_at: float | None = None
+    expires_at: float | None = None
+
+    def __init__(self, **facts: Any) -> None:
+        self.__dict__.update(facts)
+
+    @property
+    def attributes(self) -> Attributes:
+        """The user's own facts."""
+        return self.__dict__.setdefault("_attributes", Attributes())  # type: ignore[no-any-return]
+
+    @property
+    def tallies(self) -> dict[str, Tally]:
+        """The counts of a composed policy's branches."""
+        return self.__dict__.setdefault("_tallies", {})  # type: ignore[no-any-return]
+
+    def flight(self, fence: int) -> Flight | None:
+        """The running attempt with this fence, if it is still believed to run."""
+        return next((flight for flight in self.in_flight if flight.fence == fence), None)
+
+    def land(self, fence: int) -> None:
+        """Forget that the attempt with this fence is running."""
+        self.in_flight = tuple(flight for flight in self.in_flight if flight.fence != fence)
+
+    def to_json(self, name: str, key: Any) -> dict[str, Any]:
+        """The snapshot that caches store. Empty facts are left out."""
+        last = self.last_error
+        facts: dict[str, Any] = {
+            "format": FORMAT,
+            "name": name,
+            "key": key,
+            "retry_count": self.failures,
+            "crashes": self.crashes,
+            "fence": self.fence,
+            "started_at": self.started_at,
+            "first_failed_at": self.first_failed_at,
+            "last_failed_at": self.last_failed_at,
+            "not_before": self.not_before,
+            "last_delay": self.last_delay,
+            "last_error": None if last is None else error_to_json(StoredError.of(last, rendered=True)),
+            "errors": [attrs.asdict(error) for error in self.errors],
+            "tallies": {label: [tally.count, tally.since] for label, tally in self.tallies.items()},
+            "in_flight": [attrs.asdict(flight) for flight in self.in_flight],
+            "veto": self.veto,
+            "exhausted": self.exhausted,
+            "recovered": self.recovered,
+            "recovery_failures": self.recovery_failures,
+            "reason": self.reason,
+            "completed_at": self.completed_at,
+            "expires_at": self.expires_at,
+            "attributes": dict(self.attributes),
+        }
+        always = ("format", "name", "key", "retry_count")
+        return {fact: value for fact, value in facts.items() if fact in always or value not in (None, 0, False, "", [], {})}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> History:
+        """The history that a snapshot tells of. `CodecError` if it is of a later format, or no snapshot at all."""
+        check_format(facts)
+        try:
+            return cls._from_json(facts)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise CodecError(reason=f"the snapshot is damaged: {error!r}") from error
+
+    @classmethod
+    def _from_json(cls, facts: Mapping[str, Any]) -> History:
+        plain = {fact: facts[fact] for fact in _PLAIN if fact in facts}
+        last = facts.get("last_error")
+        attributes = Attributes()
+        dict.update(attributes, facts.get("attributes", {}))
+        return cls(
+            failures=facts["retry_count"],
+            last_error=error_from_json(last) if last else None,
+            errors=tuple(ErrorSummary(**error) for error in facts.get("errors", ())),
+            in_flight=tuple(Flight(**flight) for flight in facts.get("in_flight", ())),
+            _tallies={label: Tally(*tally) for label, tally in facts.get("tallies", {}).items()},
+            _attributes=attributes,
+            **plain,
+        )
+
+
+_PLAIN: Final = tuple(fact for fact in History.__annotations__ if fact not in {"failures", "last_error", "errors", "in_flight"})
+
+
+def check_format(facts: Mapping[str, Any]) -> None:
+    """Refuse what a later retrykit wrote: reading it half would forget the other half."""
+    found = facts.get("format") if isinstance(facts, Mapping) else None
+    if not isinstance(found, int) or found < 1:
+        raise CodecError(reason=f"no snapshot of a history: {facts!r:.80}")
+    if found > FORMAT:
+        raise CodecError(reason=f"the snapshot has format {found}; this retrykit reads up to {FORMAT}: upgrade it")

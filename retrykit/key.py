@@ -1,0 +1,102 @@
+"""The name of an item: what may be one, its canonical text in a store, and its JSON form."""
+
+from __future__ import annotations
+
+from typing import Any, Final, Union
+
+from retrykit.check import wrong_type, wrong_value
+
+Key = Union[str, int, bytes, tuple["Key", ...]]
+
+MAX_TEXT: Final = 512
+MAX_NAME: Final = 80
+_PLAIN: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
+
+
+def check_key(key: Any) -> None:
+    """Refuse what cannot name an item in every store: `TypeError` naming the value.
+
+    True equals 1 and 1.0 in every dict, so a bool would share another item's history: it is refused too.
+    """
+    if type(key) is str:
+        return
+    if isinstance(key, tuple):
+        for part in key:
+            check_key(part)
+    elif isinstance(key, bool) or not isinstance(key, str | int | bytes):
+        raise wrong_type("key", "a str, int, bytes or a tuple of these", key)
+
+
+def namespace(name: str) -> str:
+    """The text that every canonical key of a template's name starts with, followed by one of `/ # = ( ! @`: names never overlap."""
+    if not isinstance(name, str):
+        raise wrong_type("name", "a str", name)
+    if not name or len(name) > MAX_NAME:
+        raise wrong_value("name", f"1 to {MAX_NAME} characters", name)
+    return "".join(letter if letter in _PLAIN else _escaped(letter) for letter in name)
+
+
+def _escaped(letter: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in letter.encode("utf-8", "surrogatepass"))
+
+
+def canonical_key(name: str, key: Key) -> str:
+    """The one text under which every store keeps the history of `key` for the templates called `name`.
+
+    Different keys have different texts: `orders/m-1` for a str, `orders#7` for an int, `orders=6d2d31` for bytes, `orders(/a,#7)` for a tuple.
+    A text over 512 characters ends in the SHA-256 of the whole.
+    """
+    return in_namespace(namespace(name), key)
+
+
+def in_namespace(space: str, key: Key) -> str:
+    """As `canonical_key`, for a namespace that was made before."""
+    text = f"{space}/{key}" if type(key) is str else space + _text(key)
+    # A lone surrogate or a NUL is a str to Python and an error to databases.
+    if not text.isprintable():
+        text = f"{space}!" + "".join(map(_readable, text[len(space) :]))
+    return text if len(text) <= MAX_TEXT else _digested(text)
+
+
+def _readable(letter: str) -> str:
+    return letter if letter.isprintable() and letter != "%" else _escaped(letter)
+
+
+def _digested(text: str) -> str:
+    import hashlib  # noqa: PLC0415 - few programs have keys that long; all of them import this module
+
+    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{text[: MAX_TEXT - 72]}~{digest}"
+
+
+def _text(key: Key) -> str:
+    if isinstance(key, str):
+        return f"/{key}"
+    if isinstance(key, int):
+        return f"#{key:d}"
+    if isinstance(key, bytes):
+        return f"={key.hex()}"
+    return "(" + ",".join(_part(part) for part in key) + ")"
+
+
+def _part(key: Key) -> str:
+    """A member of a tuple: a str is given its length, so that no content can look like the end of it."""
+    return f"/{len(key)}:{key}" if isinstance(key, str) else _text(key)
+
+
+def key_to_json(key: Key | None) -> Any:
+    """The JSON form: text and ints as they are, bytes as {"bytes": hex}, a tuple as a list."""
+    if isinstance(key, bytes):
+        return {"bytes": key.hex()}
+    if isinstance(key, tuple):
+        return [key_to_json(part) for part in key]
+    return key
+
+
+def key_from_json(value: Any) -> Key | None:
+    """The key that a JSON form stands for."""
+    if isinstance(value, dict):
+        return bytes.fromhex(value["bytes"])
+    if isinstance(value, list):
+        return tuple(part for part in map(key_from_json, value) if part is not None)
+    return value  # type: ignore[no-any-return]

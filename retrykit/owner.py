@@ -1,0 +1,56 @@
+"""Who makes an attempt: the name of this process, and whether the process behind a name can still be there.
+
+A name is `host/boot/namespace/pid/start`: boot and start time tell a process from a later one that got its number.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+
+
+def this_process() -> str:
+    """The name of the running process; another one after a fork."""
+    return _name_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _name_of(pid: int) -> str:
+    return f"{_machine()}/{pid}/{_start_of(pid)}"
+
+
+@functools.cache
+def _machine() -> str:
+    """Host, boot and process-number space: only within one of these can a process number be looked up."""
+    try:
+        boot = _read("/proc/sys/kernel/random/boot_id").strip()[:8]
+        numbers = os.readlink("/proc/self/ns/pid")
+    except OSError:
+        boot = numbers = "-"
+    return f"{os.uname().nodename}/{boot}/{numbers}"
+
+
+def _read(path: str) -> str:
+    # The built-in open: `import retrykit` must not cost what pathlib costs.
+    with open(path, encoding="utf-8", errors="replace") as file:  # noqa: PTH123
+        return file.read()
+
+
+def _start_of(pid: int) -> str:
+    """The kernel's start time of a process, "" where it cannot be told (no /proc) or there is no such process."""
+    try:
+        stat = _read(f"/proc/{pid}/stat")
+    except OSError:
+        return ""
+    # The command's name may contain anything, parentheses included; the fields are counted from its last one.
+    fields = stat.rpartition(")")[2].split()
+    dead = fields[0] in {"Z", "X"}
+    return "" if dead else fields[19]
+
+
+def is_gone(owner: str) -> bool:
+    """Whether the owner is certainly no more: False also when nobody here can know."""
+    machine, pid, start = (owner.rsplit("/", 2) + ["", ""])[:3]
+    if machine != _machine() or not pid.isdigit() or not start:
+        return False
+    return _start_of(int(pid)) != start

@@ -1,0 +1,409 @@
+"""Whether an operation may be tried again, and why: pure questions about what a context remembers.
+
+A policy changes nothing: asking twice gives the same answer. What it needs to know is in the context, derived from the recorded failures
+and JSON-able, so that every policy works with every cache and in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import datetime
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from retrykit.check import error_types, has, is_callable, more_than, one_of, to_seconds, whole, wrong_type, wrong_value
+from retrykit.history import StoredError, type_name
+
+
+@attrs.frozen
+class RetryDecision:
+    """Will it be retried, when, and why (not)? Listeners, logs and operators all show this one object.
+
+    `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made from.
+    `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids the recovery callback.
+    The reason is worded when it is first read: most decisions are never looked at.
+    """
+
+    retry: bool
+    delay: float = 0.0
+    _reason: str | Callable[[], str] = attrs.field(default="", eq=False, repr=False)
+    clauses: tuple[RetryDecision, ...] = ()
+    next_at: datetime | None = None
+    recoverable: bool = True
+
+    @property
+    def reason(self) -> str:
+        """The clause that decided, with its values: `SimpleRetryPolicy: attempt 3 of 3`."""
+        reason = self._reason
+        return reason if isinstance(reason, str) else reason()
+
+    def __str__(self) -> str:
+        verdict = f"retry in {self.delay:g} s" if self.retry and self.delay else "retry at once" if self.retry else "give up"
+        return f"{verdict} ({self.reason})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
+        return fields | {"_reason": self.reason}
+
+    def __setstate__(self, fields: Mapping[str, Any]) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+
+@runtime_checkable
+class RetryPolicy(Protocol):
+    """What decides whether a further attempt may be made. Give any object with this method."""
+
+    def decide(self, context: Any) -> RetryDecision:
+        """May another attempt be made, given what `context` remembers? Changes nothing, and raises nothing."""
+
+
+is_policy = has("decide")
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """The error and its causes, outermost first, each once: chains may be cyclic."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__
+
+
+def names_of(error: BaseException) -> tuple[str, ...]:
+    """The names of the error's class and its bases, nearest first, as histories keep them."""
+    if isinstance(error, StoredError):
+        return error.classes
+    return tuple(map(type_name, type(error).__mro__))
+
+
+def nearest(error: BaseException, types: Iterable[type]) -> type | None:
+    """That one of `types` which is nearest to the class of `error` among its bases; None if it is none of them."""
+    by_name = {type_name(one): one for one in types}
+    return next((by_name[name] for name in names_of(error) if name in by_name), None)
+
+
+def is_crash(error: BaseException | None) -> bool:
+    """Whether the last failure is an attempt that never ended: it has no exception that could be classified."""
+    return isinstance(error, StoredError) and error.crash
+
+
+def _types(name: str) -> Callable[[Any], tuple[type[Exception], ...]]:
+    return lambda value: error_types(name, value)
+
+
+@attrs.frozen
+class SimpleRetryPolicy:
+    """Up to `max_attempts` attempts, the first included, for the failures that are classified as retryable. Spring's default policy.
+
+    `max_attempts=None`: no limit. The class nearest to the failure's own decides among `retry_for` and `no_retry_for`; `Exception` in
+    `retry_for` (the default) stands for every failure not named. `traverse_causes`: a failure that is not named is classified by its
+    causes. `default`: what holds for a failure named in neither; None derives it from `Exception` in `retry_for`.
+    `not_recoverable`: failures after which the recovery callback must not run.
+    """
+
+    max_attempts: int | None = attrs.field(default=3, validator=whole(1, optional=True))
+    retry_for: tuple[type[Exception], ...] = attrs.field(default=(Exception,), converter=_types("retry_for"))
+    no_retry_for: tuple[type[Exception], ...] = attrs.field(default=(), converter=_types("no_retry_for"), kw_only=True)
+    traverse_causes: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
+    not_recoverable: tuple[type[Exception], ...] = attrs.field(default=(), converter=_types("not_recoverable"), kw_only=True)
+    default: bool | None = attrs.field(default=None, validator=one_of(True, False, None), kw_only=True)  # noqa: FBT003
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Attempts left, and the last failure retryable?"""
+        count: int = context.retry_count
+        limit = self.max_attempts
+        error: BaseException | None = context.last_error
+        if (limit is None or count < limit) and (error is None or self._is_retryable(error)):
+            return RetryDecision(True, 0.0, lambda: f"SimpleRetryPolicy: attempt {count} of {_limit(limit)} failed")
+        return self._refuse(count, error)
+
+    def _refuse(self, count: int, error: BaseException | None) -> RetryDecision:
+        limit = self.max_attempts
+        if limit is not None and count >= limit:
+            reason: Any = f"SimpleRetryPolicy: attempt {count} of {limit}"
+        else:
+            reason = f"SimpleRetryPolicy: {_short(error)} is not retryable"
+        recoverable = error is None or nearest(error, self.not_recoverable) is None
+        return RetryDecision(False, 0.0, reason, recoverable=recoverable)
+
+    def _is_retryable(self, error: BaseException) -> bool:
+        if self.retry_for == (Exception,) and not self.no_retry_for:
+            return True
+        for link in chain(error) if self.traverse_causes else (error,):
+            found = self._classify(link)
+            if found is not None:
+                return found
+        return is_crash(error) or self._unnamed
+
+    def _classify(self, error: BaseException) -> bool | None:
+        named = (*self.retry_for, *self.no_retry_for)
+        if self.default is None:
+            named = tuple(one for one in named if one is not Exception)
+        found = nearest(error, named)
+        return None if found is None else found not in self.no_retry_for
+
+    @property
+    def _unnamed(self) -> bool:
+        return Exception in self.retry_for if self.default is None else self.default
+
+
+def _limit(limit: int | None) -> str:
+    return "unlimited" if limit is None else str(limit)
+
+
+def _short(error: BaseException | None) -> str:
+    return "no failure" if error is None else names_of(error)[0].rpartition(".")[2]
+
+
+@attrs.frozen
+class MaxAttemptsRetryPolicy:
+    """Up to `max_attempts` attempts, the first included, whatever the failure. None: no limit."""
+
+    max_attempts: int | None = attrs.field(default=3, validator=whole(1, optional=True))
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Attempts left?"""
+        count, limit = context.retry_count, self.max_attempts
+        return RetryDecision(
+            limit is None or count < limit, 0.0, lambda: f"MaxAttemptsRetryPolicy: attempt {count} of {_limit(limit)}"
+        )
+
+
+@attrs.frozen
+class TimeoutRetryPolicy:
+    """Further attempts until `timeout` seconds have passed since the first began.
+
+    It never sleeps past its deadline: when the pause would end after it, it gives up at once.
+    """
+
+    timeout: float = attrs.field(default=1.0, converter=to_seconds("timeout"), validator=more_than(0))
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Would the next attempt begin in time?"""
+        elapsed, pause, timeout = context.elapsed, context.pause, self.timeout
+        return RetryDecision(
+            elapsed + pause <= timeout,
+            0.0,
+            lambda: f"TimeoutRetryPolicy: {elapsed:.3f} s" + (f" + pause {pause:.3f} s" if pause else "") + f" of {timeout:g} s",
+        )
+
+
+@attrs.frozen
+class AlwaysRetryPolicy:
+    """Every failure is retried, without end: for transient failures that are known to pass, and for tests."""
+
+    def decide(self, context: Any) -> RetryDecision:  # noqa: ARG002 - nothing about it matters
+        """Yes."""
+        return RetryDecision(True, 0.0, "AlwaysRetryPolicy")
+
+
+@attrs.frozen
+class NeverRetryPolicy:
+    """The first attempt, and no other."""
+
+    @property
+    def max_attempts(self) -> int:
+        """One."""
+        return 1
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Only if nothing has failed yet."""
+        return RetryDecision(context.retry_count == 0, 0.0, "NeverRetryPolicy")
+
+
+@attrs.frozen
+class PredicateRetryPolicy:
+    """Retry while `predicate(error)` is true; after a restart it is given a `StoredError`."""
+
+    predicate: Callable[[BaseException], object] = attrs.field(validator=is_callable)
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Does the predicate hold for the last failure?"""
+        error = context.last_error
+        retry = error is None or bool(self.predicate(error))
+        return RetryDecision(retry, 0.0, lambda: f"PredicateRetryPolicy: {_named(self.predicate)} is {retry}")
+
+
+def _named(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
+
+
+class Branch:
+    """A context as one branch of a composed policy sees it: with that branch's own count and beginning."""
+
+    __slots__ = ("_context", "_extra", "branch", "counted")
+
+    def __init__(self, context: Any, branch: str, *, counted: bool = False, extra: int = 0) -> None:
+        self._context = context
+        self._extra = extra
+        self.branch = branch
+        self.counted = counted
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    @property
+    def retry_count(self) -> int:
+        """The failures that this branch was asked about, and those assumed besides."""
+        if self.counted and (tally := self._context.tallies.get(self.branch)) is not None:
+            return int(tally.count) + self._extra
+        return 0 if self.counted else int(self._context.retry_count) + self._extra
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since this branch saw its first failure."""
+        tally = self._context.tallies.get(self.branch) if self.counted else None
+        elapsed: float = self._context.elapsed
+        return elapsed if tally is None else max(0.0, elapsed - tally.since)
+
+
+def branch_of(context: Any) -> str:
+    """Where in a composed policy the question is asked; "" at its top."""
+    return getattr(context, "branch", "")
+
+
+@attrs.frozen
+class ExceptionClassifierRetryPolicy:
+    """Each failure is decided by the policy of the nearest of its classes, which counts only its own: "A up to 3, B up to 3".
+
+    `policies` maps exception classes to policies; `default` decides what is not named (never, unless given).
+    """
+
+    policies: Mapping[type[Exception], RetryPolicy] = attrs.field(hash=False)
+    default: RetryPolicy = attrs.field(factory=NeverRetryPolicy, validator=is_policy)
+
+    @policies.validator
+    def _check(self, field: Any, policies: Any) -> None:
+        if not isinstance(policies, Mapping):
+            raise wrong_type(field.name, "a mapping of exception classes to policies", policies)
+        for error_type, policy in policies.items():
+            error_types(field.name, error_type)
+            is_policy(self, field, policy)
+
+    @property
+    def max_attempts(self) -> int | None:
+        """The highest limit of the branches; None if one has none."""
+        return _highest(self.delegates())
+
+    def delegates(self) -> tuple[RetryPolicy, ...]:
+        """The policies this one is made of."""
+        return (*self.policies.values(), self.default)
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Ask the branch of the last failure."""
+        error = context.last_error
+        if error is None:
+            return RetryDecision(True, 0.0, "ExceptionClassifierRetryPolicy: no failure yet")
+        if is_crash(error):
+            return MaxAttemptsRetryPolicy(self.max_attempts).decide(context)
+        label, policy = self._branch(error)
+        inner = policy.decide(Branch(context, f"{branch_of(context)}/{label}", counted=True))
+        return RetryDecision(
+            inner.retry,
+            inner.delay,
+            lambda: f"ExceptionClassifierRetryPolicy: {_short(error)} as {label}: {inner.reason}",
+            (inner,),
+            recoverable=inner.recoverable,
+        )
+
+    def tally(self, error: BaseException, branch: str) -> Iterator[str]:
+        """The branches that count this failure."""
+        label, policy = self._branch(error)
+        here = f"{branch}/{label}"
+        yield here
+        yield from tallies_of(policy, error, here)
+
+    def _branch(self, error: BaseException) -> tuple[str, RetryPolicy]:
+        found = nearest(error, self.policies)
+        policy = self.default if found is None else self.policies[found]
+        # One policy under several classes is one branch: it is called by the first of them.
+        for error_type, other in self.policies.items():
+            if other is policy:
+                return error_type.__name__, policy
+        return "default", policy
+
+
+@attrs.frozen
+class CompositeRetryPolicy:
+    """Several policies as one: all must agree (pessimistic, the default), or any of them (`optimistic=True`)."""
+
+    policies: tuple[RetryPolicy, ...] = attrs.field(converter=lambda given: tuple(given) if isinstance(given, Iterable) else given)
+    optimistic: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
+
+    @policies.validator
+    def _check(self, field: Any, policies: Any) -> None:
+        if not isinstance(policies, tuple):
+            raise wrong_type(field.name, "policies", policies)
+        if not policies:
+            raise wrong_value(field.name, "at least one policy", policies)
+        for policy in policies:
+            is_policy(self, field, policy)
+
+    @property
+    def max_attempts(self) -> int | None:
+        """The limit that comes first (pessimistic) or last (optimistic); None if there is none."""
+        if self.optimistic:
+            return _highest(self.policies)
+        limits = [limit for policy in self.policies if (limit := getattr(policy, "max_attempts", None)) is not None]
+        return min(limits, default=None)
+
+    def delegates(self) -> tuple[RetryPolicy, ...]:
+        """The policies this one is made of."""
+        return self.policies
+
+    def decide(self, context: Any) -> RetryDecision:
+        """Ask all; the first refusal (or the first consent) is the reason."""
+        here = branch_of(context)
+        counted = getattr(context, "counted", False)
+        clauses = tuple(
+            policy.decide(_Numbered(context, f"{here}/{n}", counted=counted) if hasattr(policy, "tally") else context)
+            for n, policy in enumerate(self.policies)
+        )
+        retry = any(c.retry for c in clauses) if self.optimistic else all(c.retry for c in clauses)
+        decisive = next((clause for clause in clauses if clause.retry is self.optimistic), clauses[-1])
+        return RetryDecision(
+            retry,
+            max(clause.delay for clause in clauses),
+            lambda: f"CompositeRetryPolicy: {decisive.reason}",
+            clauses,
+            recoverable=all(clause.recoverable or clause.retry for clause in clauses),
+        )
+
+    def tally(self, error: BaseException, branch: str) -> Iterator[str]:
+        """The branches of its policies that count this failure."""
+        for n, policy in enumerate(self.policies):
+            yield from tallies_of(policy, error, f"{branch}/{n}")
+
+
+class _Numbered(Branch):
+    """A context as a member of a composite sees it: another name for its branches, the same count."""
+
+    __slots__ = ()
+
+    @property
+    def retry_count(self) -> int:
+        return int(self._context.retry_count)
+
+    @property
+    def elapsed(self) -> float:
+        return float(self._context.elapsed)
+
+
+def tallies_of(policy: Any, error: BaseException, branch: str) -> Iterable[str]:
+    """The names of all branches of a policy that count this failure; none for a policy that is not composed."""
+    tally = getattr(policy, "tally", None)
+    return () if tally is None else tally(error, branch)
+
+
+def every(policy: Any) -> Iterator[Any]:
+    """The policy and all that it is made of, to any depth."""
+    yield policy
+    for delegate in getattr(policy, "delegates", tuple)():
+        yield from every(delegate)
+
+
+def _highest(policies: Iterable[RetryPolicy]) -> int | None:
+    limits = [getattr(policy, "max_attempts", None) for policy in policies]
+    return None if None in limits else max(limit for limit in limits if limit is not None)

@@ -1,0 +1,348 @@
+"""`RetryTemplate` and `AsyncRetryTemplate`: what to retry, how, and with which memory; the thin drivers of the flow."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from inspect import isawaitable
+from time import monotonic
+from typing import Any, TypeVar
+
+import attrs
+
+from retrykit.attempts import AsyncAttempt, Attempt, async_attempts, attempts
+from retrykit.backoff import BackOffPolicy, NoBackOffPolicy, is_back_off
+from retrykit.breaker import CircuitBreakerRetryPolicy
+from retrykit.budget import BudgetRetryPolicy
+from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cache
+from retrykit.check import has, more_than, one_of, to_seconds, wrong_type, wrong_value
+from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
+from retrykit.context import RetryContext, RetryState, _bound
+from retrykit.driver import Driver, async_drive, drive
+from retrykit.flow import Plan
+from retrykit.history import History
+from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
+from retrykit.listener import LISTENER_METHODS, RetryListener
+from retrykit.owner import this_process
+from retrykit.policy import RetryPolicy, SimpleRetryPolicy, every, is_policy
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+_bind = _bound.set
+_unbind = _bound.reset
+_short_cut = True
+
+
+@contextmanager
+def short_cut(allowed: bool) -> Iterator[None]:  # noqa: FBT001 - read as short_cut(False)
+    """Switch the short cut for attempts that need no flow on or off, in the whole process: the conformance suite runs with both."""
+    global _short_cut  # noqa: PLW0603 - a switch of the process, for tests
+    before, _short_cut = _short_cut, allowed
+    try:
+        yield
+    finally:
+        _short_cut = before
+
+
+def _check_name(_instance: Any, _field: Any, name: Any) -> None:
+    namespace(name)
+
+
+def _listeners(given: Any) -> Any:
+    return tuple(given) if isinstance(given, list | tuple) else given
+
+
+def _check_listeners(instance: Any, field: Any, listeners: Any) -> None:
+    if not isinstance(listeners, tuple):
+        raise wrong_type(field.name, "a tuple of listeners", listeners)
+    for listener in listeners:
+        has(*LISTENER_METHODS)(instance, field, listener)
+
+
+@attrs.frozen(kw_only=True)
+class _Template:
+    """What both templates are made of."""
+
+    name: str = attrs.field(default="retry", validator=_check_name)
+    retry_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
+    back_off_policy: BackOffPolicy = attrs.field(factory=NoBackOffPolicy, validator=is_back_off)
+    context_cache: Any = attrs.field(factory=MapRetryContextCache, validator=is_cache, eq=identity)
+    listeners: tuple[RetryListener, ...] = attrs.field(default=(), converter=_listeners, validator=_check_listeners)
+    clock: Clock = attrs.field(default=SYSTEM_CLOCK, validator=has("time", "monotonic", "sleep", "async_sleep"))
+    throw_last: bool = attrs.field(default=False, validator=one_of(True, False))  # noqa: FBT003
+    recovery_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
+    remember_completed: float | None = attrs.field(
+        default=None, converter=to_seconds("remember_completed"), validator=more_than(0)
+    )
+    lease: float = attrs.field(default=300.0, converter=to_seconds("lease"), validator=more_than(0))
+    plan: Plan = attrs.field(init=False, eq=False, repr=False)
+    _space: str = attrs.field(init=False, eq=False, repr=False)
+    runs_direct: bool = attrs.field(init=False, eq=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "plan", self._make_plan())
+        object.__setattr__(self, "_space", namespace(self.name))
+        object.__setattr__(self, "runs_direct", self._needs_no_flow())
+
+    def _make_plan(self) -> Plan:
+        parts = list(every(self.retry_policy))
+        return Plan(
+            name=self.name,
+            policy=self.retry_policy,
+            back_off=self.back_off_policy,
+            recovery_policy=self.recovery_policy,
+            listeners=self.listeners,
+            reversed_listeners=self.listeners[::-1],
+            breakers=tuple(part for part in parts if isinstance(part, CircuitBreakerRetryPolicy)),
+            budgets=tuple({id(part.budget): part.budget for part in parts if isinstance(part, BudgetRetryPolicy)}.values()),
+            breaker_key=f"{namespace(self.name)}@breaker",
+            pauses=not isinstance(self.back_off_policy, NoBackOffPolicy),
+            tallied=hasattr(self.retry_policy, "tally"),
+            throw_last=self.throw_last,
+            remember=self.remember_completed,
+            lease=self.lease,
+        )
+
+    def _needs_no_flow(self) -> bool:
+        """Whether a first attempt that succeeds leaves nothing to do: then it is made without the flow."""
+        plan = self.plan
+        return not (plan.listeners or plan.breakers or plan.budgets) and type(self.clock) is SystemClock
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init}
+
+    def __setstate__(self, fields: dict[str, Any]) -> None:
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+        self.__attrs_post_init__()
+
+    def key_of(self, key: Key) -> str:
+        """The canonical text under which the history of `key` is stored in the context cache."""
+        check_key(key)
+        return in_namespace(self._space, key)
+
+    def _now(self) -> float:
+        try:
+            return self.clock.monotonic()
+        except Exception:  # noqa: BLE001 - a clock's fault changes no outcome; the driver reports it at the next reading
+            return 0.0
+
+    def context(self, state: RetryState | None = None) -> RetryContext:
+        """A new context for a call of this template."""
+        return RetryContext(self, self._now(), _bound.get(), state)
+
+    def _block(self, state: RetryState | None, transaction: Any) -> Driver:
+        return self.driver(self.context(state), _always, (), {}, None, transaction)
+
+    def driver(
+        self, context: RetryContext, function: Any, arguments: Any, keywords: Any, recover: Any, transaction: Any = None
+    ) -> Driver:
+        """One call on its way."""
+        driver = Driver(self, context, function, arguments, keywords, recover, transaction)
+        state = context._state
+        if state is not None:
+            driver.call.state = state
+            if state.key is not None:
+                driver.call.key = in_namespace(self._space, state.key)
+                driver.call.owner = this_process()
+        return driver
+
+
+def _always(context: RetryContext) -> None:
+    """What the block style has for a callback: the block is the attempt."""
+
+
+def without_frame(error: BaseException) -> None:
+    """Take the frame that caught the error off its traceback: it is on it again when the error leaves."""
+    trace = error.__traceback__
+    error.__traceback__ = None if trace is None else trace.tb_next
+
+
+def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
+    for name, value in (("callback", callback), ("recover", recover), ("transaction", transaction)):
+        if not callable(value) and (value is not None or name == "callback"):
+            raise wrong_type(name, "callable", value)
+    if state is not None and type(state) is not RetryState:
+        raise wrong_type("state", "a RetryState or None", state)
+
+
+@attrs.frozen(kw_only=True)
+class RetryTemplate(_Template):
+    """Executes operations that may fail, again and again as its policies say, with a memory that survives the roll-back.
+
+    `name` namespaces the histories: templates with different names never see each other's. `retry_policy`: whether again (default: 3 attempts);
+    `back_off_policy`: when (default: at once); `context_cache`: where histories are kept (default: in memory); `listeners` are told.
+    `throw_last`: an exhausted stateful call without recovery raises the last failure instead of `ExhaustedRetryError`.
+    `recovery_policy`: how often a failing recovery is tried (default: 3 times), then `RecoveryFailedError`.
+    `remember_completed`: seconds for which a completion mark answers later duplicates of a key; None keeps none.
+    `lease`: seconds for which an attempt of a process that nobody here can see is believed to be running.
+
+    Immutable: `attrs.evolve(template, name="other")` makes the variant. Thread-safe. A pickled template leaves histories in memory behind.
+    """
+
+    def execute(
+        self,
+        callback: Callable[[RetryContext], T],
+        recover: Callable[[RetryContext], R] | None = None,
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R:
+        """Call `callback(context)`, again if it fails and the policy allows; its value, or that of `recover(context)` when nothing else is left.
+
+        With a `state` each failure is rethrown, as the same object, so that the caller's session rolls back and the item comes again; the
+        history remembers. `transaction`: any callable that gives a context manager; it is entered for each attempt (its value is
+        `context.transaction`), left after it, and a commit that fails is a failed attempt. None is returned for a delivery of an item whose
+        completion is remembered (`context.duplicate`).
+
+        Raises the user's own last exception when a stateless call is exhausted; `ExhaustedRetryError` from it when a stateful one is;
+        `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say. `TypeError` for bad arguments, before anything ran.
+        """
+        if transaction is None and state is None and _short_cut and self.runs_direct and callable(callback):
+            context = RetryContext(self, monotonic())
+            token = _bind(context)
+            context._outer = token.old_value
+            try:
+                value = callback(context)
+            except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+                first = (error, monotonic())
+            else:
+                context.closed = True
+                return value
+            finally:
+                _unbind(token)
+            try:
+                _check_execute(callback, recover, state, transaction)
+                without_frame(first[0])
+                return drive(self.driver(context, callback, (context,), {}, recover), first)
+            finally:
+                del first, context, token
+        _check_execute(callback, recover, state, transaction)
+        context = self.context(state)
+        return drive(self.driver(context, callback, (context,), {}, recover, transaction))
+
+    def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> Iterator[Attempt]:
+        """The block style: `for attempt in template.attempts(): with attempt as context: ...`.
+
+        A failure inside the `with` is swallowed if it is tried again, else it leaves the block as it is. The loop ends after a success.
+        Stateful as in `execute` with a `state`; recovery is what follows an `except` around the loop.
+        """
+        _check_execute(_always, None, state, transaction)
+        return attempts(self._block(state, transaction))
+
+    def history(self, key: Key) -> RetryContext | None:
+        """What is remembered of a key: a context to look at, None if nothing is."""
+        return _context_of(self.context_cache.load(self.key_of(key)))
+
+    def veto(self, key: Key, reason: str) -> None:
+        """Forbid further attempts of an item, from outside: it takes effect at its next delivery, in every process."""
+        _check_reason(reason)
+        self._change(key, lambda history: setattr(history, "veto", reason))
+
+    def withdraw_veto(self, key: Key) -> None:
+        """Allow further attempts of an item again, as far as the policy does."""
+        self._change(key, lambda history: setattr(history, "veto", None))
+
+    def forget(self, key: Key) -> bool:
+        """Drop the history of a key: its next delivery is the first. Whether there was one."""
+        return bool(self.context_cache.remove(self.key_of(key)))
+
+    def _change(self, key: Key, change: Callable[[History], None]) -> None:
+        text, saved = self.key_of(key), None
+        while saved is None:
+            stored = self.context_cache.load(text)
+            snapshot = _changed(self.name, key, stored, change)
+            saved = self.context_cache.save(text, snapshot, None if stored is None else stored.version)
+
+
+@attrs.frozen(kw_only=True)
+class AsyncRetryTemplate(_Template):
+    """`RetryTemplate` for coroutines, on asyncio and trio: the same fields, the same `execute`, awaited.
+
+    Callbacks and recoveries may be coroutine functions or plain ones, transactions async or plain context managers; caches and listeners
+    may be asynchronous too.
+    """
+
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], Awaitable[T] | T],
+        recover: Callable[[RetryContext], Awaitable[R] | R] | None = None,
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R:
+        """As `RetryTemplate.execute`, awaited."""
+        _check_execute(callback, recover, state, transaction)
+        if transaction is None and state is None and _short_cut and self.runs_direct:
+            context = RetryContext(self, monotonic())
+            token = _bind(context)
+            context._outer = token.old_value
+            try:
+                value = callback(context)
+                if isawaitable(value):
+                    value = await value
+            except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+                first = (error, monotonic())
+            else:
+                context.closed = True
+                return value  # type: ignore[return-value]
+            finally:
+                _unbind(token)
+            try:
+                without_frame(first[0])
+                return await async_drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
+            finally:
+                del first, context, token
+        context = self.context(state)
+        return await async_drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
+
+    def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> AsyncIterator[AsyncAttempt]:
+        """The block style: `async for attempt in template.attempts(): async with attempt as context: ...`."""
+        _check_execute(_always, None, state, transaction)
+        return async_attempts(self._block(state, transaction))
+
+    async def history(self, key: Key) -> RetryContext | None:
+        """What is remembered of a key: a context to look at, None if nothing is."""
+        return _context_of(await _awaited(self.context_cache.load(self.key_of(key))))
+
+    async def veto(self, key: Key, reason: str) -> None:
+        """Forbid further attempts of an item, from outside: it takes effect at its next delivery, in every process."""
+        _check_reason(reason)
+        await self._change(key, lambda history: setattr(history, "veto", reason))
+
+    async def withdraw_veto(self, key: Key) -> None:
+        """Allow further attempts of an item again, as far as the policy does."""
+        await self._change(key, lambda history: setattr(history, "veto", None))
+
+    async def forget(self, key: Key) -> bool:
+        """Drop the history of a key: its next delivery is the first. Whether there was one."""
+        return bool(await _awaited(self.context_cache.remove(self.key_of(key))))
+
+    async def _change(self, key: Key, change: Callable[[History], None]) -> None:
+        text, saved = self.key_of(key), None
+        while saved is None:
+            stored = await _awaited(self.context_cache.load(text))
+            snapshot = _changed(self.name, key, stored, change)
+            saved = await _awaited(self.context_cache.save(text, snapshot, None if stored is None else stored.version))
+
+
+async def _awaited(value: Any) -> Any:
+    return await value if isawaitable(value) else value
+
+
+def _context_of(stored: StoredContext | None) -> RetryContext | None:
+    return None if stored is None else RetryContext.from_snapshot(stored.snapshot)
+
+
+def _check_reason(reason: object) -> None:
+    if not isinstance(reason, str):
+        raise wrong_type("reason", "a str", reason)
+    if not reason:
+        raise wrong_value("reason", "a text that says why", reason)
+
+
+def _changed(name: str, key: Key, stored: StoredContext | None, change: Callable[[History], None]) -> dict[str, Any]:
+    history = History() if stored is None else History.from_json(stored.snapshot)
+    change(history)
+    return history.to_json(name, key_to_json(key))
