@@ -149,10 +149,15 @@ _COUNTED: Final = {
         "value - 1",
     ),
 }
-_TRIGGER: Final = "CREATE TRIGGER IF NOT EXISTS {name} AFTER {when} BEGIN UPDATE rk_schema SET value = {value} WHERE name = 'contexts'; END"
+_TRIGGER: Final = """\
+CREATE TRIGGER IF NOT EXISTS {name} AFTER {when}
+BEGIN UPDATE rk_schema SET value = {value} WHERE name = 'contexts'; END
+"""
 
 for _name, (_when, _value) in _COUNTED.items():
-    _ddl: ExecutableDDLElement = DDL(_TRIGGER.format(name=_name, when=_when, value=_value))  # type: ignore[no-untyped-call]
+    _ddl: ExecutableDDLElement = DDL(  # type: ignore[no-untyped-call]
+        _TRIGGER.format(name=_name, when=_when, value=_value)
+    )
     event.listen(rk_context, "after_create", _ddl.execute_if(dialect="sqlite"))
 
 

@@ -7,7 +7,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import StaticPool
 
 from retrykit.sql import SqlRetryContextCache
-from retrykit.testing.cache_contract import ContextCacheContract
+from retrykit.testing import ContextCacheContract
 
 
 @pytest.fixture(autouse=True)

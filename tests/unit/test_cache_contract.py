@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from retrykit.cache import MapRetryContextCache
-from retrykit.testing.cache_contract import ContextCacheContract
+from retrykit.testing import ContextCacheContract
 
 
 class TestMapRetryContextCache(ContextCacheContract):
