@@ -60,7 +60,11 @@ class Wire:
         self._buffer = bytearray()
         self._waiting: deque[Frame] = deque()
         if connect:
-            self.connected = self.connect(heart_beat, login)
+            try:
+                self.connected = self.connect(heart_beat, login)
+            except BaseException:
+                self.close()
+                raise
 
     def connect(self, heart_beat: str = "0,0", login: tuple[str, str] | None = None) -> Frame:
         """Open the session; the CONNECTED frame."""

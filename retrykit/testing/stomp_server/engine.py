@@ -51,6 +51,9 @@ class Engine:
         """Read the data file and listen; the port. Raises OSError."""
         self.loop = asyncio.get_running_loop()
         self.journal = Journal(self._data)
+        self.connections.clear()
+        self._timers.clear()
+        self._dirty, self._flush_due = [], False
         survivors = self.journal.open() if self._data else self.survivors
         self.broker = Broker(self._profile, self.journal, survivors, self._call_later, keep_flags=self._keep_flags)
         try:
@@ -104,6 +107,7 @@ class Engine:
         except OSError:
             # The memory is ahead of the disk now; going on would promise what a restart breaks.
             log.exception("the data file cannot be written: the server stops")
+            self._server.close()
             self.drop_connections()
             self.on_failure()
             return

@@ -17,6 +17,7 @@ _ESCAPES = {"1.0": "", "1.1": "\\\n:", "1.2": "\\\n:\r"}
 _LETTERS = {"\\": "\\\\", "\n": "\\n", ":": "\\c", "\r": "\\r"}
 _TO_ESCAPE = {version: re.compile(f"[{re.escape(chars)}]") for version, chars in _ESCAPES.items() if chars}
 _TO_UNESCAPE = re.compile(r"\\[\\ncr]")
+_BLANK = (bytearray(b"\r"), bytearray(b"\n"))
 _PLAIN = {escape: plain for plain, escape in _LETTERS.items()}
 
 
@@ -89,9 +90,9 @@ class FrameParser:
 
     def _read_head(self) -> Frame | None:
         buffer = self._buffer
-        blank = len(buffer) - len(buffer.lstrip(b"\r\n"))
-        if blank:
-            del buffer[:blank]
+        if buffer[:1] in _BLANK:
+            # Heart-beats, or the line end that may follow a frame.
+            del buffer[: len(buffer) - len(buffer.lstrip(b"\r\n"))]
             self._searched = 0
         # 1.2 allows CRLF line ends; searching from where the last search stopped keeps slow senders linear.
         end = re.compile(rb"\n\r?\n").search(buffer, max(self._searched - 2, 0))

@@ -126,7 +126,12 @@ class StompServerProcess(Controls):
                 stdin.flush()
             except BrokenPipeError as error:
                 raise RuntimeError("the server's process has ended") from error
-            answer = self._read()
+            try:
+                answer = self._read()
+            except TimeoutError:
+                # Its answer would be taken for that of the next question.
+                self.kill()
+                raise
         if "error" in answer:
             raise RuntimeError(answer["error"])
         return answer["result"]
