@@ -23,8 +23,8 @@ from retrykit import (
     TimeoutRetryPolicy,
     UniformRandomBackOffPolicy,
 )
-from retrykit.cache import canonical_key
 
+from .clock import SECOND
 from .errors import TYPES, Scripted, is_ordinary, links, value_of_snapshot
 from .loader import Json
 from .series import Exponential
@@ -41,11 +41,9 @@ class Policies:
         self._makers: dict[str, Callable[[Json], RetryPolicy]] = {
             "never": lambda _: NeverRetryPolicy(),
             "always": lambda _: AlwaysRetryPolicy(),
-            "simple": lambda spec: classifying(
-                spec, max_attempts=spec["max"], not_recoverable=ordinary(spec.get("not_recoverable", ()))
-            ),
+            "simple": lambda spec: classifying(spec, max_attempts=spec["max"]),
             "max_attempts": lambda spec: MaxAttemptsRetryPolicy(spec["max"]),
-            "timeout": lambda spec: TimeoutRetryPolicy(spec["ms"] / 1000),
+            "timeout": lambda spec: TimeoutRetryPolicy(spec["ms"] / SECOND),
             "binary": lambda spec: classifying(spec, max_attempts=None),
             "predicate": lambda spec: PredicateRetryPolicy(
                 lambda error: spec["contains"] in (getattr(error, "message", None) or "")
@@ -74,9 +72,8 @@ class Policies:
         return self._shared[name]
 
     def _classifier(self, spec: Json) -> RetryPolicy:
-        return ExceptionClassifierRetryPolicy(
-            {TYPES[name]: self.make(inner) for name, inner in spec["map"].items() if is_ordinary(name)},  # type: ignore[misc]
-        )
+        policies = {name: self.make(inner) for name, inner in spec["map"].items()}
+        return ExceptionClassifierRetryPolicy(in_python(policies))
 
     def _built(self, operations: list[Any]) -> RetryPolicy:
         """What RetryTemplateBuilder makes: a limit and a classification, which must agree."""
@@ -89,7 +86,7 @@ class Policies:
                 case "max_attempts":
                     limit = MaxAttemptsRetryPolicy(arguments[0])
                 case "timeout":
-                    limit = TimeoutRetryPolicy(arguments[0] / 1000)
+                    limit = TimeoutRetryPolicy(arguments[0] / SECOND)
                 case "infinite":
                     limit = AlwaysRetryPolicy()
                 case "custom_policy":
@@ -106,24 +103,26 @@ class Policies:
         return CompositeRetryPolicy((limit, which))
 
 
-def ordinary(names: Any) -> tuple[type[Exception], ...]:
-    """The classes with these names, without those that are no Exception: nothing under Exception is one of them."""
-    return tuple(TYPES[name] for name in names if is_ordinary(name))  # type: ignore[misc]
+def in_python(classes: Mapping[str, Any]) -> dict[type[Exception], Any]:
+    """A map by class names as one by classes, the same for every `Exception`.
+
+    Throwable is the base of all, so that Exception stands for it, unless it is named itself. Classes beside Exception
+    are left out: nothing under Exception is one of them.
+    """
+    named = {"Exception": classes["Throwable"], **classes} if "Throwable" in classes else classes
+    return {TYPES[name]: value for name, value in named.items() if is_ordinary(name)}  # type: ignore[misc]
 
 
-def classifying(
-    spec: Json, *, max_attempts: int | None, not_recoverable: tuple[type[Exception], ...] = ()
-) -> SimpleRetryPolicy:
+def classifying(spec: Json, *, max_attempts: int | None) -> SimpleRetryPolicy:
     """A policy with the classifier that `map`, `default` and `traverse` describe."""
-    given = spec.get("map")
-    classes = DEFAULT_MAP if given is None else given
+    classes = in_python(DEFAULT_MAP if spec.get("map") is None else spec["map"])
     return SimpleRetryPolicy(
         max_attempts,
-        ordinary(name for name, retry in classes.items() if retry),
-        no_retry_for=ordinary(name for name, retry in classes.items() if not retry),
+        [error_type for error_type, retry in classes.items() if retry],
+        no_retry_for=[error_type for error_type, retry in classes.items() if not retry],
         traverse_causes=spec.get("traverse", False),
         default=spec.get("default", False),
-        not_recoverable=not_recoverable,
+        not_recoverable=[*in_python(dict.fromkeys(spec.get("not_recoverable", ())))],
     )
 
 
@@ -163,12 +162,12 @@ def back_off_of(template: Json) -> BackOffPolicy:
     spec = _back_off_spec(template)
     series = series_of(template)
     if series is not None:
-        return ExponentialBackOffPolicy(series.initial / 1000, series.multiplier, series.longest / 1000)
+        return ExponentialBackOffPolicy(series.initial / SECOND, series.multiplier, series.longest / SECOND)
     if spec["type"] == "fixed":
-        return FixedBackOffPolicy(max(1, spec["ms"]) / 1000)
+        return FixedBackOffPolicy(max(1, spec["ms"]) / SECOND)
     if spec["type"] == "uniform_random":
         shortest = max(1, spec["min"])
-        return UniformRandomBackOffPolicy(shortest / 1000, max(shortest, spec["max"]) / 1000)
+        return UniformRandomBackOffPolicy(shortest / SECOND, max(shortest, spec["max"]) / SECOND)
     return NoBackOffPolicy()
 
 
@@ -197,11 +196,6 @@ def entries_of(cache: MapRetryContextCache) -> dict[str, list[Any]]:
 def _entry(snapshot: Mapping[str, Any]) -> list[Any]:
     entry = [snapshot["retry_count"], value_of_snapshot(snapshot.get("last_error"))]
     return [*entry, "xo"] if snapshot.get("veto") else entry
-
-
-def evict(cache: MapRetryContextCache, name: str, key: str | int) -> None:
-    """Removes a key's history, as an operator would."""
-    cache.remove(canonical_key(name, key))
 
 
 def state_of(spec: Json | None) -> RetryState | None:

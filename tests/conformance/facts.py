@@ -22,6 +22,9 @@ def template(case: Case, execution: Execution) -> Json:
 
 def policies(case: Case, spec: Json) -> Iterator[Json]:
     """All policies of a template, composed and shared ones included."""
+    yield from (
+        {"type": "timeout", "ms": arguments[0]} for name, *arguments in spec.get("builder", ()) if name == "timeout"
+    )
     custom = [
         argument for _, *arguments in spec.get("builder", ()) for argument in arguments if isinstance(argument, dict)
     ]
@@ -72,22 +75,49 @@ def listener_actions(case: Case) -> Iterator[tuple[int, str, Any]]:
             yield index, kind, script[turn] if turn < len(script) else None
 
 
-def failed_sleeps(case: Case) -> Iterator[int]:
-    """The indices of the calls in which a sleep was made to fail."""
+def failed_pauses(case: Case) -> Iterator[int]:
+    """The indices of the calls in which a pause was made to fail, other than by an interrupt in a stateless call."""
     slept: Counter[int] = Counter()
     for index in range(len(case.executions)):
+        stateful = {
+            id(event) for each in case.call_executions(index) if each.state is not None for event in each.events
+        }
         for event in flat_events(case, index):
             if event[0] == "sleep":
-                faults = (case.scenario["templates"][event[1]].get("backoff") or {}).get("faults", {})
-                if str(slept[event[1]]) in faults:
-                    yield index
+                spec = case.scenario["templates"][event[1]].get("backoff") or {}
+                fault = spec.get("faults", {}).get(str(slept[event[1]]))
                 slept[event[1]] += 1
+                if fault is not None and (fault != "interrupt" or id(event) in stateful):
+                    yield index
 
 
-def slept_without_retry(execution: Execution) -> bool:
-    """Whether a pause was not followed by an attempt of the same execution."""
+def slept_past_deadline(case: Case, index: int) -> bool:
+    """Whether a pause was slept, no attempt followed it in the call, and a deadline may have passed during it."""
+    return any(
+        _slept_without_retry(execution) and (execution.state is None or _may_be_late(case, index, execution))
+        for execution in case.call_executions(index)
+    )
+
+
+def _slept_without_retry(execution: Execution) -> bool:
     kinds = [event[0] for event in execution.events]
-    return any(kind == "sleep" and following != "attempt" for kind, following in pairwise([*kinds, "end"]))
+    interrupted = execution.raised is not None and execution.raised[0] == "BackOffInterruptedException"
+    alone = any(kind == "sleep" and following != "attempt" for kind, following in pairwise([*kinds, "end"]))
+    return alone and not interrupted
+
+
+def _may_be_late(case: Case, index: int, execution: Execution) -> bool:
+    """Whether at the end of the call more time had passed, since the history began, than a policy allows."""
+    timeouts = [policy["ms"] for policy in policies(case, template(case, execution)) if policy["type"] == "timeout"]
+    began = next((call for call in range(index, 0, -1) if not _is_cached(case, call - 1, execution)), 0)
+    started = case.trace["calls"][began - 1]["now"] if began else 0
+    elapsed: int = case.trace["calls"][index]["now"] - started
+    return any(elapsed > timeout for timeout in timeouts)
+
+
+def _is_cached(case: Case, index: int, execution: Execution) -> bool:
+    """Whether the history of an execution's key was in its cache after a call."""
+    return key_text(execution) in case.trace["calls"][index]["cache"][execution.template]
 
 
 def is_kept(execution: Execution) -> bool:
@@ -99,8 +129,12 @@ def is_exhausted(execution: Execution) -> bool:
     """Whether it ended because no attempt was allowed any more."""
     if any(event[5].get("exhausted") for event in execution.named("close")):
         return True
-    wrapped = execution.raised is not None and execution.raised[0] == "ExhaustedRetryException"
-    return wrapped or not execution.named("attempt")
+    return is_wrapped(execution) or not execution.named("attempt")
+
+
+def is_wrapped(execution: Execution) -> bool:
+    """Whether ExhaustedRetryException left it."""
+    return execution.raised is not None and execution.raised[0] == "ExhaustedRetryException"
 
 
 def kept_histories(case: Case) -> tuple[list[set[History]], int | None]:
@@ -118,7 +152,7 @@ def kept_histories(case: Case) -> tuple[list[set[History]], int | None]:
             if _feels(case, execution, kept):
                 return after, index
             if is_kept(execution):
-                _note(case, execution, kept)
+                _note(case, index, execution, kept)
         after.append(set(kept))
     return after, None
 
@@ -137,11 +171,17 @@ def _feels(case: Case, execution: Execution, kept: set[History]) -> bool:
     return (owner, key) in kept or (bounded and any(cache == owner for cache, _ in kept))
 
 
-def _note(case: Case, execution: Execution, kept: set[History]) -> None:
+def _note(case: Case, index: int, execution: Execution, kept: set[History]) -> None:
     mine = history_of(case, execution)
     kept.discard(mine)
-    if execution.raised is not None and not execution.named("recover") and is_exhausted(execution):
+    given_up = is_exhausted(execution) or not _is_cached(case, index, execution)
+    if given_up and execution.raised is not None and not execution.named("recover"):
         kept.add(mine)
+
+
+def key_text(execution: Execution) -> str:
+    """The key of an execution as traces write it in caches."""
+    return str((execution.state or {}).get("key"))
 
 
 def history_of(case: Case, execution: Execution) -> History:
@@ -194,11 +234,11 @@ def _shown(case: Case, index: int) -> Iterator[list[Any]]:
 
 
 def _errors(value: Any) -> Iterator[list[Any]]:
-    if isinstance(value, list):
-        if value and isinstance(value[0], str) and value[0] in TYPES:
-            yield value
-        for item in value:
-            yield from _errors(item)
+    items = value if isinstance(value, list) else []
+    if items and isinstance(items[0], str) and items[0] in TYPES:
+        yield items
+    for item in items:
+        yield from _errors(item)
 
 
 def tells_limit(case: Case, index: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from retrykit import RetryContext, RetryDecision, RetryListener, current_context
+from retrykit import RetryContext, RetryDecision, RetryListener
 
 from . import errors
 from .loader import Json
@@ -51,10 +51,6 @@ class RecordingListener(RetryListener):
             set_attribute(context, act["set"])
 
 
-class IdleListener(RetryListener):
-    """Does nothing, but keeps a driver from its short cut."""
-
-
 def set_attribute(context: RetryContext, pair: list[Any]) -> None:
     """Sets a user's attribute; None removes it."""
     name, value = pair
@@ -73,7 +69,6 @@ def attributes_of(context: RetryContext) -> dict[str, Any]:
         "exhausted": context.exhausted or None,
         "recovered": context.recovered or None,
         "xo": context.vetoed or None,
-        "ns": (current_context() is not context) or None,
         **{f"x.{name}": value for name, value in context.attributes.items()},
     }
     if context.parent is not None:

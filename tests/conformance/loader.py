@@ -64,9 +64,8 @@ class Case:
 
 def read(path: Path) -> list[Case]:
     """The cases of a file, in its order."""
-    opener = {".xz": lzma.open, ".gz": gzip.open}.get(path.suffix, open)
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [case(entry["scenario"], entry["trace"]) for entry in json.load(file)]
+    unpack = {".xz": lzma.decompress, ".gz": gzip.decompress}.get(path.suffix, bytes)
+    return [case(entry["scenario"], entry["trace"]) for entry in json.loads(unpack(path.read_bytes()))]
 
 
 def case(scenario: Json, trace: Json) -> Case:

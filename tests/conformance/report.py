@@ -82,7 +82,7 @@ def judge(case: Case) -> Verdict:
 def _first_mismatch(case: Case, calls: int, *, short_cut: bool) -> Mismatch | None:
     replay = Replay(case.scenario, short_cut=short_cut)
     for index in range(calls):
-        expected = recorded(case, index)
+        expected = recorded(case, index, short_cut=short_cut)
         got = replayed(case, index, _made(replay, case.scenario["calls"][index]))
         if got != expected:
             return Mismatch(case.scenario["id"], index, short_cut, expected, got)

@@ -13,7 +13,7 @@ from typing import Final, Literal
 import attrs
 
 from . import facts
-from .loader import Case, Execution
+from .loader import Case, Execution, Json
 
 Kind = Literal["deliberate difference", "java only"]
 FirstCall = Callable[[Case], int | None]
@@ -44,7 +44,7 @@ def _execution(holds: Callable[[Case, Execution], bool]) -> FirstCall:
     return _call(lambda case, index: any(holds(case, execution) for execution in case.call_executions(index)))
 
 
-def _policy(holds: Callable[[facts.Json], bool]) -> FirstCall:
+def _policy(holds: Callable[[Json], bool]) -> FirstCall:
     """For the first use of a template whose policies include such a one."""
     return _execution(lambda case, execution: any(map(holds, facts.policies(case, facts.template(case, execution)))))
 
@@ -56,17 +56,13 @@ def _listener(kinds: tuple[str, ...], holds: Callable[[object], bool]) -> FirstC
     )
 
 
-def _is_refused(policy: facts.Json) -> bool:
-    return policy.get("max", 1) < 1 or policy.get("ms", 1) <= 0 or policy.get("policies", [None]) == []
+def _is_refused(policy: Json) -> bool:
+    return bool(policy.get("max", 1) < 1 or policy.get("ms", 1) <= 0 or policy.get("policies", [None]) == [])
 
 
 def _jitter_is_one_sided(case: Case, execution: Execution) -> bool:
     spec = facts.template(case, execution).get("backoff") or {}
     return spec.get("type") == "exponential_random" or (spec.get("random") is True and "multiplier" in spec)
-
-
-def _sleeps_past_deadline(_: Case, execution: Execution) -> bool:
-    return execution.state is None and facts.slept_without_retry(execution)
 
 
 def _recovery_raises(_: Case, execution: Execution) -> bool:
@@ -79,7 +75,10 @@ def _recovers_unrecoverable(case: Case, execution: Execution) -> bool:
         for policy in facts.policies(case, facts.template(case, execution))
         for name in policy.get("not_recoverable", ())
     }
-    return any(facts.mentions(event[3], names) for event in execution.named("recover"))
+    exhausted = execution.raised if facts.is_wrapped(execution) else None
+    return any(
+        facts.mentions(error, names) for error in (exhausted, *(event[3] for event in execution.named("recover")))
+    )
 
 
 def _is_unsynced(case: Case, index: int) -> bool:
@@ -114,6 +113,14 @@ RULES: Final = (
         "java only",
         _case(lambda case: "java_specific" in case.scenario["tags"]),
         "64-bit overflow of the clock, or UndeclaredThrowableException: neither exists in Python",
+    ),
+    Rule(
+        "java-runtime-error",
+        "java only",
+        _call(
+            lambda case, index: bool({"NullPointerException", "ClassCastException"} & facts.raised_names(case, index))
+        ),
+        "the library trips over a null or a cast of its own",
     ),
     Rule(
         "marker-interfaces",
@@ -204,13 +211,13 @@ RULES: Final = (
     Rule(
         "interrupted-pause",
         "deliberate difference",
-        lambda case: next(facts.failed_sleeps(case), None),
-        "Python threads cannot be interrupted in their sleep; a clock's fault is not the operation's",
+        lambda case: next(facts.failed_pauses(case), None),
+        "any fault of a pause is BackOffInterruptedError; a stateful failure is rethrown without one, and still due",
     ),
     Rule(
         "slept-past-deadline",
         "deliberate difference",
-        _execution(_sleeps_past_deadline),
+        _call(facts.slept_past_deadline),
         "a pause that would pass the deadline is not begun: the operation is given up at once",
     ),
     Rule(

@@ -65,28 +65,30 @@ def is_known(scenario: Mapping[str, Any], trace: Mapping[str, Any]) -> bool:
     """Whether a scenario and its trace use the schema's words only, and have its shape."""
     try:
         _check_scenario(scenario)
-        _check_trace(trace)
+        _check_trace(trace, len(scenario["calls"]))
     except (UnknownWordError, AttributeError, KeyError, TypeError, IndexError):
         return False
     return True
 
 
-def _check(words: Collection[str], known: Collection[str]) -> None:
+def _check(words: Collection[Any], known: Collection[Any]) -> None:
     if strange := set(words) - set(known):
         raise UnknownWordError(*sorted(strange))
 
 
 def _check_scenario(scenario: Mapping[str, Any]) -> None:
     _check(scenario, _FIELDS["scenario"])
-    for policy in scenario.get("shared", {}).values():
-        _check_policy(policy)
+    shared, templates = scenario.get("shared", {}), range(len(scenario["templates"]))
+    for policy in shared.values():
+        _check_policy(policy, shared)
     for template in scenario["templates"]:
-        _check_template(template)
+        _check_template(template, shared)
+        _check([(template.get("cache") or {}).get("share", 0)], templates)
     for call in scenario["calls"]:
-        _check_call(call)
+        _check_call(call, templates)
 
 
-def _check_template(template: Mapping[str, Any]) -> None:
+def _check_template(template: Mapping[str, Any], shared: Collection[str]) -> None:
     _check(template, _FIELDS["template"])
     _check(template.get("cache") or {}, _FIELDS["cache"])
     _check([(template.get("cache") or {}).get("type", "soft")], {"soft", "inconsistent"})
@@ -95,22 +97,23 @@ def _check_template(template: Mapping[str, Any]) -> None:
     for operation, *arguments in template.get("builder", ()):
         _check([operation], _BUILDER)
         if operation == "custom_policy":
-            _check_policy(arguments[0])
+            _check_policy(arguments[0], shared)
         if operation in {"retry_on", "not_retry_on"}:
             _check(arguments, TYPES)
-    _check_policy(template.get("policy"))
+    _check_policy(template.get("policy"), shared)
     _check_back_off(template.get("backoff"))
 
 
-def _check_policy(policy: Mapping[str, Any] | None) -> None:
+def _check_policy(policy: Mapping[str, Any] | None, shared: Collection[str]) -> None:
     if policy is None:
         return
     _check([policy["type"]], _POLICIES)
     _check(policy, {"type", *_POLICIES[policy["type"]]})
+    _check([policy["id"]] if policy["type"] == "ref" else (), shared)
     _check([*(policy.get("map") or ()), *policy.get("not_recoverable", ())], {*TYPES, *MARKERS})
     nested = policy["map"].values() if policy["type"] == "classifier" else ()
     for child in (*nested, *policy.get("policies", ()), policy.get("delegate")):
-        _check_policy(child)
+        _check_policy(child, shared)
 
 
 def _check_back_off(spec: Mapping[str, Any] | None) -> None:
@@ -119,8 +122,9 @@ def _check_back_off(spec: Mapping[str, Any] | None) -> None:
         _check(spec, {"type", "faults", *_BACK_OFFS[spec["type"]]})
 
 
-def _check_call(call: Mapping[str, Any]) -> None:
+def _check_call(call: Mapping[str, Any], templates: Collection[int]) -> None:
     _check(call, _FIELDS["call"])
+    _check([call.get("t", 0)], templates)
     _check(call.get("external", ()), _FIELDS["external"])
     state = call.get("state") or {}
     _check(state, _FIELDS["state"])
@@ -129,15 +133,15 @@ def _check_call(call: Mapping[str, Any]) -> None:
         _check(state["rollback"].get("map") or (), {*TYPES, *MARKERS})
     recovery = [call["recovery"]] if "recovery" in call else []
     for action in (*call.get("outcomes", ()), *recovery):
-        _check_action(action)
+        _check_action(action, templates)
 
 
-def _check_action(action: Mapping[str, Any]) -> None:
+def _check_action(action: Mapping[str, Any], templates: Collection[int]) -> None:
     _check(action, _FIELDS["action"])
     if "throw" in action:
         _check_error(action["throw"])
     if "call" in action:
-        _check_call(action["call"])
+        _check_call(action["call"], templates)
 
 
 def _check_error(value: list[Any]) -> None:
@@ -146,6 +150,8 @@ def _check_error(value: list[Any]) -> None:
         _check_error(value[2])
 
 
-def _check_trace(trace: Mapping[str, Any]) -> None:
-    for record in trace.get("calls", ()):
+def _check_trace(trace: Mapping[str, Any], calls: int) -> None:
+    records = trace.get("calls", ())
+    _check([len(records)], [0 if "build_error" in trace else calls])
+    for record in records:
         _check([event[0] for event in record.get("events", ())], _EVENTS)

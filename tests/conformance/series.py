@@ -6,6 +6,8 @@ from math import isclose
 
 import attrs
 
+from .clock import SECOND
+
 
 @attrs.frozen
 class Exponential:
@@ -34,7 +36,7 @@ class Exponential:
 
 def whole_milliseconds(series: Exponential | None, seconds: float, failures: int) -> int:
     """A pause of retrykit in whole milliseconds; the right member of an exponential series as spring-retry cuts it."""
-    milliseconds = seconds * 1000
+    milliseconds = seconds * SECOND
     index = max(0, failures - 1)
     if series is not None and isclose(milliseconds, series.exact(index), rel_tol=1e-9, abs_tol=1e-3):
         return series.cut(index)
