@@ -112,12 +112,13 @@ def unwanted_modules(program: str) -> list[str]:
 
 def attribution(program: str) -> list[tuple[str, float, int]]:
     """Where the import's time goes by `-X importtime`: (group, milliseconds of its own, modules), dearest first."""
+    bare = {module for module, _ in _import_times("pass")}
+    needed = {module for module, _ in _import_times(PROGRAMS["import attrs"])}
     cost: Counter[str] = Counter()
     modules: Counter[str] = Counter()
-    bare = {module for module, _ in _import_times("pass")}
     for module, microseconds in _import_times(program):
         if module not in bare:
-            group = _group(module)
+            group = _group(module, needed)
             cost[group] += microseconds
             modules[group] += 1
     return [(group, microseconds / 1000, modules[group]) for group, microseconds in cost.most_common()]
@@ -130,12 +131,14 @@ def _import_times(program: str) -> Iterator[tuple[str, int]]:
             yield found[2], int(found[1])
 
 
-def _group(module: str) -> str:
-    """retrykit module by module, attrs as one, the standard library by its packages."""
+def _group(module: str, needed: set[str]) -> str:
+    """retrykit module by module, attrs as one, the standard library by who needs it."""
     top = module.partition(".")[0]
     if top == "retrykit":
         return module
-    return "attrs" if top in {"attr", "attrs"} else f"standard library: {top}"
+    if top in {"attr", "attrs"}:
+        return "attrs"
+    return "standard library, needed by attrs too" if module in needed else f"standard library: {module}"
 
 
 def rows(timings: Mapping[str, Timing], missing: Mapping[str, str]) -> Iterator[dict[str, Any]]:
