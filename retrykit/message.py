@@ -46,9 +46,10 @@ def _headers(value: Any) -> dict[str, str]:
 class Message:
     """One delivery of a message by its source.
 
-    `id` is the stable id by which the source knows the message across deliveries, None where it has none; `key` is what its history is
-    kept under. `redelivered` is what the source says, a hint (brokers forget it and invent it). `delivery_count` is the number of this
-    delivery, from 1, None where the source does not count. `handle` is the source's own, for settling this delivery.
+    `id` is the stable id by which the source knows the message across deliveries, None where it has none; `key` is what
+    its history is kept under. `redelivered` is what the source says, a hint (brokers forget it and invent it).
+    `delivery_count` is the number of this delivery, from 1, None where the source does not count. `handle` is the
+    source's own, for settling this delivery.
     """
 
     destination: str = attrs.field(validator=is_nonempty_text)
@@ -99,7 +100,7 @@ class Redeliver:
 
 @attrs.frozen
 class Park:
-    """The message is put aside in `destination`, where a person can look at it, with `headers` added to its own, and is done with here."""
+    """The message is put aside in `destination`, for a person to look at; a copy with these `headers` goes there."""
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
@@ -108,7 +109,7 @@ class Park:
 
 @attrs.frozen
 class Republish:
-    """A copy of the message, with `headers` added to its own, goes to `destination`; the original is done with."""
+    """A copy of the message with these `headers` goes to `destination`; the original is done with."""
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)

@@ -1,4 +1,4 @@
-"""Consuming messages with retry: the listener container, the broker protocol, and what becomes of messages that fail for good.
+"""Consuming messages with retry: the listener container, the broker protocol, and what becomes of poison messages.
 
 Brokers: `retrykit.messaging.memory.MemoryBroker`, `retrykit.messaging.stomp.StompBroker` (extra `stomp`).
 """

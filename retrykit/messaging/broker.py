@@ -1,7 +1,8 @@
-"""What the listener container asks of a message source: a `Broker` that connects, and the `Session` that a connection is.
+"""What the listener container asks of a message source: a `Broker` that connects, and the `Session` that it gives.
 
-A session is one connection generation: used by one worker, thrown away when it is lost, never repaired. Everything that it hands out
-(deliveries, open transactions) dies with it, so nothing of an earlier generation can be settled on a later one.
+A session is one connection generation: used by one worker, thrown away when it is lost, never repaired. Everything that
+it hands out (deliveries, open transactions) dies with it, so nothing of an earlier generation can be settled on a later
+one.
 
 Its transaction opens by itself with the first `send` or with `commit`, and ends with `commit` or `rollback`.
 """
@@ -18,7 +19,7 @@ from retrykit.message import Message
 
 @attrs.frozen(kw_only=True)
 class Capabilities:
-    """What a source can do by itself, and how far its word goes; the contract suite tests each for presence or absence."""
+    """What a source can do by itself, and how far its word goes; the contract suite tests each, or its absence."""
 
     delayed_redelivery: bool = False
     """`rollback(message, delay)` keeps the message back for `delay` seconds, here and for other consumers."""
@@ -27,13 +28,16 @@ class Capabilities:
     stable_ids: bool = False
     """A message has the same id at every delivery, without help by its producer."""
     trustworthy_flag: bool = False
-    """`redelivered` is true at every delivery but the first; where it is not trustworthy, the history is always looked up."""
+    """`redelivered` is true at every delivery but the first; where it is not, the history is always looked up."""
     counts_deliveries: bool = False
     """`delivery_count` is known."""
 
 
 class Session(Protocol):
-    """One connection to a source, for one worker. `interrupt` and `close` may be called from any thread, the rest is the worker's."""
+    """One connection to a source, for one worker.
+
+    `interrupt` and `close` may be called from any thread, the rest is the worker's.
+    """
 
     @property
     def capabilities(self) -> Capabilities:
@@ -44,22 +48,26 @@ class Session(Protocol):
         """Deliveries dropped because they belonged to an earlier subscription of this session."""
 
     def receive(self, timeout: float | None = None) -> Message | None:
-        """The next delivery; None after `timeout` seconds without one, or when interrupted. `ConnectionLostError` when there is no more."""
+        """The next delivery; None after `timeout` seconds without one, or when interrupted.
+
+        `ConnectionLostError` when there is no more.
+        """
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Put a message into the open transaction. Never raises for a lost connection: `flush` and `commit` do."""
 
     def flush(self) -> None:
-        """Return when the source has taken every send of the open transaction; else `ConnectionLostError`, and none of them happens."""
+        """Return when the source has taken every send of the open transaction; else `ConnectionLostError`."""
 
     def commit(self, message: Message | None = None) -> None:
         """Acknowledge `message` as the last act of the transaction and commit it.
 
-        `CommitInDoubtError` when that was not confirmed in time: it may have happened or not, and the session is of no more use.
+        `CommitInDoubtError` when that was not confirmed in time: it may have happened or not, and the session is of no
+        more use.
         """
 
     def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:
-        """Undo the open transaction, and give `message` back to the source, to be delivered again (after `delay` seconds, if it can).
+        """Undo the open transaction, and give `message` back, to be delivered again (after `delay` seconds, if it can).
 
         Without a message the delivery in hand stays in hand. Never raises: a connection that is lost has done the same.
         """
@@ -71,7 +79,10 @@ class Session(Protocol):
         """End the wait of `receive` and `pause`, now and from now on: no more deliveries are wanted."""
 
     def close(self, *, wait: bool = True) -> None:
-        """Leave: what is not committed is undone and goes back. In good order and in bounded time, or at once without `wait`."""
+        """Leave: what is not committed is undone and goes back.
+
+        In good order and in bounded time, or at once without `wait`.
+        """
 
 
 @runtime_checkable

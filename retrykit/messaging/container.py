@@ -1,4 +1,4 @@
-"""The listener container: workers that take messages from a broker through a template, and are connected again when they lose it."""
+"""The listener container: workers that take messages through a template, and connect again when they must."""
 
 from __future__ import annotations
 
@@ -40,15 +40,17 @@ def _is_broker(_instance: Any, field: Any, value: Any) -> None:
 
 @attrs.define(eq=False)
 class ListenerContainer:
-    """Consume a destination: each message is one stateful call of `template`, redelivered until it succeeds or is recovered.
+    """Consume a destination: each message is a stateful call of `template`, redelivered until success or recovery.
 
-    `handler(message)` or `handler(message, context)` runs in `transaction`, any callable that gives a context manager (`Session.begin`);
-    what that gives is `context.transaction`. It commits before the message is acknowledged. `recover(message, context)` ends a message that
-    may not be tried again (`park("…")`, `republish("…")`, `discard("…")`, or your own); without it such a message stays at the broker, and
-    holds up one consumer, with growing pauses and an error in the log, until somebody acts.
+    `handler(message)` or `handler(message, context)` runs in `transaction`, any callable that gives a context manager
+    (`Session.begin`); what that gives is `context.transaction`. It commits before the message is acknowledged.
+    `recover(message, context)` ends a message that may not be tried again (`park("…")`, `republish("…")`,
+    `discard("…")`, or your own); without it such a message stays at the broker, and holds up one consumer, with growing
+    pauses and an error in the log, until somebody acts.
 
-    `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made again, with the pauses
-    of `reconnect`. A container is used once: `with container: container.wait()`, or `container.run()`.
+    `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
+    again, with the pauses of `reconnect`. A container is used once: `with container: container.wait()`, or
+    `container.run()`.
     """
 
     broker: Broker = attrs.field(validator=_is_broker)
@@ -84,8 +86,11 @@ class ListenerContainer:
             thread.start()
 
     def stop(self, *, now: bool = False) -> None:
-        """Ask the workers to finish the message in hand and leave; returns at once. `now` takes their connections away: what they have in
-        hand is rolled back and delivered again. May be called from any thread, and again."""
+        """Ask the workers to finish the message in hand and leave; returns at once.
+
+        `now` takes their connections away: what they have in hand is rolled back and delivered again. May be called
+        from any thread, and again.
+        """
         self._stopping.set()
         with self._lock:
             sessions = list(self._sessions)
@@ -96,7 +101,10 @@ class ListenerContainer:
             session.close(wait=False) if now else session.interrupt()
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all workers have left; False after `timeout` seconds. Raises what made the container give up, such as `NoStableIdError`."""
+        """Wait until all workers have left; False after `timeout` seconds.
+
+        Raises what made the container give up, such as `NoStableIdError`.
+        """
         finished = self._finished.wait(timeout)
         if finished:
             self._raise()
@@ -215,6 +223,6 @@ class ListenerContainer:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002 - the signature of signal handlers
-        # A handler interrupts the main thread anywhere, also while it holds a lock: SimpleQueue.put is made for that, stop() is not.
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        # A signal comes anywhere, also while the main thread holds a lock: SimpleQueue.put is made for that.
         self._events.put("signal")

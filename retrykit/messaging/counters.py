@@ -29,7 +29,7 @@ class Counters:
     rolled_back: int = 0
     """An attempt failed; the message went back to be delivered again."""
     withheld: int = 0
-    """No attempt failed, but the message could not be dealt with now (recovery failed, none given, attempts elsewhere, stopping)."""
+    """Given back without a failed attempt: recovery failed or not given, attempts elsewhere, or stopping."""
     in_doubt: int = 0
     """A commit was not confirmed; nothing was counted against the message."""
 

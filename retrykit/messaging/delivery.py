@@ -5,13 +5,19 @@ The order of effects in one delivery, and what a crash after each leaves behind:
 1. the pause that is still due is waited for (nothing is open; the broker delivers again);
 2. database transaction, handler; its sends open the broker's transaction (both are undone; delivered again);
 3. the broker has taken the sends (the same);
-4. database commit, with the completion mark where the history is kept in that database (delivered again: with a mark it is answered as
+4. database commit, with the completion mark where the history is kept in that database (delivered again: with a mark it
+   is answered as
    a duplicate, without one the handler runs again);
 5. acknowledgement last, broker commit, confirmed (done; a history that is left over is found at no later delivery);
 6. the history is settled.
 
-A failure rolls both back; the failure is stored before the message goes back. A recovery runs in 2 to 6 in place of the handler, so what
-it sends and the acknowledgement are one broker transaction. A broker commit that is not confirmed is neither: see `CommitInDoubtError`.
+A failure rolls both back; the failure is stored before the message goes back. A recovery runs in 2 to 6 in place of the
+handler, so what it sends and the acknowledgement are one broker transaction. A broker commit that is not confirmed is
+neither: nothing is counted, see `CommitInDoubtError`.
+
+What sends something (a parked copy) settles its history in 6 only, never in 4: a database that remembers the message as
+done, while the broker has forgotten the copy, has lost it. So after a crash between 4 and 5 a recovery that parks runs
+again: the copy is there once, what the recovery wrote to the database is written again.
 """
 
 from __future__ import annotations
@@ -51,7 +57,7 @@ class WithheldError(Exception):
 
 @attrs.frozen
 class WaitingClock:
-    """A template's clock whose sleep ends when `wait` says that the wait is pointless: the session stops, or its connection is lost."""
+    """A template's clock whose sleep ends when `wait` says that it is pointless: stopping, or the connection lost."""
 
     clock: Clock
     wait: Callable[[float], bool]
@@ -108,7 +114,10 @@ class Work:
 
 
 def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
-    """The handler as a function of message and context; it may take the message alone. `TypeError` for what cannot be called so."""
+    """The handler as a function of message and context; it may take the message alone.
+
+    `TypeError` for what cannot be called so.
+    """
     if not callable(handler):
         raise wrong_type("handler", "callable", handler)
     if inspect.iscoroutinefunction(handler) or inspect.isgeneratorfunction(handler):
@@ -122,7 +131,7 @@ def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
 
 
 def _arguments(handler: Handler) -> int:
-    """How many positional arguments a handler wants: those that it requires, and an optional second one if it is called "context"."""
+    """How many arguments a handler wants: those that it requires, and an optional second one called "context"."""
     try:
         parameters = list(inspect.signature(handler).parameters.values())
     except ValueError:
@@ -136,7 +145,7 @@ def _arguments(handler: Handler) -> int:
 
 
 class _Delivery:
-    """One delivery: the callback, the recovery and the transaction that the template is given, and what they came to."""
+    """One delivery: the callback, the recovery and the transaction that the template is given, and their result."""
 
     def __init__(self, work: Work, session: Session, message: Message) -> None:
         self.work = work
@@ -170,20 +179,22 @@ class _Delivery:
 
     def attempt(self, context: RetryContext) -> Any:
         self.context = context
-        return self._obey(self.work.call(self.message, context), "handler")
+        return self._obey(self.work.call(self.message, context), context, "handler")
 
     def recovery(self, context: RetryContext) -> Any:
         self.context = context
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
-        return self._obey(self.work.recover(self.message, context), "recover")
+        return self._obey(self.work.recover(self.message, context), context, "recover")
 
-    def _obey(self, result: Any, whose: str) -> Any:
+    def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
         self.settlement = result if isinstance(result, SETTLEMENTS) else Ack()
         match self.settlement:
             case Redeliver():
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
             case Park(destination, headers=headers) | Republish(destination, headers=headers):
                 self.session.send(destination, self.message.body, headers)
+                # The cache finds no transaction to join: the history outlives the database's commit until the broker's.
+                context.transaction = None
         return result
 
     def settled(self) -> None:
@@ -217,7 +228,7 @@ class _Delivery:
             _log.info("message %r goes back after a failed attempt: %r (%s)", self.message.key, error, why)
 
     def withheld(self, error: BaseException) -> bool:
-        """Whether the next delivery would come to the same at once: not so after a failed attempt that leaves others."""
+        """Whether the next delivery would come to the same: not so after a failed attempt that leaves others."""
         if self.context is None or self.context.exhausted:
             return isinstance(error, Exception)
         return False

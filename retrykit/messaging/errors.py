@@ -23,6 +23,6 @@ class ConnectionLostError(BrokerError):
 class NoStableIdError(BrokerError):
     """A message from {destination} at the broker {broker} has no id that is the same at its next delivery: {remedy}
 
-    Without one its history could not be found again, and a poison message would be retried for ever: the container stops at the first.
-    The message goes back to the broker.
+    Without one its history could not be found again, and a poison message would be retried for ever: the container
+    stops at the first. The message goes back to the broker.
     """

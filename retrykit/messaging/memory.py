@@ -1,8 +1,9 @@
 """A broker inside the process, with the settlements of the real ones: for tests, demonstrations and fast feedback.
 
-Nothing survives the process. Several consumers share a destination; a message that is rolled back, or whose session is closed or lost,
-goes back to its place in the queue, flagged redelivered, its delivery counted. Sends and acknowledgement are one transaction.
-Faults can be ordered: a commit that is not confirmed (done or not), and connections that are lost.
+Nothing survives the process. Several consumers share a destination; a message that is rolled back, or whose session is
+closed or lost, goes back to its place in the queue, flagged redelivered, its delivery counted. Sends and
+acknowledgement are one transaction. Faults can be ordered: a commit that is not confirmed (done or not), and
+connections that are lost.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ class _Queues:
 
 @attrs.frozen(eq=False)
 class MemoryBroker:
-    """An in-process broker, and one destination of it to consume from; `at` gives another destination of the same broker."""
+    """An in-process broker, and a destination of it to consume from; `at` gives another one of the same broker."""
 
     destination: str = attrs.field(validator=is_nonempty_text)
     _state: _Queues = attrs.field(factory=_Queues, repr=False, kw_only=True, alias="state")
@@ -144,7 +145,7 @@ class MemoryBroker:
     # -- faults
 
     def doubt_next_commit(self, fate: Literal["done", "undone"]) -> None:
-        """Lose the connection during the next commit, after or before it was carried out; the session cannot know which."""
+        """Lose the connection during the next commit, after it was done or before; the session cannot know which."""
         with self._state.changed:
             self._state.doubts.append(fate)
 
@@ -264,7 +265,7 @@ class MemorySession:
             self._interrupted = True
             self._state.changed.notify_all()
 
-    def close(self, *, wait: bool = True) -> None:  # noqa: ARG002 - there is nothing to wait for
+    def close(self, *, wait: bool = True) -> None:
         """Give back what is in hand."""
         self.lose("closed")
 

@@ -1,7 +1,7 @@
 """What distinguishes STOMP brokers: the id that is stable, how a message is given back, how far the broker's word goes.
 
-STOMP leaves redelivery to the server, and servers differ: ABORT gives nothing back on any of them, NACK means the dead letter queue on one
-and an immediate requeue on another. A profile is a value; `rabbitmq` will be a third.
+STOMP leaves redelivery to the server, and servers differ: ABORT gives nothing back on any of them, NACK means the dead
+letter queue on one and an immediate requeue on another. A profile is a value; `rabbitmq` will be a third.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from retrykit.messaging.recoverers import ID
 class Profile:
     """One kind of STOMP broker.
 
-    `give_back`: "resubscribe" leaves the subscription and makes a new one, which hands back everything that was delivered to the old one;
-    "reconnect" drops the connection, which works everywhere.
+    `give_back`: "resubscribe" leaves the subscription and makes a new one, which hands back everything that was
+    delivered to the old one; "reconnect" drops the connection, which works everywhere.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """What becomes of a message whose retry has ended: `park`, `republish`, `discard`.
 
-A recoverer is any callable `recover(message, context)`. It may return a settlement, which the container carries out in one broker
-transaction with the acknowledgement; whatever else it returns, the message is acknowledged.
+A recoverer is any callable `recover(message, context)`. It may return a settlement, which the container carries out in
+one broker transaction with the acknowledgement; whatever else it returns, the message is acknowledged.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ def _patterns(value: object) -> tuple[str, ...]:
 class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.parked")`
     """Put the message aside in `destination` with its history in `retrykit-…` headers.
 
-    `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are kept as JSON text in
-    `retrykit-other-headers`, because brokers take some for commands (delays, expiry, transactions). Texts are bounded to 1,000 characters.
+    `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are
+    kept as JSON text in `retrykit-other-headers`, because brokers take some for commands (delays, expiry,
+    transactions). Texts are bounded to 1,000 characters.
     """
 
     destination: str = attrs.field(validator=is_nonempty_text)
@@ -88,12 +89,12 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 
 @attrs.frozen
 class republish:  # noqa: N801 - as `park`
-    """Send a copy of the message on to `destination`, with its stable id (`retrykit-id`) and the `headers` of the original, no history."""
+    """Send a copy on to `destination`, with its stable id (`retrykit-id`) and the listed `headers`, without history."""
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
 
-    def __call__(self, message: Message, context: RetryContext) -> Republish:  # noqa: ARG002 - the signature of recoverers
+    def __call__(self, message: Message, context: RetryContext) -> Republish:
         """The settlement; nothing is sent yet."""
         return Republish(self.destination, headers=_travelling(message, self.headers) | _identity(message))
 
@@ -104,7 +105,7 @@ class discard:  # noqa: N801 - as `park`
 
     reason: str = attrs.field(validator=is_nonempty_text)
 
-    def __call__(self, message: Message, context: RetryContext) -> Discard:  # noqa: ARG002 - the signature of recoverers
+    def __call__(self, message: Message, context: RetryContext) -> Discard:
         """The settlement."""
         return Discard(self.reason)
 

@@ -1,8 +1,9 @@
 """STOMP 1.2 brokers, on stomp.py 9: `StompBroker`.
 
-stomp.py runs a thread that reads frames and calls listeners; a listener that raises closes the connection without a word, one that waits
-holds up heart-beats. So here the callbacks put what came into queues and set flags, nothing else, and everything is decided by the
-worker. A session is used once: no callback reconnects, and frames of another generation have nowhere to arrive.
+stomp.py runs a thread that reads frames and calls listeners; a listener that raises closes the connection without a
+word, one that waits holds up heart-beats. So here the callbacks put what came into queues and set flags, nothing else,
+and everything is decided by the worker. A session is used once: no callback reconnects, and frames of another
+generation have nowhere to arrive.
 """
 
 from __future__ import annotations
@@ -57,11 +58,12 @@ def _is_destination(_instance: Any, field: Any, value: Any) -> None:
 
 @attrs.frozen
 class StompBroker:
-    """A STOMP broker at `url` (`stomp://user:password@host:port`), and the destination to consume from, such as "/queue/orders".
+    """A STOMP broker (`stomp://user:password@host:port`), and the destination to consume from, such as "/queue/orders".
 
-    The destination may be the path of the URL. `prefetch` bounds how many deliveries are on their way: 1 is the fastest for transactional
-    sessions on ActiveMQ. `profile` ("activemq", "generic") is what the broker calls itself, unless given. `id_header` names the header by
-    which a message is known again at its next delivery, where the profile's own rule does not do. Timeouts are in seconds.
+    The destination may be the path of the URL. `prefetch` bounds how many deliveries are on their way: 1 is the fastest
+    for transactional sessions on ActiveMQ. `profile` ("activemq", "generic") is what the broker calls itself, unless
+    given. `id_header` names the header by which a message is known again at its next delivery, where the profile's own
+    rule does not do. Timeouts are in seconds.
     """
 
     url: str = attrs.field(repr=redacted)
@@ -90,7 +92,10 @@ class StompBroker:
         return self.address.name + self.destination
 
     def connect(self, *, consume: bool = True) -> StompSession:
-        """Open a session. `BrokerUnavailableError` when the broker is not there, refuses the credentials, or does not answer in time."""
+        """Open a session.
+
+        `BrokerUnavailableError` when the broker is not there, refuses the credentials, or does not answer in time.
+        """
         if consume and not self.destination:
             raise wrong_value("destination", "given, to consume from it", self.destination)
         session = StompSession(self)
@@ -103,7 +108,7 @@ class StompBroker:
 
 
 class _TunedTransport(Transport):  # type: ignore[misc] # stomp.py has no types
-    """stomp.py's transport with a socket that suits transactions: small frames go out, and are acknowledged, at once."""
+    """stomp.py's transport with a socket for transactions: small frames go out, and are acknowledged, at once."""
 
     def receive(self) -> Any:
         data = super().receive()
@@ -137,7 +142,14 @@ class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py 
             auto_decode=False,
         )
         BaseConnection.__init__(self, transport)
-        Protocol12.__init__(self, transport, heartbeats=(beat, beat), auto_content_length=False)
+        Protocol12.__init__(
+            self,
+            transport,
+            heartbeats=(beat, beat),
+            auto_content_length=False,
+            # A broker that beats only if the last interval was silent is up to two intervals late, in good health.
+            heart_beat_receive_scale=2.5,
+        )
 
     def login(self, broker: StompBroker) -> None:
         """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
@@ -153,7 +165,10 @@ class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py 
 
 
 class _Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
-    """One connection: sends frames, keeps what comes until the worker asks. Its `on_…` methods run on stomp.py's thread."""
+    """One connection: sends frames, keeps what comes until the worker asks.
+
+    Its `on_…` methods run on stomp.py's thread.
+    """
 
     def __init__(self, broker: StompBroker) -> None:
         self.broker = broker
@@ -194,7 +209,10 @@ class _Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self.lose("no heart-beat came in time")
 
     def lose(self, reason: str) -> None:
-        """Note that the connection is of no more use, and wake everybody. Closes nothing: this may be stomp.py's own thread."""
+        """Note that the connection is of no more use, and wake everybody.
+
+        Closes nothing: this may be stomp.py's own thread.
+        """
         with self._changed:
             self.lost = self.lost or reason
             self._changed.notify_all()
@@ -366,7 +384,10 @@ class StompSession:
     # -- settling
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send in the transaction; the receipt is waited for by `flush`. Persistent unless the headers say otherwise."""
+        """Send in the transaction; the receipt is waited for by `flush`.
+
+        Persistent unless the headers say otherwise.
+        """
         marks = self._profile.text_headers if _is_text(headers) else {}
         ours = {"destination": destination, "transaction": self._begun()}
         if not marks or b"\0" in body:
@@ -391,7 +412,7 @@ class StompSession:
             raise CommitInDoubtError from error
         self._transaction = None
 
-    def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:  # noqa: ARG002 - this broker cannot wait
+    def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:
         """ABORT what is open; give the message back as the profile says."""
         if self._transaction is not None:
             self._wire.put("ABORT", {"transaction": self._transaction})

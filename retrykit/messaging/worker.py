@@ -27,7 +27,10 @@ _log = logging.getLogger("retrykit.messaging")
 
 @attrs.frozen(eq=False)
 class Worker:
-    """Consumes until `stopping`. `enlist` registers a session with the container, which interrupts it to stop, and closes it after use."""
+    """Consumes until `stopping`.
+
+    `enlist` registers a session with the container, which interrupts it to stop, and closes it after use.
+    """
 
     broker: Broker
     work: Work
@@ -36,7 +39,7 @@ class Worker:
     enlist: Callable[[Session], AbstractContextManager[Session]]
 
     def run(self) -> None:
-        """Live one connection after the other. A life that came to nothing is a failed attempt: the next one waits longer.
+        """Live one connection after the other; after a life that came to nothing the next one waits longer.
 
         Raises what no later connection can mend, such as `NoStableIdError`.
         """

@@ -1,7 +1,5 @@
 """`BrokerContract`: the suite that every `Broker` of `retrykit.messaging` must pass, retrykit's own and yours."""
 
-# ruff: noqa: S101, PLR2004 - this is a test suite: it speaks by assert, and its numbers are examples
-
 from __future__ import annotations
 
 import threading
@@ -23,7 +21,7 @@ BINARY = bytes(range(256)) * 3
 
 
 class BrokerContract:
-    """What a broker promises to the listener container, as a pytest class: subclass it under a name beginning with Test, give `make_broker`.
+    """What a broker promises to the listener container, as a pytest class: subclass it as Test…, give `make_broker`.
 
     ```python
     class TestMyBroker(BrokerContract):
@@ -31,9 +29,10 @@ class BrokerContract:
             return MyBroker(server.url, destination)
     ```
 
-    `server` is a fixture of the subclass (or a conftest): whatever the brokers of one test share. `make_broker(server, destination)` gives a
-    broker that consumes from `destination`, one delivery on its way at a time; it is called with several destinations, which do not exist
-    before. What a broker cannot do it declares in its `capabilities`; its absence is tested then.
+    `server` is a fixture of the subclass (or a conftest): whatever the brokers of one test share. `make_broker(server,
+    destination)` gives a broker that consumes from `destination`, one delivery on its way at a time; it is called with
+    several destinations, which do not exist before. What a broker cannot do it declares in its `capabilities`; its
+    absence is tested then.
 
     `patience` bounds the waits for what must come, in seconds; `silence` is how long nothing may come.
     """
@@ -100,7 +99,7 @@ class BrokerContract:
         return found
 
     def again(self, broker: Broker, session: Session, message: Message) -> tuple[Message, Session]:
-        """Roll the message back and receive it again: in the same session, or in a new one where giving back costs the connection."""
+        """Roll the message back and receive it again; in a new session, where giving back costs the connection."""
         session.rollback(message)
         try:
             return self.next(session), session
@@ -231,7 +230,9 @@ class BrokerContract:
         session.close()
 
     @pytest.mark.parametrize("wait", [True, False])
-    def test_what_a_session_leaves_behind_comes_again_elsewhere(self, broker: Broker, queue: str, wait: bool) -> None:
+    def test_what_a_session_leaves_behind_comes_again_elsewhere(
+        self, broker: Broker, queue: str, *, wait: bool
+    ) -> None:
         self.publish(broker, queue, b"x")
         with self.session(broker) as gone, self.session(broker) as other:
             (holder, message), spare = self._either(gone, other)

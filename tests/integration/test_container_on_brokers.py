@@ -1,0 +1,323 @@
+"""The main job: a handler in a database transaction, fed by a broker that forgets, loses connections and dies."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import uuid
+from collections import Counter
+from contextlib import closing
+
+import attrs
+import pytest
+from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select
+from sqlalchemy.orm import sessionmaker
+
+from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
+from retrykit.messaging import BrokerUnavailableError, ListenerContainer, NoStableIdError, park
+from retrykit.messaging.stomp import StompBroker
+from retrykit.policy import SimpleRetryPolicy
+from retrykit.sql import SqlRetryContextCache, sqlite_engine
+from retrykit.template import RetryTemplate
+from retrykit.testing import StompServer
+
+PATIENCE = 90.0
+QUICK = ExponentialBackOffPolicy(initial=0.01, max_interval=0.2, jitter="full")
+SLOW_TO_FAIL = {"receipt_timeout": 20.0, "connect_timeout": 20.0}
+
+metadata = MetaData()
+effects = Table("effects", metadata, Column("number", Integer, primary_key=True), Column("body", String))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    with StompServer(profile="activemq") as server:
+        yield server
+
+
+@pytest.fixture(params=["embedded", "activemq"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def queue():
+    return f"/queue/orders.{uuid.uuid4().hex[:12]}"
+
+
+class Job:
+    """Handles numbered messages into a table: those that divide by 5 fail twice, those by 7 always."""
+
+    def __init__(self, directory, server, queue, **options):
+        self.server, self.queue, self.parked = server, queue, f"{queue}.parked"
+        self.engine = sqlite_engine(f"sqlite:///{directory}/job.db")
+        metadata.create_all(self.engine)
+        self.cache = SqlRetryContextCache(self.engine)
+        self.attempts = Counter()
+        self.lock = threading.Lock()
+        self.before_return = lambda message: None
+        template = RetryTemplate(
+            name="orders",
+            retry_policy=SimpleRetryPolicy(max_attempts=3),
+            back_off_policy=ExponentialBackOffPolicy(initial=0.001, max_interval=0.01),
+            context_cache=self.cache,
+            remember_completed=3600,
+        )
+        self.container = ListenerContainer(
+            StompBroker(server.url, destination=queue, **SLOW_TO_FAIL),
+            self.handle,
+            template=template,
+            transaction=sessionmaker(self.engine).begin,
+            recover=park(self.parked),
+            reconnect=QUICK,
+            **options,
+        )
+
+    def handle(self, message, context):
+        number = int(message.text)
+        with self.lock:
+            self.attempts[number] += 1
+        context.transaction.execute(insert(effects).values(body=message.text))
+        if number % 7 == 0 or (number % 5 == 0 and context.attempt < 3):
+            raise ConnectionError(f"number {number}, attempt {context.attempt}")
+        self.before_return(message)
+
+    def publish(self, numbers):
+        session = StompBroker(self.server.url).connect(consume=False)
+        for number in numbers:
+            session.send(self.queue, str(number).encode(), {"content-type": "text/plain"})
+        session.flush()
+        session.commit()
+        session.close()
+
+    def effects(self):
+        with self.engine.connect() as connection:
+            return Counter(int(body) for (body,) in connection.execute(select(effects.c.body)))
+
+    def wait_for(self, condition):
+        deadline = time.monotonic() + PATIENCE
+        pause = threading.Event()
+        while not condition():
+            assert time.monotonic() < deadline, f"{self.container.counters} {sorted(self.effects().items())}"
+            pause.wait(0.02)
+
+    def run(self, numbers, disturb=lambda job: None):
+        """Consume the numbers to their end; what lies in the parking queue then."""
+        good = {number for number in numbers if number % 7}
+        poison = [number for number in numbers if number % 7 == 0]
+        with self.container:
+            disturb(self)
+            self.wait_for(lambda: set(self.effects()) == good)
+            self.wait_for(lambda: self.container.counters.parked + self.container.counters.in_doubt >= len(poison))
+            parked = self.take_parked(len(poison))
+        self.engine.dispose()
+        return parked
+
+    def take_parked(self, count):
+        """Everything in the parking queue: the expected number, and then nothing more."""
+        session = StompBroker(self.server.url, destination=self.parked, **SLOW_TO_FAIL).connect()
+        found = []
+        while (message := session.receive(PATIENCE if len(found) < count else 0.5)) is not None:
+            found.append(message)
+            session.commit(message)
+        session.close()
+        return found
+
+
+@pytest.fixture
+def job(tmp_path, server, queue):
+    return Job(tmp_path, server, queue)
+
+
+def check(job, numbers, parked, extra_attempts=0):
+    assert job.effects() == Counter(number for number in numbers if number % 7)
+    assert sorted(int(message.text) for message in parked) == [number for number in numbers if number % 7 == 0]
+    assert all(message.headers["retrykit-attempts"] == "3" for message in parked)
+    assert all(count <= 3 + extra_attempts for count in job.attempts.values()), job.attempts
+
+
+def test_every_effect_happens_once_and_poison_is_parked_once(job):
+    numbers = range(1, 41)
+    job.publish(numbers)
+    parked = job.run(numbers)
+    check(job, numbers, parked)
+    counters = job.container.counters
+    assert (counters.parked, counters.in_doubt, counters.generations) == (5, 0, 1)
+    assert parked[0].headers["content-type"] == "text/plain"
+    assert parked[0].headers["retrykit-error-type"] == "builtins.ConnectionError"
+    assert parked[0].headers["retrykit-error"] == "number 7, attempt 3"
+    assert parked[0].headers["retrykit-id"].startswith("ID:")
+
+
+def test_there_is_one_redelivery_for_each_failed_attempt(job):
+    numbers = range(1, 11)
+    job.publish(numbers)
+    job.run(numbers)
+    counters = job.container.counters
+    # 5 and 10 fail twice, 7 three times and is parked in its third delivery.
+    assert (counters.rolled_back, counters.redelivered, counters.received) == (6, 6, 16)
+
+
+def test_several_workers_keep_the_count_of_each_message(tmp_path, server, queue):
+    job = Job(tmp_path, server, queue, concurrency=3)
+    numbers = range(1, 41)
+    job.publish(numbers)
+    check(job, numbers, job.run(numbers))
+    assert job.container.counters.generations >= 3
+
+
+def test_a_broker_killed_in_the_middle_loses_and_repeats_nothing(tmp_path, activemq, queue):
+    job = Job(tmp_path, activemq, queue, concurrency=2)
+    numbers = range(1, 61)
+    job.publish(numbers)
+
+    def kill(job):
+        job.wait_for(lambda: len(job.effects()) >= 10)
+        activemq.kill()
+        activemq.start()
+
+    check(job, numbers, job.run(numbers, kill), extra_attempts=1)
+    assert job.container.counters.generations > 2
+
+
+def test_a_broker_that_comes_late_is_waited_for(tmp_path, activemq, queue):
+    job = Job(tmp_path, activemq, queue)
+    job.publish([1])
+    activemq.stop()
+    assert job.run([1], lambda job: activemq.start()) == []
+    assert job.attempts[1] == 1
+
+
+@pytest.mark.parametrize("moment", ["drop_before_commit", "drop_before_receipt", "drop_after_receipt"])
+def test_a_commit_that_is_not_confirmed_repeats_and_loses_nothing(tmp_path, embedded, queue, moment):
+    job = Job(tmp_path, embedded, queue)
+    numbers = range(1, 16)
+    job.publish(numbers)
+    getattr(embedded, moment)(times=6)
+    try:
+        parked = job.run(numbers)
+    finally:
+        embedded.clear_faults()
+    check(job, numbers, parked)
+    counters = job.container.counters
+    assert counters.generations >= 7
+    if moment != "drop_after_receipt":
+        assert counters.in_doubt == 6
+    # What the database committed and the broker did not is answered from the completion marks.
+    assert (counters.duplicates > 0) == (moment == "drop_before_commit")
+
+
+@pytest.mark.parametrize("moment", ["drop_before_commit", "drop_before_receipt"])
+def test_a_parking_that_is_not_confirmed_parks_once(tmp_path, embedded, queue, moment):
+    job = Job(tmp_path, embedded, queue)
+    job.publish([7])
+    getattr(embedded, moment)(times=1)
+    try:
+        parked = job.run([7])
+    finally:
+        embedded.clear_faults()
+    check(job, [7], parked)
+    assert job.container.counters.in_doubt == 1
+
+
+def test_a_receipt_that_does_not_come_in_time_is_a_commit_in_doubt(tmp_path, embedded, queue):
+    job = Job(tmp_path, embedded, queue)
+    job.container.broker = StompBroker(embedded.url, destination=queue, receipt_timeout=0.2)
+    job.publish([1, 2])
+
+    slowed = []
+
+    def slow_down_once(message):
+        if not slowed:
+            slowed.append(embedded.delay_receipts(60.0))
+
+    def speed_up(job):
+        job.wait_for(lambda: job.container.counters.in_doubt)
+        embedded.clear_faults()
+
+    job.before_return = slow_down_once
+    try:
+        parked = job.run([1, 2], speed_up)
+    finally:
+        embedded.clear_faults()
+    check(job, [1, 2], parked)
+
+
+def test_connections_cut_while_handlers_run_roll_back_and_come_again(tmp_path, embedded, queue):
+    job = Job(tmp_path, embedded, queue)
+    cut = []
+
+    def cut_once(message):
+        if not cut:
+            cut.append(embedded.drop_connections())
+
+    job.before_return = cut_once
+    job.publish([1, 2, 3])
+    job.run([1, 2, 3])
+    assert job.effects() == {1: 1, 2: 1, 3: 1}
+    assert job.container.counters.generations == 2
+
+
+def test_a_handler_slower_than_the_heart_beat_keeps_its_connection(tmp_path, server, queue):
+    job = Job(tmp_path, server, queue)
+    job.container.broker = StompBroker(server.url, destination=queue, heart_beat=0.4)
+    job.before_return = lambda message: threading.Event().wait(1.5)
+    job.publish([1])
+    job.run([1])
+    assert job.attempts[1] == 1
+    assert job.container.counters.generations == 1
+
+
+def test_a_pause_longer_than_the_heart_beat_keeps_the_connection(tmp_path, server, queue):
+    job = Job(tmp_path, server, queue)
+    job.container.broker = StompBroker(server.url, destination=queue, heart_beat=0.4)
+    job.container.template = attrs.evolve(job.container.template, back_off_policy=FixedBackOffPolicy(1.2))
+    job.publish([5])
+    job.run([5])
+    assert job.container.counters.generations == 1
+
+
+def test_a_password_is_in_no_log(caplog):
+    caplog.set_level(logging.DEBUG)
+    with StompServer(user="me", password="open sesame") as server:
+        url = server.url.replace("://", "://me:open%20sesame@")
+        with closing(StompBroker(url, destination="/queue/a").connect()) as session:
+            assert session.receive(0.01) is None
+        with pytest.raises(BrokerUnavailableError) as refused:
+            StompBroker(url.replace("me:", "you:"), destination="/queue/a").connect()
+    assert "sesame" not in caplog.text + str(refused.value)
+    assert "SUBSCRIBE" in caplog.text
+
+
+def test_a_broker_without_stable_ids_stops_the_container_loudly(queue):
+    with StompServer(profile="rabbitmq") as server:
+        server.publish(queue, b"1")
+        container = ListenerContainer(
+            StompBroker(server.url, destination=queue), lambda message: None, template=RetryTemplate(name="orders")
+        )
+        container.start()
+        with pytest.raises(NoStableIdError, match="retrykit-id"):
+            container.wait(PATIENCE)
+        assert server.depth(queue) == 1
+
+
+def test_a_header_of_the_producers_can_be_the_stable_id(queue):
+    with StompServer(profile="rabbitmq") as server:
+        server.publish(queue, b"1", {"order": "o-1"})
+        broker = StompBroker(server.url, destination=queue, id_header="order")
+        keys = []
+
+        def handler(message):
+            keys.append(message.key)
+            if len(keys) < 3:
+                raise ConnectionError
+
+        container = ListenerContainer(broker, handler, template=RetryTemplate(name="orders"), reconnect=QUICK)
+        with container:
+            deadline = time.monotonic() + PATIENCE
+            while container.counters.acknowledged < 1:
+                assert time.monotonic() < deadline
+                container.wait(0.01)
+        assert keys == [(queue, "o-1")] * 3
+        assert server.depth(queue) == 0
