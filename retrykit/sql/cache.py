@@ -80,7 +80,8 @@ class SqlRetryContextCache(_Verbs):
     yours to use too, and `close()` ends it). Give the work's Session the same engine or the same file: SQLite has one
     write lock, and while the work's transaction holds it only `joined` verbs can go on; they commit or roll back with
     the work, on whichever engine it is. On your own engine nothing is set; what you want is in `sqlite_engine`: WAL,
-    a long busy timeout, BEGIN IMMEDIATE.
+    a long busy timeout, BEGIN IMMEDIATE. Only, what a failed COMMIT left open is rolled back when its connection goes
+    back to the pool: SQLAlchemy takes it for ended.
 
     `capacity`: how many histories are kept (exact; completion marks do not count); None: no limit. A known key is
     always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or pushes out the one stored

@@ -30,6 +30,7 @@ _SYNCHRONOUS: Final = {"power": "FULL", "process": "NORMAL"}
 
 _known: WeakSet[Engine] = WeakSet()
 _inherited: list[Pool] = []
+_watched: WeakSet[Pool] = WeakSet()
 _databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
 _locks: WeakKeyDictionary[Pool, threading.RLock] = WeakKeyDictionary()
 _locks_lock: Final = threading.Lock()
@@ -64,6 +65,7 @@ def sqlite_engine(
         options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
     engine = create_engine(place, **options)
     _take_over(engine, wal=not _in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
+    undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
     return engine
 
@@ -188,6 +190,23 @@ def _refuse_to_disturb(pool: StaticPool) -> None:
         raise ContextCacheError(msg)
 
 
+def undo_what_a_failed_commit_left(engine: Engine) -> None:
+    """Roll back what is still open on a connection that goes back to its pool.
+
+    A COMMIT that a deferred constraint fails leaves SQLite's transaction open. SQLAlchemy 2.1 holds it for ended,
+    unless it is told to roll back, and hands the connection to the next one with the failed work still on it: seen by
+    reads, and committed by luck.
+    """
+    if engine.pool not in _watched:
+        _watched.add(engine.pool)
+        event.listen(engine.pool, "reset", _roll_back_leftovers)
+
+
+def _roll_back_leftovers(connection: Any, _record: Any, _state: Any) -> None:
+    if getattr(connection, "in_transaction", False):
+        connection.rollback()
+
+
 def forget_at_fork(engine: Engine) -> None:
     """In a forked child, leave the parent's connections alone: two processes on one connection corrupt the file."""
     _known.add(engine)
@@ -230,5 +249,6 @@ def engine_of(engine: object) -> Engine:
     if engine.dialect.name != "sqlite":
         raise ValueError(f"engine: only SQLite is supported yet, not {shown(engine.dialect.name)}")
     check_shareable(engine)
+    undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
     return engine

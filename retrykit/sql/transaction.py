@@ -8,7 +8,7 @@ from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-from retrykit.sql.sqlite import database_of, driver_connection
+from retrykit.sql.sqlite import database_of, driver_connection, undo_what_a_failed_commit_left
 from retrykit.sql.tables import rk_context
 
 
@@ -64,7 +64,10 @@ def joinable(transaction: object, engine: Engine, file: str) -> Connection | Non
     connection = open_connection(handle)
     # Nothing is asked on a connection of ours here: theirs may hold the lock already.
     same = theirs.pool is engine.pool or (file != "" and database_of(connection) == file)
-    return connection if same and not _commits_by_itself(connection) else None
+    if not same or _commits_by_itself(connection):
+        return None
+    undo_what_a_failed_commit_left(theirs)
+    return connection
 
 
 def _commits_by_itself(connection: Connection) -> bool:
