@@ -64,7 +64,7 @@ def recorded(case: Case, index: int, *, short_cut: bool) -> dict[str, Any]:
         events = _closed_with_outcome(case, index, record["events"])
         record["events"] = _pauses_last(case, index, [event for event in events if event[0] not in DROPPED_EVENTS])
         record["events"] = [event for event in record["events"] if _is_told(case, event, short_cut=short_cut)]
-    return _alike(case, record)
+    return _alike(case, index, record)
 
 
 def _closed_with_outcome(case: Case, index: int, events: list[Event]) -> list[Event]:
@@ -84,7 +84,7 @@ def replayed(case: Case, index: int, record: Json) -> dict[str, Any]:
     record = dict(record)
     if "cache" in record:
         record["cache"] = [_forgotten(case, index, owner, entries) for owner, entries in enumerate(record["cache"])]
-    return _alike(case, record)
+    return _alike(case, index, record)
 
 
 def _forgotten(case: Case, index: int, template: int, entries: Json) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def _forgotten(case: Case, index: int, template: int, entries: Json) -> dict[str
     return {key: entry for key, entry in entries.items() if key not in kept}
 
 
-def _alike(case: Case, record: dict[str, Any]) -> dict[str, Any]:
+def _alike(case: Case, index: int, record: dict[str, Any]) -> dict[str, Any]:
     """What is done to both sides: wording of library errors, bounds of random pauses."""
     record = {
         name: _worded(value) if name in {"events", "raised", "cache"} else value for name, value in record.items()
@@ -102,7 +102,7 @@ def _alike(case: Case, record: dict[str, Any]) -> dict[str, Any]:
         record["events"] = [_event(event, told=facts.tells_limit(case, event[1])) for event in record["events"]]
     bounds = case.scenario.get("sleep_bounds")
     if bounds is not None and "events" in record:
-        record["events"] = _within(record["events"], bounds)
+        record["events"] = _within(record["events"], bounds[_sleeps_before(case, index) :])
         record.pop("now")
     return record
 
@@ -144,6 +144,11 @@ def _pauses_last(case: Case, index: int, events: list[Event]) -> list[Event]:
             ordered.append(pause)
             pause = None
     return ordered
+
+
+def _sleeps_before(case: Case, index: int) -> int:
+    """How many pauses were recorded before a call."""
+    return sum(event[0] == "sleep" for call in range(index) for event in facts.flat_events(case, call))
 
 
 def _within(events: list[Event], bounds: list[list[int]]) -> list[Event]:

@@ -190,6 +190,32 @@ def history_of(case: Case, execution: Execution) -> History:
     return cache_owner(case, execution.template), str(key) if isinstance(key, dict) else key
 
 
+def foreign_history(case: Case) -> int | None:
+    """The first call in which a template takes up a history of another one, and more than counts is remembered."""
+    began: dict[History, int] = {}
+    for index in range(len(case.executions)):
+        for execution in filter(is_kept, case.call_executions(index)):
+            history = history_of(case, execution)
+            if execution.call["state"].get("force", False):
+                began[history] = execution.template
+            first = began.setdefault(history, execution.template)
+            if first != execution.template and not (
+                _only_counts(case, first) and _only_counts(case, execution.template)
+            ):
+                return index
+        cached = case.trace["calls"][index]["cache"]
+        began = {(owner, key): first for (owner, key), first in began.items() if str(key) in cached[owner]}
+    return None
+
+
+def _only_counts(case: Case, index: int) -> bool:
+    """Whether a template keeps nothing in a context but its count and last error."""
+    spec = case.scenario["templates"][index]
+    kinds = {policy["type"] for policy in policies(case, spec)}
+    pauses = (spec.get("backoff") or {"type": "none"})["type"] != "none"
+    return "builder" not in spec and not pauses and kinds.isdisjoint({"timeout", "classifier", "composite"})
+
+
 def shares_key(case: Case, execution: Execution) -> bool:
     """Whether an execution around this one has the same key in the same cache."""
     mine = history_of(case, execution)

@@ -11,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from .schema import is_known
+from .schema import MALFORMED, check
 
 Json = Mapping[str, Any]
 RECORDED = Path(__file__).parent / "data" / "spring-retry.json.xz"
@@ -70,10 +70,12 @@ def read(path: Path) -> list[Case]:
 
 def case(scenario: Json, trace: Json) -> Case:
     """A scenario with its trace, taken apart."""
-    if not is_known(scenario, trace):
+    try:
+        check(scenario, trace)
+        executions = tuple(map(_top_level, scenario["calls"], trace.get("calls", ())))
+    except MALFORMED:
         return Case(scenario, trace, (), known=False)
-    records = trace.get("calls", ())
-    return Case(scenario, trace, tuple(map(_top_level, scenario["calls"], records)))
+    return Case(scenario, trace, executions)
 
 
 def _top_level(call: Json, record: Json) -> Execution | None:

@@ -80,18 +80,19 @@ def judge(case: Case) -> Verdict:
 
 
 def _first_mismatch(case: Case, calls: int, *, short_cut: bool) -> Mismatch | None:
-    replay = Replay(case.scenario, short_cut=short_cut)
+    replay = Replay(case.scenario, short_cut=short_cut) if calls else None
     for index in range(calls):
-        expected = recorded(case, index, short_cut=short_cut)
-        got = replayed(case, index, _made(replay, case.scenario["calls"][index]))
+        expected, got = _pair(case, index, replay, short_cut=short_cut)
         if got != expected:
-            return Mismatch(case.scenario["id"], index, short_cut, expected, got)
+            return Mismatch(str(case.scenario.get("id")), index, short_cut, expected, got)
     return None
 
 
-def _made(replay: Replay, spec: Any) -> dict[str, Any]:
-    """The record of a call; what breaks the replay itself is a mismatch like any other."""
+def _pair(case: Case, index: int, replay: Any, *, short_cut: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call as recorded and as replayed; what breaks the replay itself is a mismatch like any other."""
+    expected: dict[str, Any] = {}
     try:
-        return replay.call(spec)
+        expected = recorded(case, index, short_cut=short_cut)
+        return expected, replayed(case, index, replay.call(case.scenario["calls"][index]))
     except Exception as error:
-        return {"broken": f"{type(error).__name__}: {error}"}
+        return expected, {"broken": f"{type(error).__name__}: {error}"}

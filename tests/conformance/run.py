@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from math import isclose
 from typing import Any
 
@@ -10,6 +11,7 @@ import attrs
 
 from retrykit import (
     Clock,
+    MapRetryContextCache,
     NoBackOffPolicy,
     RetryContext,
     RetryTemplate,
@@ -17,6 +19,7 @@ from retrykit import (
     TimeoutRetryPolicy,
     current_context,
 )
+from retrykit.cache import canonical_key
 from retrykit.policy import every
 from retrykit.template import short_cut
 
@@ -91,10 +94,13 @@ class Replay:
         self._timeline = Timeline()
         self._events: list[Event] = []
         self._specs: list[Json] = scenario["templates"]
-        self._caches = build.caches_of(self._specs)
         self._pauses = [Pauses(index, spec, self._timeline, self._events) for index, spec in enumerate(self._specs)]
         self._policies = build.Policies(scenario.get("shared", {}))
         self._built: dict[int, RetryTemplate] = {}
+
+    @cached_property
+    def _caches(self) -> list[MapRetryContextCache]:
+        return build.caches_of(self._specs)
 
     def call(self, spec: Json) -> dict[str, Any]:
         """The record of one call: events, result or what was raised, the caches after it, and the time."""
@@ -116,7 +122,7 @@ class Replay:
     def _act_from_outside(self, index: int, act: Json) -> None:
         self._timeline.now += act.get("advance", 0)
         if act.get("evict") is not None:
-            self._template(index).forget(act["evict"])
+            self._caches[index].remove(canonical_key(build.name_of(self._specs, index), act["evict"]))
 
     def _execute(self, spec: Json) -> tuple[Any, Exception | None]:
         """Makes a call, nested or not: its value, or what it raised."""

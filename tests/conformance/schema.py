@@ -61,14 +61,14 @@ class UnknownWordError(Exception):
     """A scenario uses a word that this adapter does not know."""
 
 
-def is_known(scenario: Mapping[str, Any], trace: Mapping[str, Any]) -> bool:
-    """Whether a scenario and its trace use the schema's words only, and have its shape."""
-    try:
-        _check_scenario(scenario)
-        _check_trace(trace, len(scenario["calls"]))
-    except (UnknownWordError, AttributeError, KeyError, TypeError, IndexError):
-        return False
-    return True
+MALFORMED: Final = (UnknownWordError, AttributeError, KeyError, TypeError, ValueError, IndexError)
+"""What reading a scenario raises that has another shape than the schema's."""
+
+
+def check(scenario: Mapping[str, Any], trace: Mapping[str, Any]) -> None:
+    """Raise one of `MALFORMED` unless a scenario and its trace use the schema's words only, in its shape."""
+    _check_scenario(scenario)
+    _check_trace(trace, len(scenario["calls"]))
 
 
 def _check(words: Collection[Any], known: Collection[Any]) -> None:
