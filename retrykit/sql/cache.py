@@ -109,7 +109,11 @@ class SqlRetryContextCache(_Verbs):
             self._engine = engine_of(engine)
         self._url = self._engine.url
         self._reader = reading(self._engine)
-        self._open()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
     def _open(self) -> None:
         with _faults("open", "", self._url):

@@ -86,15 +86,20 @@ def _in_memory(url: URL) -> bool:
 
 
 def _take_over(engine: Engine, *, wal: bool, synchronous: str, foreign_keys: bool) -> None:
+    settings = [f"PRAGMA synchronous={synchronous}", f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}"]
+
     @event.listens_for(engine, "connect")
     def configure(connection: Any, _record: Any) -> None:
         connection.isolation_level = None  # no BEGIN of the driver's own
-        cursor = connection.cursor()
-        if wal:
-            _switch_to_wal(cursor, engine.dialect.loaded_dbapi.OperationalError)
-        cursor.execute(f"PRAGMA synchronous={synchronous}")
-        cursor.execute(f"PRAGMA foreign_keys={'ON' if foreign_keys else 'OFF'}")
-        cursor.close()
+        try:
+            if wal:
+                _switch_to_wal(connection, engine.dialect.loaded_dbapi.OperationalError)
+            for setting in settings:
+                connection.execute(setting).close()
+        except BaseException:
+            # The pool does not have it yet, and nobody else would close it.
+            connection.close()
+            raise
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
@@ -105,19 +110,19 @@ def _take_over(engine: Engine, *, wal: bool, synchronous: str, foreign_keys: boo
             connection.exec_driver_sql(f"BEGIN {mode}")
 
 
-def _switch_to_wal(cursor: Any, busy: type[Exception]) -> None:
+def _switch_to_wal(connection: Any, busy: type[Exception]) -> None:
     """Once per file. The switch does not wait for other connections as statements do: wait for the lock, try again."""
     for _ in range(100):
         try:
-            cursor.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA journal_mode=WAL").close()
         except busy as error:
             if "locked" not in str(error):
                 raise
-            cursor.execute("BEGIN IMMEDIATE")
-            cursor.execute("ROLLBACK")
+            connection.execute("BEGIN IMMEDIATE").close()
+            connection.rollback()
         else:
             return
-    cursor.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA journal_mode=WAL").close()
 
 
 def driver_connection(connection: Connection) -> Any:
