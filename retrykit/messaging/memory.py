@@ -140,7 +140,11 @@ class MemoryBroker:
     def wait_until_empty(self, timeout: float = 10.0) -> bool:
         """Wait until nothing is left at the destination, waiting or in hand; False after `timeout` seconds."""
         with self._state.changed:
-            return self._state.changed.wait_for(lambda: not self.messages(), timeout)
+            return self._state.changed.wait_for(self._is_empty, timeout)
+
+    def _is_empty(self) -> bool:
+        held = any(session.holds(self.destination) for session in self._state.sessions)
+        return not held and not self._state.queues.get(self.destination)
 
     # -- faults
 

@@ -1,4 +1,4 @@
-"""Every broker passes the same contract: in memory, the embedded server, and a real ActiveMQ, each as itself and as a stranger."""
+"""Every broker passes the same contract; the STOMP servers as what they are, and as brokers that nobody knows."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Job:
         self.cache = SqlRetryContextCache(self.engine)
         self.attempts = Counter()
         self.lock = threading.Lock()
-        self.before_return = lambda message: None
+        self.before_return = lambda _message: None
         template = RetryTemplate(
             name="orders",
             retry_policy=SimpleRetryPolicy(max_attempts=3),
@@ -102,7 +102,7 @@ class Job:
             assert time.monotonic() < deadline, f"{self.container.counters} {sorted(self.effects().items())}"
             pause.wait(0.02)
 
-    def run(self, numbers, disturb=lambda job: None):
+    def run(self, numbers, disturb=lambda _job: None):
         """Consume the numbers to their end; what lies in the parking queue then."""
         good = {number for number in numbers if number % 7}
         poison = [number for number in numbers if number % 7 == 0]
@@ -185,7 +185,7 @@ def test_a_broker_that_comes_late_is_waited_for(tmp_path, activemq, queue):
     job = Job(tmp_path, activemq, queue)
     job.publish([1])
     activemq.stop()
-    assert job.run([1], lambda job: activemq.start()) == []
+    assert job.run([1], lambda _job: activemq.start()) == []
     assert job.attempts[1] == 1
 
 
@@ -262,7 +262,7 @@ def test_connections_cut_while_handlers_run_roll_back_and_come_again(tmp_path, e
 def test_a_handler_slower_than_the_heart_beat_keeps_its_connection(tmp_path, server, queue):
     job = Job(tmp_path, server, queue)
     job.container.broker = StompBroker(server.url, destination=queue, heart_beat=0.4)
-    job.before_return = lambda message: threading.Event().wait(1.5)
+    job.before_return = lambda _message: threading.Event().wait(1.5)
     job.publish([1])
     job.run([1])
     assert job.attempts[1] == 1
@@ -294,7 +294,7 @@ def test_a_broker_without_stable_ids_stops_the_container_loudly(queue):
     with StompServer(profile="rabbitmq") as server:
         server.publish(queue, b"1")
         container = ListenerContainer(
-            StompBroker(server.url, destination=queue), lambda message: None, template=RetryTemplate(name="orders")
+            StompBroker(server.url, destination=queue), lambda _message: None, template=RetryTemplate(name="orders")
         )
         container.start()
         with pytest.raises(NoStableIdError, match="retrykit-id"):
@@ -321,3 +321,13 @@ def test_a_header_of_the_producers_can_be_the_stable_id(queue):
                 container.wait(0.01)
         assert keys == [(queue, "o-1")] * 3
         assert server.depth(queue) == 0
+
+
+def test_deliveries_of_a_subscription_that_was_left_are_dropped(tmp_path, server, queue):
+    job = Job(tmp_path, server, queue)
+    job.container.broker = StompBroker(server.url, destination=queue, prefetch=10)
+    numbers = range(1, 31)
+    job.publish(numbers)
+    check(job, numbers, job.run(numbers))
+    assert job.container.counters.stale_frames > 0
+    assert job.container.counters.generations == 1

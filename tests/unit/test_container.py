@@ -131,7 +131,7 @@ def test_the_handler_gets_the_transaction_in_its_context(broker):
     broker.publish("x")
     database = Database()
     seen = []
-    consume(broker, lambda message, context: seen.append(context.transaction), transaction=database.begin)
+    consume(broker, lambda _message, context: seen.append(context.transaction), transaction=database.begin)
     assert seen == [database]
 
 
@@ -220,12 +220,12 @@ def test_any_callable_can_recover(broker):
 
 def test_a_handler_may_settle_its_message_itself(broker):
     broker.publish("x")
-    assert consume(broker, lambda message: Discard("not for us")).counters.discarded == 1
+    assert consume(broker, lambda _message: Discard("not for us")).counters.discarded == 1
 
 
 def test_a_handler_that_asks_for_redelivery_by_its_result_is_told_how(broker):
     broker.publish("x")
-    consume(broker, lambda message: Redeliver(1.0), recover=park(PARKED))
+    consume(broker, lambda _message: Redeliver(1.0), recover=park(PARKED))
     (parked,) = broker.at(PARKED).messages()
     assert "raise an exception" in parked.headers["retrykit-error"]
 
@@ -386,7 +386,7 @@ def test_stopping_ends_a_pause_and_keeps_the_history(broker):
         def connect(self, *, consume=True):
             session = super().connect(consume=consume)
             rollback = session.rollback
-            session.rollback = lambda message=None, delay=0.0: rollback(message)
+            session.rollback = lambda message=None, _delay=0.0: rollback(message)
             return session
 
     held = Held(ORDERS)
@@ -566,7 +566,7 @@ def generator(message):
         ({"handler": coroutine}, "handler.*coroutine"),
         ({"handler": generator}, "handler.*generator"),
         ({"handler": lambda: None}, "handler.*message"),
-        ({"handler": lambda one, two, three: None}, "handler.*message, context"),
+        ({"handler": lambda _one, _two, _three: None}, "handler.*message, context"),
         ({"template": None}, "template.*None"),
         ({"transaction": 7}, "transaction.*7"),
         ({"recover": "/queue/p"}, "recover.*/queue/p"),

@@ -33,15 +33,17 @@ def test_a_url_that_makes_no_sense_is_refused_by_name(url):
         StompBroker(url, destination="/queue/a")
 
 
-@pytest.mark.parametrize("url", ["stomp://me:secret@host", "http://me:secret@host", "stomp://me:secret@host:99999"])
-def test_a_password_is_never_shown(url):
-    assert "secret" not in redacted(url)
-    try:
-        broker = StompBroker(url, destination="/queue/a")
-    except ValueError as error:
-        assert "secret" not in str(error)
-    else:
-        assert "secret" not in f"{broker!r} {broker.name} {broker.address!r}"
+def test_a_password_is_never_shown():
+    broker = StompBroker("stomp://me:secret@host", destination="/queue/a")
+    assert "secret" not in f"{broker!r} {broker.name} {broker.address!r}"
+
+
+@pytest.mark.parametrize("url", ["http://me:secret@host", "stomp://me:secret@host:99999", "stomp://me:sec%00ret@host"])
+def test_a_url_is_refused_without_its_password(url):
+    assert "sec" not in redacted(url)
+    with pytest.raises(ValueError, match="url") as refused:
+        StompBroker(url, destination="/queue/a")
+    assert "sec" not in str(refused.value)
 
 
 def test_the_destination_is_given_or_the_path_of_the_url():
@@ -82,7 +84,7 @@ def test_consuming_from_nowhere_is_refused_before_anything_is_connected():
 
 
 def test_a_broker_that_is_not_there_is_unavailable(unused_port):
-    with pytest.raises(BrokerUnavailableError, match=f"127.0.0.1:{unused_port}"):
+    with pytest.raises(BrokerUnavailableError, match=f":{unused_port}"):
         StompBroker(f"stomp://127.0.0.1:{unused_port}", destination="/queue/a").connect()
 
 
