@@ -1,0 +1,71 @@
+"""What is known of a run while it goes on: counted from the workers' events and from the deaths of their processes."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import attrs
+
+from retrykit.cli.demo import events
+from retrykit.cli.demo.events import Event
+from retrykit.cli.demo.supervisor import Death
+
+
+@attrs.define
+class Progress:
+    """Totals so far. `attempts` and `in_doubt` count per message, `finished` has the messages known to be done or parked."""
+
+    total: int
+    attempts: Counter[str] = attrs.field(factory=Counter)
+    in_doubt: Counter[str] = attrs.field(factory=Counter)
+    finished: set[str] = attrs.field(factory=set)
+    rollbacks: int = 0
+    parked: int = 0
+    deaths: int = 0
+    duplicates: int = 0
+    _ids: dict[str, str] = attrs.field(factory=dict)
+    _in_hand: dict[int, tuple[str, int]] = attrs.field(factory=dict)
+
+    def take(self, event: Event) -> str | None:
+        """Count an event; the line that tells of it, if it is worth one."""
+        kind, key, attempt = event["event"], event["key"], event["attempt"]
+        if kind == events.ATTEMPT:
+            self._ids[key] = event["id"]
+            self.attempts[event["id"]] += 1
+            self._in_hand[event["pid"]] = (event["id"], attempt)
+            return None
+        self._in_hand.pop(event["pid"], None)
+        id_ = self._ids.get(key, key)
+        match kind:
+            case events.FAILED:
+                self.rollbacks += 1
+                return f"{id_}: attempt {attempt} rolled back: {event['error']}: {event['decision']}"
+            case events.PARKED:
+                self.parked += 1
+                self.finished.add(id_)
+                return f"{id_}: parked: {event['decision']}"
+            case events.IN_DOUBT:
+                self.in_doubt[id_] += 1
+                return f"{id_}: the broker did not confirm; the message will come again, nothing is counted"
+            case events.DUPLICATE:
+                self.duplicates += 1
+        self.finished.add(id_)
+        if kind == events.DUPLICATE:
+            return f"{id_}: delivered again although it is done: acknowledged without the handler"
+        return f"{id_}: attempt {attempt} succeeded" if attempt > 1 else None
+
+    def bury(self, death: Death) -> str:
+        """Count a death; the line that tells of it."""
+        self.deaths += 1
+        id_, attempt = self._in_hand.pop(death.pid, (None, 0))
+        what = f"in attempt {attempt} of {id_}" if id_ else "between two messages"
+        return f"process {death.pid} ended by {death.signal} {what}: another one starts"
+
+    @property
+    def runaway(self) -> str | None:
+        """A message that was attempted so often that waiting for the end is pointless."""
+        return next((id_ for id_, count in self.attempts.most_common(1) if count > self._far_too_many), None)
+
+    @property
+    def _far_too_many(self) -> int:
+        return 20 + 2 * sum(self.in_doubt.values())

@@ -1,0 +1,189 @@
+"""One run of the demo, from the empty queue to the report."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Final
+
+import attrs
+
+from retrykit.cli.demo.display import Display
+from retrykit.cli.demo.events import EventReader
+from retrykit.cli.demo.job import FATE, RUN, Job
+from retrykit.cli.demo.ledger import Ledger
+from retrykit.cli.demo.plan import PlannedMessage
+from retrykit.cli.demo.progress import Progress
+from retrykit.cli.demo.report import Facts, Report, report
+from retrykit.cli.demo.supervisor import Supervisor
+from retrykit.messaging import BrokerUnavailableError
+from retrykit.messaging.recoverers import ID
+from retrykit.messaging.stomp import StompBroker
+from retrykit.testing.stomp_server import StompServer
+
+QUEUE: Final = "/queue/retrykit.demo"
+_TICK: Final = 0.05
+_QUIET: Final = 0.5
+_BATCH: Final = 50
+
+
+class UnusableError(Exception):
+    """The broker or the database that the user gave will not do: the text says why. Nothing was started."""
+
+
+@attrs.frozen(kw_only=True)
+class Settings:
+    """What to run: `broker` and `database` are URLs of the user's own, None for those that the demo brings.
+
+    `patience`: seconds without any event after which the rest is given up for lost.
+    """
+
+    plan: Sequence[PlannedMessage]
+    workers: int
+    broker: str | None = attrs.field(default=None, repr=False)
+    database: str | None = attrs.field(default=None, repr=False)
+    patience: float = 30.0
+
+
+@attrs.frozen
+class Queue:
+    """Where the messages go; `left` counts those that are still there, where that can be asked."""
+
+    url: str = attrs.field(repr=False)
+    left: Callable[[], int] = lambda: 0
+
+
+def run_demo(settings: Settings, display: Display) -> Report:
+    """Do it all; every process, file and connection is gone at the end. `UnusableError` before anything has started."""
+    if settings.broker is not None:
+        _check_empty(settings.broker)
+    with TemporaryDirectory(prefix="retrykit-demo-") as name, _ledger(settings.database, Path(name)) as ledger:
+        with _queue(settings.broker) as queue:
+            job = Job(
+                broker=queue.url,
+                database=ledger.engine.url.render_as_string(hide_password=False),
+                events=f"{name}/events.jsonl",
+                run=secrets.token_hex(6),
+            )
+            return carry_out(job, settings, Watch(job, settings, ledger, queue, display), Path(name))
+
+
+def carry_out(job: Job, settings: Settings, watch: Watch, folder: Path) -> Report:
+    """Publish, consume until it is done, and count."""
+    started = time.monotonic()
+    with Supervisor(job, settings.workers, folder) as supervisor:
+        publish(job, settings.plan)
+        watch.until_done(supervisor)
+    watch.news()
+    facts = watch.facts(left_in_queue=watch.queue.left())
+    return report(facts, process_deaths=watch.progress.deaths, seconds=time.monotonic() - started)
+
+
+def publish(job: Job, plan: Sequence[PlannedMessage]) -> None:
+    """Send the messages, persistent, each in a transaction with some others; they are safe on return."""
+    broker = StompBroker(job.broker)
+    with closing(broker.connect(consume=False)) as session:
+        for first in range(0, len(plan), _BATCH):
+            for message in plan[first : first + _BATCH]:
+                headers = {ID: message.id, RUN: job.run, FATE: str(message.fate), "content-type": "application/json"}
+                session.send(broker.destination, message.body, headers)
+            session.flush()
+            session.commit()
+
+
+@attrs.define(eq=False)
+class Watch:
+    """Follows a run: `meddle` is called again and again meanwhile, for tests that disturb it."""
+
+    job: Job
+    settings: Settings
+    ledger: Ledger
+    queue: Queue
+    display: Display
+    meddle: Callable[[Supervisor, Progress], None] = lambda _supervisor, _progress: None
+    progress: Progress = attrs.field(init=False)
+    _reader: EventReader = attrs.field(init=False)
+    _heard: float = attrs.field(init=False, factory=time.monotonic)
+
+    def __attrs_post_init__(self) -> None:
+        self.progress = Progress(len(self.settings.plan))
+        self._reader = EventReader(Path(self.job.events))
+
+    def until_done(self, supervisor: Supervisor) -> None:
+        """Return when every message has come to its end, or when it is clear that one never will."""
+        while not (self._done() or self._hopeless()):
+            self.news()
+            for death in supervisor.replace_dead():
+                self.display.line(self.progress.bury(death))
+            self.meddle(supervisor, self.progress)
+            self.display.update(self.progress)
+            time.sleep(_TICK)
+
+    def news(self) -> None:
+        """Take in what the workers have reported."""
+        for event in self._reader.new():
+            self._heard = time.monotonic()
+            line = self.progress.take(event)
+            if line is not None:
+                self.display.line(line)
+
+    def facts(self, *, left_in_queue: int = 0) -> Facts:
+        """What the database says at this moment."""
+        return Facts.found(
+            self.settings.plan,
+            self.ledger,
+            self.job.run,
+            self.job.name,
+            self.progress,
+            max_attempts=self.job.max_attempts,
+            left_in_queue=left_in_queue,
+        )
+
+    def _done(self) -> bool:
+        # A worker that was killed between its commit and its report has told nobody, so silence makes the database be asked.
+        if len(self.progress.finished) < self.progress.total and self._silence < _QUIET:
+            return False
+        return not self.facts().missing and self.queue.left() == 0
+
+    def _hopeless(self) -> bool:
+        return self._silence > self.settings.patience or self.progress.runaway is not None
+
+    @property
+    def _silence(self) -> float:
+        return time.monotonic() - self._heard
+
+
+def _check_empty(url: str) -> None:
+    """The demo would consume whatever else is in the queue."""
+    broker = StompBroker(url)
+    try:
+        with closing(broker.connect()) as session:
+            if session.receive(timeout=1.0) is not None:
+                raise UnusableError(f"{broker.destination} is not empty: give the demo a queue of its own")
+    except BrokerUnavailableError as error:
+        raise UnusableError(str(error)) from error
+
+
+@contextmanager
+def _queue(url: str | None) -> Iterator[Queue]:
+    if url is not None:
+        yield Queue(url)
+        return
+    with StompServer.process(profile="activemq") as server:
+        yield Queue(server.url + QUEUE, lambda: server.depth(QUEUE))
+
+
+@contextmanager
+def _ledger(url: str | None, folder: Path) -> Iterator[Ledger]:
+    try:
+        ledger = Ledger.at(url or f"sqlite:///{folder}/demo.db")
+    except ValueError as error:
+        raise UnusableError(str(error)) from error
+    with closing(ledger):
+        if fault := ledger.create():
+            raise UnusableError(fault)
+        yield ledger
