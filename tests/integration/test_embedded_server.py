@@ -14,7 +14,7 @@ import time
 import pytest
 
 from retrykit.testing import StompServer, StompServerProcess
-from retrykit.testing.stomp_server import journal
+from retrykit.testing.stomp_server import journal, session
 from tests.servers import StompErrorFrame, Wire
 
 QUEUE = "/queue/a"
@@ -362,6 +362,47 @@ def test_the_server_listens_on_the_loopback_address():
         assert server.url == f"stomp://127.0.0.1:{server.port}"
         (listening,) = server._engine._server.sockets
         assert listening.getsockname()[0] == "127.0.0.1"
+
+
+# -- stricter than the real broker
+
+
+@pytest.mark.parametrize(
+    ("command", "headers", "reason"),
+    [
+        ("SEND", {"destination": "/topic/t"}, "The embedded server has only /queue/NAME, not /topic/t"),
+        ("SEND", {"destination": "/queue/"}, "The embedded server has only /queue/NAME, not /queue/"),
+        ("SEND", {"destination": QUEUE, "AMQ_SCHEDULED_CRON": "* * * * *"}, "knows only AMQ_SCHEDULED_DELAY"),
+        ("SUBSCRIBE", {"destination": QUEUE, "id": "2", "activemq.prefetchSize": "0"}, "must be a positive number: 0"),
+        ("SUBSCRIBE", {"destination": QUEUE, "id": "1"}, "The subscription id is in use already: 1"),
+        ("CONNECT", {"accept-version": "1.2", "heart-beat": "soon"}, "Already connected."),
+    ],
+)
+def test_what_the_server_does_not_have_is_refused(wire, command, headers, reason):
+    wire.subscribe(QUEUE)
+    wire.frame(command, headers)
+    assert reason in wire.error()["message"]
+
+
+def test_heart_beats_that_are_no_numbers_are_refused(open_wire):
+    wire = open_wire(connect=False)
+    with pytest.raises(StompErrorFrame) as refused:
+        wire.connect("soon,0")
+    assert refused.value.frame["message"] == "Invalid heart-beat header: soon,0"
+    assert wire.closed()
+
+
+def test_only_so_many_ended_deliveries_are_remembered(monkeypatch):
+    monkeypatch.setattr(session, "STALE_IDS", 1)
+    with StompServer() as server, Wire(server.host, server.port) as wire:
+        server.publish(QUEUE, b"1")
+        server.publish(QUEUE, b"2")
+        wire.subscribe(QUEUE, prefetch=2)
+        forgotten, remembered = wire.message()["ack"], wire.message()["ack"]
+        wire.ask("UNSUBSCRIBE", id="1")
+        wire.ask("ACK", id=remembered)
+        with pytest.raises(StompErrorFrame):
+            wire.ask("ACK", id=forgotten)
 
 
 # -- the process

@@ -372,6 +372,27 @@ def test_version_1_1_acknowledges_by_message_id_and_subscription(open_wire, queu
     assert wire.message().body == b"1"
 
 
+def test_version_1_0_needs_the_message_id_alone(open_wire, queue):
+    wire = open_wire(version="1.0")
+    fill(wire, queue, 2)
+    wire.frame("SUBSCRIBE", {"destination": queue, "ack": "client-individual", "activemq.prefetchSize": "1"})
+    message = wire.message()
+    assert "ack" not in message.headers
+    wire.ask("ACK", message_id=message["message-id"])
+    assert wire.message().body == b"1"
+    wire.ask("UNSUBSCRIBE", destination=queue)
+    other = open_wire()
+    other.subscribe(queue)
+    again = other.message()
+    assert (again.body, again["redelivered"]) == (b"1", "true")
+
+
+def test_an_unknown_ack_mode_means_auto(wire, queue):
+    fill(wire, queue, 2)
+    wire.subscribe(queue, ack="unheard-of")
+    assert bodies(wire, 2) == [b"0", b"1"]
+
+
 def test_version_1_1_refuses_the_ack_of_an_ended_subscription(open_wire, queue):
     wire = open_wire(version="1.1")
     wire.publish(queue)
@@ -443,8 +464,8 @@ def test_a_lost_connection_hands_back_everything_in_order_and_flagged(open_wire,
     other = open_wire()
     other.subscribe(queue, prefetch=10)
     again = [other.message() for _ in range(3)]
-    assert [message["message-id"] for message in again[:2]] == ids
-    assert [message.headers.get("redelivered") for message in again] == ["true", "true", None]
+    # The fresh one may come first: nothing tells when the broker notices that a connection is gone.
+    assert [message["message-id"] for message in again if message.headers.get("redelivered") == "true"] == ids
 
 
 def test_returned_messages_go_before_fresh_ones(open_wire, wire, queue):

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from retrykit.testing.stomp_server.journal import Journal
 from retrykit.testing.stomp_server.queues import Message
 
+SIGNATURE = b"retrykit stomp journal 1\n"
+
 
 def message(number, *, body=b"", persistent=True):
     return Message(
@@ -62,7 +64,7 @@ def test_what_was_removed_stays_away(journal, path):
 def test_what_is_not_persistent_is_not_kept(journal, path):
     journal.record([message(1, persistent=False)], [message(2, persistent=False)])
     journal.sync()
-    assert path.read_bytes() == b""
+    assert path.read_bytes() == SIGNATURE
 
 
 def test_flags_come_back(journal, path):
@@ -87,7 +89,7 @@ def test_opening_drops_what_is_dead_from_the_file(journal, path):
     journal.sync()
     assert path.stat().st_size > 5_000
     assert reopened(path) == []
-    assert path.stat().st_size == 0
+    assert path.read_bytes() == SIGNATURE
 
 
 def test_a_journal_without_a_path_keeps_nothing():
@@ -96,6 +98,30 @@ def test_a_journal_without_a_path_keeps_nothing():
     journal.record([message(1)], [])
     journal.sync()
     journal.close()
+
+
+def test_damage_before_the_end_is_not_passed_over_in_silence(journal, path):
+    for number in range(3):
+        journal.record([message(number)], [])
+    journal.sync()
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[2] = lines[2].replace(b"id-1", b"id-9")
+    path.write_bytes(b"".join(lines))
+    with pytest.raises(OSError, match="damaged at line 3"):
+        reopened(path)
+    assert path.read_bytes() == b"".join(lines)
+
+
+def test_a_file_of_somebody_else_is_left_alone(path):
+    path.write_text("my notes\n")
+    with pytest.raises(OSError, match="no data file of this server"):
+        reopened(path)
+    assert path.read_text() == "my notes\n"
+
+
+def test_an_empty_file_is_a_new_one(path):
+    path.touch()
+    assert reopened(path) == []
 
 
 @given(st.integers(0, 5_000), st.booleans())
@@ -110,7 +136,8 @@ def test_a_crash_at_any_byte_leaves_whole_transactions(tmp_path_factory, cut, ga
     journal.sync()
     journal.close()
     data = path.read_bytes()
-    path.write_bytes(data[: cut % (len(data) + 1)] + (b"\0\0\0garbage" if garbage else b""))
+    cut = len(SIGNATURE) + cut % (len(data) + 1 - len(SIGNATURE))
+    path.write_bytes(data[:cut] + (b"\0\0\0garbage" if garbage else b""))
     numbers = [found.number for found in reopened(path)]
     last = max((number for number in numbers if number < 100), default=None)
     assert numbers == ([] if last is None else [last, *range(101, 101 + last)])

@@ -1,8 +1,9 @@
 """The data file: one line per atomic change, so that a transaction is there as a whole or not at all.
 
-A line is a CRC-32 in hex, a space, and JSON: `{"add": [message, …], "remove": [number, …], "flag": [number, …]}`.
-A torn last line (the process was killed while writing) fails its check and is cut off when the file is opened; what is
-dead is dropped at the same time by writing the file anew. One server at a time may use a file.
+After a first line that names the format, a line is a CRC-32 in hex, a space, and JSON:
+`{"add": [message, …], "remove": [number, …], "flag": [number, …]}`. A torn end (the process was killed while writing)
+fails its check and is cut off when the file is opened; what is dead is dropped at the same time by writing the file
+anew. One server at a time may use a file.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from retrykit.testing.stomp_server.queues import Message
+
+_SIGNATURE = b"retrykit stomp journal 1\n"
 
 
 class Journal:
@@ -33,7 +36,7 @@ class Journal:
         messages = _replay(self._path)
         fresh = self._path.with_name(self._path.name + ".new")
         with fresh.open("wb") as file:
-            file.write(b"".join(_line({"add": [_to_json(message)]}) for message in messages))
+            file.write(_SIGNATURE + b"".join(_line({"add": [_to_json(message)]}) for message in messages))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
@@ -103,14 +106,26 @@ def _from_json(stored: dict[str, Any]) -> Message:
 
 
 def _changes(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return
     with path.open("rb") as file:
-        for line in file:
-            check, _, text = line.rstrip(b"\n").partition(b" ")
-            if not line.endswith(b"\n") or check != b"%08x" % zlib.crc32(text):
-                return
-            yield json.loads(text)
+        if file.readline() != _SIGNATURE:
+            raise OSError(f"{path} is no data file of this server, so it stays as it is")
+        torn = 0
+        for number, line in enumerate(file, 2):
+            text = _checked(line)
+            if text is None:
+                torn = torn or number
+            elif torn:
+                # A crash tears the end only; dropping what follows would lose confirmed messages in silence.
+                raise OSError(f"{path} is damaged at line {torn}, and what follows is not")
+            else:
+                yield json.loads(text)
+
+
+def _checked(line: bytes) -> bytes | None:
+    check, _, text = line.rstrip(b"\n").partition(b" ")
+    return text if line.endswith(b"\n") and check == b"%08x" % zlib.crc32(text) else None
 
 
 def _replay(path: Path) -> list[Message]:

@@ -15,7 +15,7 @@ from retrykit.testing.stomp_server.queues import Delivery, Message, Subscription
 
 VERSIONS = ("1.2", "1.1", "1.0")
 ACK_MODES = ("auto", "client", "client-individual")
-_STALE_IDS = 10_000
+STALE_IDS = 10_000
 
 
 class Outlet(Protocol):
@@ -222,7 +222,7 @@ class Session:
         # The broker takes the first late ACK of such an id without a word, and without effect.
         if self._pending.pop(delivery.ack_id, None) is not None:
             self._stale[delivery.ack_id] = None
-            if len(self._stale) > _STALE_IDS:
+            if len(self._stale) > STALE_IDS:
                 del self._stale[next(iter(self._stale))]
 
     def _deliver(self, delivery: Delivery) -> None:
