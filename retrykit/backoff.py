@@ -1,6 +1,7 @@
 """How long to wait before the next attempt: pure questions, answered in seconds.
 
-The n-th failure asks for the n-th interval, so a series goes on across deliveries and processes. The cap is applied first, jitter after it.
+The n-th failure asks for the n-th interval, so a series goes on across deliveries and processes. The cap is applied
+first, jitter after it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,18 @@ from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
-from retrykit.check import at_least, has, is_callable, more_than, seconds, to_seconds, whole, wrong_type, wrong_value
+from retrykit.check import (
+    Seconds,
+    as_seconds,
+    at_least,
+    has,
+    is_callable,
+    more_than,
+    seconds,
+    whole,
+    wrong_type,
+    wrong_value,
+)
 
 JITTERS: Final = ("full", "equal", "decorrelated")
 Jitter = Literal["full", "equal", "decorrelated"] | float | None
@@ -29,19 +41,20 @@ is_back_off = has("delay")
 
 
 def chance(seed: int | None, context: Any) -> float:
-    """A number in [0, 1): from the machine without a seed; with one, the same for the same item and failure, in every process."""
-    import random  # noqa: PLC0415 - only those who use jitter pay for the import
+    """A number in [0, 1): with a seed it is the same for the same item and failure, in every process."""
+    # Only those who use jitter pay for the import.
+    import random
 
     if seed is None:
-        return random.random()  # noqa: S311 - spreads load, keeps no secret
-    return random.Random(f"{seed}|{context.name}|{context.key!r}|{context.retry_count}").random()  # noqa: S311
+        return random.random()
+    return random.Random(f"{seed}|{context.name}|{context.key!r}|{context.retry_count}").random()
 
 
 @attrs.frozen
 class NoBackOffPolicy:
     """The next attempt follows at once."""
 
-    def delay(self, context: Any) -> float:  # noqa: ARG002 - nothing about it matters
+    def delay(self, context: Any) -> float:
         """0."""
         return 0.0
 
@@ -50,9 +63,9 @@ class NoBackOffPolicy:
 class FixedBackOffPolicy:
     """Always the same interval (seconds, default 1)."""
 
-    interval: float = attrs.field(default=1.0, converter=to_seconds("interval"), validator=at_least(0))
+    interval: float = attrs.field(default=1.0, converter=as_seconds, validator=at_least(0))
 
-    def delay(self, context: Any) -> float:  # noqa: ARG002 - nothing about it matters
+    def delay(self, context: Any) -> float:
         """The interval."""
         return self.interval
 
@@ -61,8 +74,8 @@ class FixedBackOffPolicy:
 class UniformRandomBackOffPolicy:
     """An interval drawn evenly between two bounds (seconds, default 0.5 to 1.5)."""
 
-    min_interval: float = attrs.field(default=0.5, converter=to_seconds("min_interval"), validator=at_least(0))
-    max_interval: float = attrs.field(default=1.5, converter=to_seconds("max_interval"), validator=at_least(0))
+    min_interval: float = attrs.field(default=0.5, converter=as_seconds, validator=at_least(0))
+    max_interval: float = attrs.field(default=1.5, converter=as_seconds, validator=at_least(0))
     seed: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True)
 
     def __attrs_post_init__(self) -> None:
@@ -86,16 +99,18 @@ def _check_jitter(_instance: Any, field: Any, value: Any) -> None:
 
 @attrs.frozen
 class ExponentialBackOffPolicy:
-    """`initial`, `initial * multiplier`, … seconds, never more than `max_interval`. The defaults are Spring's: 0.1, 2, 30, no jitter.
+    """`initial`, `initial * multiplier`, … seconds, never more than `max_interval`.
 
-    `jitter` spreads callers that failed together: "full" draws from 0 to the interval, "equal" from its half up, "decorrelated" from
-    `initial` to three times the last delay (Brooker, "Exponential Backoff And Jitter", 2015); a fraction f draws within ± f of it.
-    `seed` makes the draws repeatable, for tests: production code leaves it None.
+    The defaults are Spring's: 0.1, 2, 30, no jitter.
+
+    `jitter` spreads callers that failed together: "full" draws from 0 to the interval, "equal" from its half up,
+    "decorrelated" from `initial` to three times the last delay (Brooker, "Exponential Backoff And Jitter", 2015); a
+    fraction f draws within ± f of it. `seed` makes the draws repeatable, for tests: production code leaves it None.
     """
 
-    initial: float = attrs.field(default=0.1, converter=to_seconds("initial"), validator=more_than(0))
+    initial: float = attrs.field(default=0.1, converter=as_seconds, validator=more_than(0))
     multiplier: float = attrs.field(default=2.0, validator=at_least(1))
-    max_interval: float = attrs.field(default=30.0, converter=to_seconds("max_interval"), validator=more_than(0))
+    max_interval: float = attrs.field(default=30.0, converter=as_seconds, validator=more_than(0))
     jitter: Jitter = attrs.field(default=None, validator=_check_jitter, kw_only=True)
     seed: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True)
 
@@ -123,7 +138,7 @@ class ExponentialBackOffPolicy:
         return interval * (1 + self.jitter * (2 * drawn - 1))
 
 
-def _schedule(value: Any) -> tuple[float, ...]:
+def _schedule(value: Iterable[Seconds]) -> tuple[float, ...]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise wrong_type("schedule", "intervals in seconds", value)
     return tuple(seconds("schedule", interval) for interval in value)
@@ -148,7 +163,7 @@ class ScheduleBackOffPolicy:
 
 
 def retry_after(error: BaseException) -> float | timedelta | None:
-    """The usual hint: the error's own `retry_after` (seconds or a timedelta), or that of its response's `Retry-After` header in seconds."""
+    """The usual hint: the error's `retry_after` (seconds, timedelta), or its response's `Retry-After` header."""
     hint = getattr(error, "retry_after", None)
     if hint is None:
         headers = getattr(getattr(error, "response", None), "headers", None) or {}
@@ -162,12 +177,13 @@ def retry_after(error: BaseException) -> float | timedelta | None:
 class ErrorHintBackOffPolicy:
     """The failure itself says how long to wait (`Retry-After`, a throttling error); without a hint the `fallback` does.
 
-    `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none. Never more than `max_interval`.
+    `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none. Never more than
+    `max_interval`.
     """
 
     fallback: BackOffPolicy = attrs.field(factory=ExponentialBackOffPolicy, validator=is_back_off)
     hint: Callable[[BaseException], float | timedelta | None] = attrs.field(default=retry_after, validator=is_callable)
-    max_interval: float = attrs.field(default=300.0, converter=to_seconds("max_interval"), validator=more_than(0))
+    max_interval: float = attrs.field(default=300.0, converter=as_seconds, validator=more_than(0))
 
     def delay(self, context: Any) -> float:
         """The hint, bounded; else the fallback's."""

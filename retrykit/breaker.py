@@ -1,10 +1,10 @@
 """The circuit breaker: after many failures nobody asks the patient for a while, then a few ask carefully.
 
-closed -> open (too many failures within the window) -> half-open (a few trial calls after `reset_timeout`) -> closed (a trial succeeded)
-or open again (it failed). Nygard, "Release It!", 2nd ed. 2018, ch. 5.
+closed -> open (too many failures within the window) -> half-open (a few trial calls after `reset_timeout`) -> closed (a
+trial succeeded) or open again (it failed). Nygard, "Release It!", 2nd ed. 2018, ch. 5.
 
-The state is JSON data in the template's context cache, one per template name, changed by the pure functions below under compare-and-set:
-threads share it, and processes whose cache is shared.
+The state is JSON data in the template's context cache, one per template name, changed by the pure functions below under
+compare-and-set: threads share it, and processes whose cache is shared.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Final, Literal
 
 import attrs
 
-from retrykit.check import more_than, to_seconds, whole, wrong_value
+from retrykit.check import as_seconds, more_than, whole, wrong_value
 from retrykit.policy import RetryDecision, RetryPolicy, SimpleRetryPolicy, is_policy, tallies_of
 
 MAX_CALLS: Final = 1_000
@@ -34,16 +34,17 @@ def _check_rate(_instance: Any, field: Any, value: Any) -> None:
 class CircuitBreakerRetryPolicy:
     """A policy behind a circuit breaker: every attempt is a call through it.
 
-    It opens when, within the last `open_timeout` seconds, `failure_threshold` calls failed and (if `failure_rate` is given) they were at least
-    that share of the calls. It stays open for `reset_timeout` seconds; then `half_open_max_calls` trial calls at a time are let through.
-    A success of a trial closes it, a failure opens it again. While it is open, calls go to their recovery, or raise `ExhaustedRetryError`.
+    It opens when, within the last `open_timeout` seconds, `failure_threshold` calls failed and (if `failure_rate` is
+    given) they were at least that share of the calls. It stays open for `reset_timeout` seconds; then
+    `half_open_max_calls` trial calls at a time are let through. A success of a trial closes it, a failure opens it
+    again. While it is open, calls go to their recovery, or raise `ExhaustedRetryError`.
     """
 
     delegate: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
     failure_threshold: int = attrs.field(default=5, validator=whole(1), kw_only=True)
     failure_rate: float | None = attrs.field(default=None, validator=_check_rate, kw_only=True)
-    open_timeout: float = attrs.field(default=5.0, converter=to_seconds("open_timeout"), validator=more_than(0), kw_only=True)
-    reset_timeout: float = attrs.field(default=20.0, converter=to_seconds("reset_timeout"), validator=more_than(0), kw_only=True)
+    open_timeout: float = attrs.field(default=5.0, converter=as_seconds, validator=more_than(0), kw_only=True)
+    reset_timeout: float = attrs.field(default=20.0, converter=as_seconds, validator=more_than(0), kw_only=True)
     half_open_max_calls: int = attrs.field(default=1, validator=whole(1), kw_only=True)
 
     @property
@@ -83,7 +84,8 @@ class CircuitBreakerRetryPolicy:
         return {**state, "trials": state["trials"] + 1}, None
 
     def _refusal(self, state: str, wait: float) -> RetryDecision:
-        return RetryDecision(False, 0.0, f"CircuitBreakerRetryPolicy: the circuit is {state}; ask again in {wait:.3f} s")
+        reason = f"CircuitBreakerRetryPolicy: the circuit is {state}; ask again in {wait:.3f} s"
+        return RetryDecision(retry=False, reason=reason)
 
     def record(self, state: State, outcome: Literal["success", "failure", "cancelled"], now: float) -> State:
         """A call that was let through has ended at `now`. The new state."""
@@ -97,7 +99,9 @@ class CircuitBreakerRetryPolicy:
             return state
         recent = [call for call in state["calls"] if call[0] > now - self.open_timeout][-MAX_CALLS + 1 :]
         calls = [*recent, [now, failed]]
-        return {"state": "open", "since": now} if failed and self._too_many(calls) else {"state": "closed", "calls": calls}
+        return (
+            {"state": "open", "since": now} if failed and self._too_many(calls) else {"state": "closed", "calls": calls}
+        )
 
     def _too_many(self, calls: list[Any]) -> bool:
         failures = sum(1 for _, failed in calls if failed)

@@ -1,6 +1,7 @@
 """A budget of retries shared by many callers: when everything fails, retrying everything makes it worse.
 
-A token bucket (as in Finagle's and gRPC's retry budgets): every call deposits a fraction of a token, every retry takes a whole one.
+A token bucket (as in Finagle's and gRPC's retry budgets): every call deposits a fraction of a token, every retry takes
+a whole one.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from retrykit.policy import RetryDecision
 
 @attrs.define(eq=False, slots=False)
 class RetryBudget:
-    """Retries allowed to all who share this object: at most `ratio` of their calls, over a `reserve` that is there from the beginning.
+    """Retries allowed to all who share this object: at most `ratio` of their calls, over a `reserve`.
 
-    `ratio`: tokens a call deposits (0.1: one retry for ten calls). `reserve`: tokens at the beginning, and the most that can be saved up.
-    Thread-safe. A pickled budget has the same bounds and is full.
+    `ratio`: tokens a call deposits (0.1: one retry for ten calls). `reserve`: tokens at the beginning, and the most
+    that can be saved up. Thread-safe. A pickled budget has the same bounds and is full.
     """
 
     ratio: float = attrs.field(default=0.1, validator=at_least(0))
@@ -59,9 +60,11 @@ def _check_budget(_instance: Any, field: Any, value: Any) -> None:
 
 @attrs.frozen
 class BudgetRetryPolicy:
-    """Retry while the shared budget has a token. It sets no other limit: combine it with one in a `CompositeRetryPolicy`.
+    """Retry while the shared budget has a token.
 
-    Asking takes nothing; the token is taken when the whole policy has decided to retry, and if another caller was faster, that is a no.
+    It sets no other limit: combine it with one in a `CompositeRetryPolicy`.
+    Asking takes nothing; the token is taken when the whole policy has decided to retry, and if another caller was
+    faster, that is a no.
     """
 
     budget: RetryBudget = attrs.field(validator=_check_budget)
@@ -69,10 +72,12 @@ class BudgetRetryPolicy:
     def decide(self, context: Any) -> RetryDecision:
         """Is there a token?"""
         if context.retry_count == 0:
-            return RetryDecision(True, 0.0, "BudgetRetryPolicy: the first attempt is free")
+            return RetryDecision(retry=True, reason="BudgetRetryPolicy: the first attempt is free")
         tokens = self.budget.tokens
-        return RetryDecision(tokens >= 1, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left")
+        return RetryDecision(
+            tokens >= 1, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left"
+        )
 
     def refusal(self) -> RetryDecision:
         """The decision when the last token went to somebody else."""
-        return RetryDecision(False, 0.0, "BudgetRetryPolicy: the last token was taken by another call")
+        return RetryDecision(retry=False, reason="BudgetRetryPolicy: the last token was taken by another call")

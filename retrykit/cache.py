@@ -1,7 +1,8 @@
 """Where histories are kept between deliveries: a compare-and-set store of JSON-able snapshots.
 
-`RetryContextCache` is all that a store must do; `retrykit.testing.ContextCacheContract` checks one. No object of the program is ever stored:
-a snapshot is plain JSON data (see `RetryContext.snapshot`), so there is no pickle, and any process can read what another wrote.
+`RetryContextCache` is all that a store must do; `retrykit.testing.ContextCacheContract` checks one. No object of the
+program is ever stored: a snapshot is plain JSON data (see `RetryContext.snapshot`), so there is no pickle, and any
+process can read what another wrote.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import attrs
 
-from retrykit.check import has, more_than, one_of, to_seconds, whole
+from retrykit.check import as_seconds_or_none, has, more_than, one_of, whole
 from retrykit.errors import CacheCapacityError
 from retrykit.key import canonical_key
 
@@ -33,7 +34,8 @@ class StoredContext:
 class RetryContextCache(Protocol):
     """A store of histories. `key` is canonical text (`canonical_key`), at most 512 characters.
 
-    The methods of a cache for `AsyncRetryTemplate` may be coroutine functions. Faults are raised as `ContextCacheError`.
+    The methods of a cache for `AsyncRetryTemplate` may be coroutine functions. Faults are raised as
+    `ContextCacheError`.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -42,8 +44,8 @@ class RetryContextCache(Protocol):
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
         """Store the snapshot if the stored version still is `expected` (None: nothing is stored). One atomic step.
 
-        Returns the new version, a number never used before for this key; None if somebody else was first, and nothing was changed.
-        `CacheCapacityError` when the store is full and the key is new: a known key can always be stored.
+        Returns the new version, a number never used before for this key; None if somebody else was first, and nothing
+        was changed. `CacheCapacityError` when the store is full and the key is new: a known key can always be stored.
         """
 
     def remove(self, key: str, expected: int | None = None) -> bool:
@@ -61,9 +63,9 @@ class JoinableContextCache(RetryContextCache, Protocol):
     """A cache that can take part in the work's own transaction, when both are in one database."""
 
     def joined(self, transaction: Any) -> RetryContextCache | None:
-        """The same store, seen through the caller's open transaction: what is saved there commits or rolls back with the work.
+        """The same store, seen through the caller's open transaction.
 
-        None when that transaction is not on this store's database.
+        What is saved there commits or rolls back with the work. None when it is not on this store's database.
         """
 
 
@@ -79,18 +81,21 @@ def identity(cache: Any) -> Any:
 class MapRetryContextCache:
     """Histories in this process's memory: for one process, tests, and as the default.
 
-    `capacity`: how many histories at most. When it is full and a new key comes, `on_full="reject"` raises `CacheCapacityError` (the failure is
-    then not remembered, and the business error stays what the caller sees), `"evict_oldest"` forgets the one that was stored longest ago.
-    `time_to_live`: seconds after which a history that was not touched may be forgotten (`expire`); None keeps it.
-    A pickled or copied cache has the same bounds and is empty: history in memory belongs to its process.
+    `capacity`: how many histories at most. When it is full and a new key comes, `on_full="reject"` raises
+    `CacheCapacityError` (the failure is then not remembered, and the business error stays what the caller sees),
+    `"evict_oldest"` forgets the one that was stored longest ago. `time_to_live`: seconds after which a history that was
+    not touched may be forgotten (`expire`); None keeps it. A pickled or copied cache has the same bounds and is empty:
+    history in memory belongs to its process.
     """
 
     capacity: int = attrs.field(default=100_000, validator=whole(1))
-    on_full: Literal["reject", "evict_oldest"] = attrs.field(default="reject", validator=one_of("reject", "evict_oldest"), kw_only=True)
-    time_to_live: float | None = attrs.field(
-        default=None, converter=to_seconds("time_to_live"), validator=more_than(0), kw_only=True
+    on_full: Literal["reject", "evict_oldest"] = attrs.field(
+        default="reject", validator=one_of("reject", "evict_oldest"), kw_only=True
     )
-    _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=len)
+    time_to_live: float | None = attrs.field(
+        default=None, converter=as_seconds_or_none, validator=more_than(0), kw_only=True
+    )
+    _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=lambda entries: str(len(entries)))
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
     _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)
 
@@ -183,5 +188,7 @@ def _copied(value: Any) -> Any:
     return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _empty(capacity: int, on_full: Literal["reject", "evict_oldest"], time_to_live: float | None) -> MapRetryContextCache:
+def _empty(
+    capacity: int, on_full: Literal["reject", "evict_oldest"], time_to_live: float | None
+) -> MapRetryContextCache:
     return MapRetryContextCache(capacity, on_full=on_full, time_to_live=time_to_live)

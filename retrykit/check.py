@@ -12,8 +12,11 @@ Seconds = float | timedelta
 
 
 def shown(value: object) -> str:
-    """The value in an error: its `repr`, bounded."""
-    text = repr(value)
+    """The value in an error: its `repr`, bounded; what kind of thing it is, when it has no `repr`."""
+    try:
+        text = repr(value)
+    except Exception as fault:  # noqa: BLE001 - any fault of a foreign __repr__ must not hide that the value is refused
+        return f"<{type(value).__name__} whose repr() raised {type(fault).__name__}>"
     return text if len(text) <= 80 else text[:79] + "…"  # noqa: PLR2004 - a line's length
 
 
@@ -33,9 +36,29 @@ def seconds(name: str, value: object) -> float:
         return value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(name, "seconds (int, float) or a timedelta", value)
-    if not math.isfinite(value):
+    if not is_finite(value):
         raise wrong_value(name, "finite", value)
     return float(value)
+
+
+def is_finite(number: float) -> bool:
+    """Whether a float can hold the number: no infinity, no NaN, no int beyond all bounds."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
+def as_seconds(value: Seconds) -> float:
+    """An attrs converter: a duration becomes a float; what is none is left to the validator, which knows the field."""
+    if isinstance(value, timedelta):
+        return value.total_seconds()
+    return float(value) if type(value) is int and is_finite(value) else value
+
+
+def as_seconds_or_none(value: Seconds | None) -> float | None:
+    """As `as_seconds`, for a duration that may be None."""
+    return None if value is None else as_seconds(value)
 
 
 def to_seconds(name: str) -> Callable[[Any], Any]:
@@ -44,28 +67,33 @@ def to_seconds(name: str) -> Callable[[Any], Any]:
 
 
 def at_least(bound: float) -> Validator:
-    """An attrs validator: a number, `bound` or more; None is let through where the default is None."""
+    """An attrs validator: a finite number, `bound` or more; None is let through where the default is None."""
 
     def check(_instance: Any, field: Any, value: Any) -> None:
-        if value is None and field.default is None:
-            return
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise wrong_type(field.name, "a number", value)
-        if not value >= bound:
-            raise wrong_value(field.name, f"at least {bound:g}", value)
+        if _is_number(field, value) and not (is_finite(value) and value >= bound):
+            raise wrong_value(field.name, f"finite and at least {bound:g}", value)
 
     return check
 
 
 def more_than(bound: float) -> Validator:
-    """An attrs validator: a number above `bound`."""
+    """An attrs validator: a finite number above `bound`; None is let through where the default is None."""
 
     def check(_instance: Any, field: Any, value: Any) -> None:
-        at_least(bound)(_instance, field, value)
-        if value is not None and not (value > bound and math.isfinite(value)):
-            raise wrong_value(field.name, f"more than {bound:g} and finite", value)
+        if _is_number(field, value) and not (is_finite(value) and value > bound):
+            raise wrong_value(field.name, f"finite and more than {bound:g}", value)
 
     return check
+
+
+def _is_number(field: Any, value: Any) -> bool:
+    """Whether there is a number to look at; `TypeError` if there is anything else but the permitted None."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return True
+    if value is None and field.default is None:
+        return False
+    wanted = "a number" if field.converter is None else "seconds (int, float) or a timedelta"
+    raise wrong_type(field.name, wanted, value)
 
 
 def whole(bound: int, *, optional: bool = False) -> Validator:

@@ -20,7 +20,7 @@ class Clock(Protocol):
         """Seconds from some fixed point, never going back. Measures how long things take."""
 
     def sleep(self, seconds: float) -> None:
-        """Spend a pause (never called with 0 or less). An exception raised here ends the call with `BackOffInterruptedError`."""
+        """Spend a pause (more than 0). An exception raised here ends the call with `BackOffInterruptedError`."""
 
     async def async_sleep(self, seconds: float) -> None:
         """Spend a pause without blocking the event loop."""
@@ -44,12 +44,13 @@ class SystemClock:
 
     async def async_sleep(self, seconds: float) -> None:
         """Suspend the task, on whichever of asyncio and trio runs it."""
-        # trio is asked only if the program has loaded it: a program on asyncio never imports it, nor the other way round.
+        # trio is asked only if the program has loaded it: a program on asyncio never imports it.
         trio = sys.modules.get("trio")
         if trio is not None and trio.lowlevel.in_trio_run():
             await trio.sleep(seconds)
             return
-        import asyncio  # noqa: PLC0415 - `import retrykit` must not cost what asyncio costs
+        # `import retrykit` must not cost what asyncio costs.
+        import asyncio
 
         await asyncio.sleep(seconds)
 

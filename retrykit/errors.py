@@ -26,8 +26,8 @@ class RetryError(Exception):
 class ExhaustedRetryError(RetryError):
     """No further attempt is allowed for {name} {key!r} after {attempts} failed: {reason}
 
-    Raised from the last failure, when there is no recovery. The history is kept: every later delivery is answered the same way
-    until somebody forgets it, or gives a recovery.
+    Raised from the last failure, when there is no recovery. The history is kept: every later delivery is answered the
+    same way until somebody forgets it, or gives a recovery.
     """
 
 
@@ -38,7 +38,8 @@ class TerminatedRetryError(RetryError):
 class AttemptsInFlightError(TerminatedRetryError):
     """Attempts of {name} {key!r} are running elsewhere ({running}) and may use up its limit: deliver it again later.
 
-    Nothing was run, counted or stored: the caller's session rolls back and the item comes again, when the others are done.
+    Nothing was run, counted or stored: the caller's session rolls back and the item comes again, when the others are
+    done.
     """
 
 
@@ -50,17 +51,18 @@ class BackOffInterruptedError(RetryError):
 
 
 class RecoveryFailedError(RetryError):
-    """The recovery of {name} {key!r} failed {attempts} times; its history is kept and the operation will not be attempted again.
+    """The recovery of {name} {key!r} failed {attempts} times; its history is kept.
 
-    Raised from the last exception of the recovery; `failure` is the operation's own last failure.
+    Later deliveries try the recovery again, never the operation. Raised from the last exception of the recovery;
+    `failure` is the operation's own last failure.
     """
 
 
 class CommitInDoubtError(RetryError):
     """The commit of the attempt was not confirmed: it may or may not have happened.
 
-    For a `transaction` to raise when it leaves. Nothing is counted and the history is kept: the source will say what became of it, by
-    delivering the item again or not.
+    For a `transaction` to raise when it leaves. Nothing is counted and the history is kept: the source will say what
+    became of it, by delivering the item again or not.
     """
 
 

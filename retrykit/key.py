@@ -6,7 +6,7 @@ from typing import Any, Final, Union
 
 from retrykit.check import wrong_type, wrong_value
 
-Key = Union[str, int, bytes, tuple["Key", ...]]
+Key = Union[str, int, bytes, tuple["Key", ...]]  # noqa: UP007 - `|` cannot join a class and a forward reference
 
 MAX_TEXT: Final = 512
 MAX_NAME: Final = 80
@@ -28,7 +28,7 @@ def check_key(key: Any) -> None:
 
 
 def namespace(name: str) -> str:
-    """The text that every canonical key of a template's name starts with, followed by one of `/ # = ( ! @`: names never overlap."""
+    """The text that every canonical key of a name starts with, before one of `/ # = ( ! @`: names never overlap."""
     if not isinstance(name, str):
         raise wrong_type("name", "a str", name)
     if not name or len(name) > MAX_NAME:
@@ -43,8 +43,8 @@ def _escaped(letter: str) -> str:
 def canonical_key(name: str, key: Key) -> str:
     """The one text under which every store keeps the history of `key` for the templates called `name`.
 
-    Different keys have different texts: `orders/m-1` for a str, `orders#7` for an int, `orders=6d2d31` for bytes, `orders(/a,#7)` for a tuple.
-    A text over 512 characters ends in the SHA-256 of the whole.
+    Different keys have different texts: `orders/m-1` for a str, `orders#7` for an int, `orders=6d2d31` for bytes,
+    `orders(/a,#7)` for a tuple. A text over 512 characters ends in the SHA-256 of the whole.
     """
     return in_namespace(namespace(name), key)
 
@@ -63,7 +63,8 @@ def _readable(letter: str) -> str:
 
 
 def _digested(text: str) -> str:
-    import hashlib  # noqa: PLC0415 - few programs have keys that long; all of them import this module
+    # Few programs have keys that long; all of them import this module.
+    import hashlib
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     return f"{text[: MAX_TEXT - 72]}~{digest}"

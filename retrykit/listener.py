@@ -42,7 +42,7 @@ LISTENER_METHODS = ("open", "on_success", "on_error", "close")
 
 @attrs.define(eq=False, slots=False)
 class StatisticsListener(RetryListener):
-    """Counts, per template name: calls started, complete (succeeded), recovered, failed attempts, and aborted (ended by an error)."""
+    """Counts per template name: calls started, complete, recovered, aborted (by an error), and failed attempts."""
 
     _counts: dict[str, dict[str, int]] = attrs.field(init=False, factory=dict)
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
@@ -61,15 +61,15 @@ class StatisticsListener(RetryListener):
         """Count a call."""
         self._add(context, "started")
 
-    def on_success(self, context: RetryContext, result: Any) -> None:  # noqa: ARG002 - the listener's signature
+    def on_success(self, context: RetryContext, result: Any) -> None:
         """Count a success."""
         self._add(context, "complete")
 
-    def on_recover(self, context: RetryContext, result: Any) -> None:  # noqa: ARG002 - the listener's signature
+    def on_recover(self, context: RetryContext, result: Any) -> None:
         """Count a recovery."""
         self._add(context, "recovered")
 
-    def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:  # noqa: ARG002 - the listener's signature
+    def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:
         """Count a failed attempt."""
         self._add(context, "errors")
 
@@ -96,8 +96,8 @@ def _check_logger(_instance: Any, field: Any, value: Any) -> None:
 class LoggingListener(RetryListener):
     """Logs each failed attempt with its decision, and each recovery: who, which attempt, what, and what follows.
 
-    `logger`: a `logging.Logger`; None is the logger "retrykit". `level`: of failed attempts; an attempt after which nothing more is tried is
-    logged as a warning at least.
+    `logger`: a `logging.Logger`; None is the logger "retrykit". `level`: of failed attempts; an attempt after which
+    nothing more is tried is logged as a warning at least.
     """
 
     logger: Any = attrs.field(default=None, validator=_check_logger)
@@ -109,11 +109,16 @@ class LoggingListener(RetryListener):
         facts = (context.name, context.key, context.attempt, type(error).__name__, error, decision)
         self._log(level, "%s key=%r attempt %d failed: %s: %s; %s", facts)
 
-    def on_recover(self, context: RetryContext, result: Any) -> None:  # noqa: ARG002 - the listener's signature
+    def on_recover(self, context: RetryContext, result: Any) -> None:
         """Log the recovery."""
-        self._log(max(self.level, 30), "%s key=%r recovered after %d failed attempts", (context.name, context.key, context.retry_count))
+        self._log(
+            max(self.level, 30),
+            "%s key=%r recovered after %d failed attempts",
+            (context.name, context.key, context.retry_count),
+        )
 
     def _log(self, level: int, message: str, facts: tuple[Any, ...]) -> None:
-        import logging  # noqa: PLC0415 - `import retrykit` must not cost what logging costs
+        # `import retrykit` must not cost what logging costs.
+        import logging
 
         (self.logger or logging.getLogger("retrykit")).log(level, message, *facts)

@@ -24,7 +24,7 @@ def _machine() -> str:
     """Host, boot and process-number space: only within one of these can a process number be looked up."""
     try:
         boot = _read("/proc/sys/kernel/random/boot_id").strip()[:8]
-        numbers = os.readlink("/proc/self/ns/pid")
+        numbers = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
     except OSError:
         boot = numbers = "-"
     return f"{os.uname().nodename}/{boot}/{numbers}"
@@ -50,7 +50,7 @@ def _start_of(pid: int) -> str:
 
 def is_gone(owner: str) -> bool:
     """Whether the owner is certainly no more: False also when nobody here can know."""
-    machine, pid, start = (owner.rsplit("/", 2) + ["", ""])[:3]
+    machine, pid, start = [*owner.rsplit("/", 2), "", ""][:3]
     if machine != _machine() or not pid.isdigit() or not start:
         return False
     return _start_of(int(pid)) != start
