@@ -25,7 +25,7 @@ from retrykit import (
 )
 
 from .clock import SECOND
-from .errors import TYPES, Scripted, is_ordinary, links, value_of_snapshot
+from .errors import OWN, is_ordinary, lineage, links, python_type, value_of_snapshot
 from .loader import Json
 from .series import Exponential
 
@@ -107,10 +107,14 @@ def in_python(classes: Mapping[str, Any]) -> dict[type[Exception], Any]:
     """A map by class names as one by classes, the same for every `Exception`.
 
     Throwable is the base of all, so that Exception stands for it, unless it is named itself. Classes beside Exception
-    are left out: nothing under Exception is one of them.
+    are left out: nothing under Exception is one of them. retrykit's own errors have the values of spring-retry's.
     """
     named = {"Exception": classes["Throwable"], **classes} if "Throwable" in classes else classes
-    return {TYPES[name]: value for name, value in named.items() if is_ordinary(name)}  # type: ignore[misc]
+    own = {cls: next((named[base] for base in lineage(name) if base in named), None) for cls, name in OWN.items()}
+    return {
+        **{python_type(name): value for name, value in named.items() if is_ordinary(name)},
+        **{cls: value for cls, value in own.items() if value is not None},
+    }
 
 
 def classifying(spec: Json, *, max_attempts: int | None) -> SimpleRetryPolicy:
@@ -122,7 +126,7 @@ def classifying(spec: Json, *, max_attempts: int | None) -> SimpleRetryPolicy:
         no_retry_for=[error_type for error_type, retry in classes.items() if not retry],
         traverse_causes=spec.get("traverse", False),
         default=spec.get("default", False),
-        not_recoverable=[*in_python(dict.fromkeys(spec.get("not_recoverable", ())))],
+        not_recoverable=[*in_python(dict.fromkeys(spec.get("not_recoverable", ()), True))],
     )
 
 
@@ -213,15 +217,12 @@ def state_of(spec: Json | None) -> RetryState | None:
 def _rollback_for(spec: bool | Json | None) -> Callable[[Exception], bool]:
     if spec is None or isinstance(spec, bool):
         return lambda _: spec is not False
-    classes = DEFAULT_MAP if spec.get("map") is None else spec["map"]
-    default = spec.get("default", False)
+    classes: dict[type, bool] = {**in_python(DEFAULT_MAP if spec.get("map") is None else spec["map"])}
+    default = bool(spec.get("default", False))
     depth = None if spec.get("traverse", False) else 1
 
     def rollback_for(error: Exception) -> bool:
-        for link in links(error)[:depth]:
-            for base in type(link).__mro__:
-                if base.__name__ in classes and issubclass(base, Scripted):
-                    return bool(classes[base.__name__])
-        return bool(default)
+        found = (classes[base] for link in links(error)[:depth] for base in type(link).__mro__ if base in classes)
+        return next(found, default)
 
     return rollback_for

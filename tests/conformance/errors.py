@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import retrykit.errors
-from retrykit.history import StoredError, error_from_json
+from retrykit.history import StoredError, error_from_json, type_name
 
 _TREE: Final = """
 Throwable
@@ -89,9 +89,21 @@ def _grow(tree: str) -> Iterator[tuple[str, type[BaseException]]]:
 TYPES: Final[dict[str, type[BaseException]]] = dict(_grow(_TREE))
 
 
+def python_type(name: str) -> type[Exception]:
+    """What stands for a class in policies: Exception is Python's own, the base of retrykit's errors too."""
+    return Exception if name == "Exception" else TYPES[name]  # type: ignore[return-value]
+
+
 def is_ordinary(name: str) -> bool:
     """Whether a scenario's exception of that name is an `Exception` in Python."""
     return name in TYPES and issubclass(TYPES[name], Exception)
+
+
+def lineage(name: str) -> list[str]:
+    """A class and its bases below Exception, nearest first."""
+    return [
+        base.__name__ for base in TYPES[name].__mro__ if is_ordinary(base.__name__) and base.__name__ != "Exception"
+    ]
 
 
 def is_a(name: str, base: str) -> bool:
@@ -114,7 +126,7 @@ def chain(value: list[Any] | None) -> Iterator[list[Any]]:
         value = value[2] if len(value) > 2 else None
 
 
-OWN: Final[dict[type[BaseException], str]] = {
+OWN: Final[dict[type[Exception], str]] = {
     retrykit.errors.ExhaustedRetryError: "ExhaustedRetryException",
     retrykit.errors.TerminatedRetryError: "TerminatedRetryException",
     retrykit.errors.BackOffInterruptedError: "BackOffInterruptedException",
@@ -124,18 +136,18 @@ OWN: Final[dict[type[BaseException], str]] = {
 """retrykit's errors under spring-retry's names."""
 
 
+OWN_NAMES: Final = {type_name(cls): name for cls, name in OWN.items()}
+
+
 def describe(error: BaseException | None) -> list[Any] | None:
     """The value of an exception as raised, or as a history keeps it; the wording of retrykit's own is left empty."""
     if error is None:
         return None
-    if isinstance(error, StoredError):
-        name, message = error.type.rpartition(".")[2], error.message
-    elif isinstance(error, Scripted):
-        name, message = type(error).__name__, error.message or ""
-    else:
-        name, message = OWN.get(type(error), type(error).__name__), ""
+    stored = error.type if isinstance(error, StoredError) else type_name(type(error))
+    message = error.message or "" if isinstance(error, Scripted | StoredError) else ""
+    value = [OWN_NAMES[stored], ""] if stored in OWN_NAMES else [stored.rpartition(".")[2], message]
     cause = describe(error.__cause__)
-    return [name, message] if cause is None else [name, message, cause]
+    return value if cause is None else [*value, cause]
 
 
 def links(error: BaseException) -> list[BaseException]:
