@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from .compare import recorded, replayed
+from .errors import Scripted
 from .loader import Case
 from .rules import Rule, first_difference
 from .run import Replay
@@ -94,5 +95,5 @@ def _pair(case: Case, index: int, replay: Any, *, short_cut: bool) -> tuple[dict
     try:
         expected = recorded(case, index, short_cut=short_cut)
         return expected, replayed(case, index, replay.call(case.scenario["calls"][index]))
-    except Exception as error:
+    except (Exception, Scripted) as error:
         return expected, {"broken": f"{type(error).__name__}: {error}"}
