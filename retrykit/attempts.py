@@ -10,7 +10,7 @@ from retrykit.context import RetryContext, _bound
 from retrykit.driver import Driver, _abort, _async_abort, _async_perform, _perform
 from retrykit.errors import RetryError
 from retrykit.flow import run
-from retrykit.steps import ANSWER_NOTHING, ATTEMPT, RETURN, Pause, Raise, RaiseFrom
+from retrykit.steps import ANSWER_NOTHING, ATTEMPT, RETURN, Pause, Raise
 
 
 class _Block:
@@ -18,7 +18,7 @@ class _Block:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.flow = run(driver.call)
+        self.flow = run(driver)
         self.step: Any = self.flow.send(None)
         self.entered = True
         self.token: Any = None
@@ -33,8 +33,6 @@ class _Block:
             return True
         outcome = self.step
         self.over()
-        if type(outcome) is RaiseFrom:
-            raise outcome.error from outcome.cause
         if type(outcome) is Raise:
             raise outcome.error
         return False
@@ -62,7 +60,7 @@ class _Block:
 
 def _is_resting(step: Any) -> bool:
     """Whether the flow waits for the loop: for an attempt, for a pause before one, or at its outcome."""
-    return step in (ATTEMPT, RETURN, ANSWER_NOTHING) or type(step) in (Pause, Raise, RaiseFrom)
+    return step in (ATTEMPT, RETURN, ANSWER_NOTHING) or type(step) in (Pause, Raise)
 
 
 class Attempt:
@@ -74,7 +72,9 @@ class Attempt:
     def __enter__(self) -> RetryContext:
         return self._block.enter()
 
-    def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None) -> bool:
+    def __exit__(
+        self, _type: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> bool:
         block = self._block
         answer = block.leave(error)
         if error is not None and answer is None:

@@ -21,7 +21,6 @@ MAX_CALLS: Final = 1_000
 """So many calls of the window are remembered at most."""
 
 State = Mapping[str, Any]
-CLOSED: Final[State] = {"state": "closed", "calls": []}
 
 
 def _check_rate(_instance: Any, field: Any, value: Any) -> None:
@@ -94,7 +93,7 @@ class CircuitBreakerRetryPolicy:
             return {**state, "trials": trials} if state["state"] == "half-open" else state
         failed = outcome == "failure"
         if state["state"] == "half-open":
-            return {"state": "open", "since": now} if failed else CLOSED
+            return {"state": "open", "since": now} if failed else {"state": "closed", "calls": []}
         if state["state"] == "open":
             return state
         recent = [call for call in state["calls"] if call[0] > now - self.open_timeout][-MAX_CALLS + 1 :]

@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
-from retrykit.check import is_callable, one_of, wrong_type
+from retrykit.check import wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK
 from retrykit.errors import RetryError
-from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, StoredError, Tally, message_of, type_name
+from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, Tally, fade, from_faded, summary
 from retrykit.key import Key, check_key, key_from_json, key_to_json
 
 if TYPE_CHECKING:
@@ -67,12 +67,10 @@ def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollba
     return True
 
 
-def _check_state_key(_state: Any, _field: Any, key: Any) -> None:
-    if key is not None:
-        check_key(key)
+_JOURNALS: Final = ("redelivered", "always", "never")
 
 
-@attrs.frozen(kw_only=True)
+@attrs.frozen(kw_only=True, slots=False, init=False)
 class RetryState:
     """What makes a call stateful: which item it is about, and what its source says of it.
 
@@ -85,14 +83,43 @@ class RetryState:
     "always" in any case, "never" not at all (then neither crashes nor attempts that run at the same time are counted before they fail).
     """
 
-    key: Key | None = attrs.field(validator=_check_state_key)
-    redelivered: bool | None = attrs.field(default=None, validator=one_of(True, False, None))  # noqa: FBT003
-    fresh: bool = attrs.field(default=False, validator=one_of(True, False))  # noqa: FBT003
-    rollback_for: Callable[[Exception], bool] = attrs.field(default=always, validator=is_callable)
-    recover_on_redelivery: bool = attrs.field(default=True, validator=one_of(True, False))  # noqa: FBT003
-    journal: Literal["redelivered", "always", "never"] = attrs.field(
-        default="redelivered", validator=one_of("redelivered", "always", "never")
-    )
+    key: Key | None
+    redelivered: bool | None = None
+    fresh: bool = False
+    rollback_for: Callable[[Exception], bool] = always
+    recover_on_redelivery: bool = True
+    journal: Literal["redelivered", "always", "never"] = "redelivered"
+
+    def __init__(
+        self,
+        *,
+        key: Key | None,
+        redelivered: bool | None = None,
+        fresh: bool = False,
+        rollback_for: Callable[[Exception], bool] = always,
+        recover_on_redelivery: bool = True,
+        journal: Literal["redelivered", "always", "never"] = "redelivered",
+    ) -> None:
+        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for what is wrong.
+        if key is not None and type(key) is not str:
+            check_key(key)
+        if redelivered is not None and redelivered is not True and redelivered is not False:
+            raise wrong_type("redelivered", "True, False or None", redelivered)
+        if fresh is not False and fresh is not True:
+            raise wrong_type("fresh", "True or False", fresh)
+        if rollback_for is not always and not callable(rollback_for):
+            raise wrong_type("rollback_for", "callable", rollback_for)
+        if recover_on_redelivery is not True and recover_on_redelivery is not False:
+            raise wrong_type("recover_on_redelivery", "True or False", recover_on_redelivery)
+        if journal not in _JOURNALS:
+            raise (wrong_value if isinstance(journal, str) else wrong_type)("journal", f"one of {_JOURNALS}", journal)
+        fields = self.__dict__
+        fields["key"] = key
+        fields["redelivered"] = redelivered
+        fields["fresh"] = fresh
+        fields["rollback_for"] = rollback_for
+        fields["recover_on_redelivery"] = recover_on_redelivery
+        fields["journal"] = journal
 
 
 class RetryContext:
@@ -102,30 +129,33 @@ class RetryContext:
     frame that they passed through.
     """
 
-    # What most calls never store is a default of the class: contexts are made on every call, and seldom read.
-    _state: RetryState | None = None
-    _history: History | None = None
-    _live: list[tuple[int, Exception, float]] | None = None
-    _now: float = 0.0
-    _first: float = 0.0
-    _fault: Exception | None = None
-    _wall: float | None = None
-    _pause: float = 0.0
-    _flight: int | None = None
-    _version: int | None = None
-    _outer: Any = None
-    attempt: int = 1
-    closed: bool = False
-    duplicate: bool = False
-    decision: RetryDecision | None = None
-    transaction: Any = None
+    __slots__ = (
+        "__weakref__",
+        "_history",
+        "_now",
+        "_outer",
+        "_started",
+        "_state",
+        "_template",
+        "_wall",
+        "attempt",
+        "closed",
+        "decision",
+        "duplicate",
+        "transaction",
+    )
 
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template
-        self._started = started
+        self._started = self._now = started
         self._outer = outer
-        if state is not None:
-            self._state = state
+        self._state = state
+        self._history: History | None = None
+        self._wall: float | None = None
+        self.attempt = 1
+        self.decision: RetryDecision | None = None
+        self.transaction: Any = None
+        self.closed = self.duplicate = False
 
     def __repr__(self) -> str:
         facts = {"attempt": self.attempt, "retry_count": self.retry_count, "max_attempts": self.max_attempts}
@@ -145,6 +175,11 @@ class RetryContext:
         return None if self._state is None else self._state.key
 
     @property
+    def json_key(self) -> Any:
+        """The key as snapshots have it."""
+        return key_to_json(self.key)
+
+    @property
     def parent(self) -> RetryContext | None:
         """The context of the attempt in whose course this call was made."""
         return context_in(self._outer)
@@ -152,8 +187,6 @@ class RetryContext:
     @property
     def fence(self) -> int:
         """A number that grows with every attempt of the key, in every process: guard your own writes with it."""
-        if self._flight is not None:
-            return self._flight
         history = self._history
         return self.attempt if self.key is None or history is None else max(1, history.fence)
 
@@ -181,7 +214,11 @@ class RetryContext:
     def last_error(self) -> BaseException | None:
         """The last failure: the live exception, or a `StoredError` when it was loaded, or when the call is over."""
         history = self._history
-        return None if history is None else history.last_error
+        if history is None:
+            return None
+        if type(history.last_error) is tuple:
+            history.last_error = from_faded(history.last_error)
+        return history.last_error  # type: ignore[no-any-return]
 
     @property
     def errors(self) -> tuple[ErrorSummary, ...]:
@@ -203,7 +240,7 @@ class RetryContext:
         history = self._history
         if history is None or history.failures == 0:
             return None
-        return _instant(self._wall_of(self._first) if history.first_failed_at is None else history.first_failed_at)
+        return _instant(self._wall_of(self._first()) if history.first_failed_at is None else history.first_failed_at)
 
     @property
     def last_failed_at(self) -> datetime | None:
@@ -243,7 +280,8 @@ class RetryContext:
     @property
     def pause(self) -> float:
         """Seconds that would be waited before the next attempt, proposed by the back-off: policies with a deadline look at it."""
-        return self._pause
+        history = self._history
+        return 0.0 if history is None else history.pause
 
     # -- the verdict
 
@@ -291,7 +329,7 @@ class RetryContext:
     def snapshot(self) -> dict[str, Any]:
         """The JSON form of what is remembered of the item, versioned (`format`); what caches store."""
         self._describe()
-        return self._facts().to_json(self.name, key_to_json(self.key))
+        return self._facts().to_json(self.name, self.json_key)
 
     @classmethod
     def from_snapshot(cls, snapshot: Mapping[str, Any]) -> RetryContext:
@@ -326,18 +364,24 @@ class RetryContext:
         self._outer = None
         history = self._history
         if history is not None:
-            self._describe()
-            if history.last_error is not None:
-                history.last_error = StoredError.of(history.last_error)
+            last = history.last_error
+            if last is not None:
+                history.last_error = fade(last)
+            if history.live is not None:
+                history.live = [(n, fade(error), at) for n, error, at in history.live]
+
+    def _first(self) -> float:
+        """The monotonic time of the first failure that is still known."""
+        live = self._facts().live
+        return live[0][2] if live else self._now
 
     def _describe(self) -> None:
         """Put the live failures of this call into words, in the history's bounded list."""
-        live = self._live
-        if live:
-            history = self._facts()
-            words = (ErrorSummary(n, type_name(type(error)), message_of(error)[:500], self._wall_of(at)) for n, error, at in live)
+        history = self._history
+        if history is not None and history.live:
+            words = (ErrorSummary(n, *summary(error), self._wall_of(at)) for n, error, at in history.live)
             history.errors = (*history.errors, *words)[-MAX_ERRORS:]
-            self._live = None
+            history.live = None
 
 
 @attrs.frozen

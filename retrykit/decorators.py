@@ -1,15 +1,16 @@
 """`@retryable`: a function that retries itself, with the function's own signature.
 
-A call that succeeds at once costs little more than the call: nothing is made for it but a frame that `current_context()` can turn into a
-context. Everything else begins with the first failure. See `retrykit.signature` for how the wrapper is made.
+A call that succeeds at once costs little more than the call: nothing is made for it but a frame that
+`current_context()` can turn into a context. Everything else begins with the first failure. See `retrykit.signature` for
+how the wrapper is made.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from typing import Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypedDict, TypeVar, Unpack, overload
 
 import attrs
 
@@ -17,8 +18,9 @@ from retrykit.backoff import BackOffPolicy, NoBackOffPolicy
 from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.check import Seconds, error_types, is_callable, wrong_type
 from retrykit.clock import Clock
-from retrykit.context import RetryContext, RetryState, context_in
-from retrykit.driver import async_drive, drive
+from retrykit.context import RetryContext, RetryState
+from retrykit.driver import Driver, async_drive, drive
+from retrykit.key import Key
 from retrykit.listener import RetryListener
 from retrykit.policy import (
     CompositeRetryPolicy,
@@ -35,52 +37,141 @@ P = ParamSpec("P")
 Q = ParamSpec("Q")
 R = TypeVar("R")
 S = TypeVar("S")
+T = TypeVar("T")
+H = TypeVar("H")
+E = TypeVar("E", bound=Exception)
+E2 = TypeVar("E2", bound=Exception)
 R_co = TypeVar("R_co", covariant=True)
-E_contra = TypeVar("E_contra", bound=BaseException)
 F = TypeVar("F", bound=Callable[..., Any])
+
+ErrorTypes = type[Exception] | tuple[type[Exception], ...]
+
+
+class RetryableOptions(TypedDict, total=False):
+    """What `@retryable(...)` and `.with_options(...)` can be given; `retryable` explains them."""
+
+    retry_for: ErrorTypes
+    no_retry_for: ErrorTypes
+    max_attempts: int | None
+    back_off: BackOffPolicy
+    timeout: Seconds | None
+    retry_policy: RetryPolicy
+    template: RetryTemplate | AsyncRetryTemplate
+    name: str
+    context_cache: Any
+    listeners: Sequence[RetryListener]
+    clock: Clock
+    key: Callable[..., Key | None]
+    redelivered: Callable[..., bool | None]
+    recover_on_redelivery: bool
+    transaction: Callable[[], Any]
+
+
+class BreakerOptions(TypedDict, total=False):
+    """What `@circuit_breaker(...)` can be given."""
+
+    delegate: RetryPolicy
+    failure_threshold: int
+    failure_rate: float | None
+    open_timeout: Seconds
+    reset_timeout: Seconds
+    half_open_max_calls: int
+    name: str
+    context_cache: Any
+    listeners: Sequence[RetryListener]
+    clock: Clock
 
 
 class BoundRetryable(Protocol, Generic[P, R_co]):
-    """A decorated method, bound to its instance."""
+    """A decorated method, bound to its instance or class."""
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
         """Call it; again if it fails and the policy allows."""
 
 
-class Retryable(Generic[P, R_co]):
-    """What `@retryable` makes of a function, as type checkers see it. (When the program runs it is a plain function with these attributes.)"""
+class Registers(Protocol, Generic[P, H]):
+    """What `.recover(…)` gives: the decorator of a recovery, which is given back as it is."""
 
-    template: RetryTemplate | AsyncRetryTemplate
+    def __call__(self, handler: Callable[P, H], /) -> Callable[P, H]:
+        """Register it."""
+
+
+class _Decorated(Generic[P, R, H]):
+    """What sync and async functions have in common; H is what a recovery may return."""
+
     __wrapped__: Callable[..., Any]
     __name__: str
     __qualname__: str
 
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call it; again if it fails and the policy allows."""
         raise NotImplementedError
 
+    # A method looked up on its class, a method, a static method: told apart by the first parameter.
     @overload
-    def __get__(self, instance: None, owner: type[Any] | None = None) -> Retryable[P, R_co]: ...
+    def __get__(self, instance: None, owner: type[Any]) -> Self: ...
     @overload
-    def __get__(
-        self: Retryable[Concatenate[S, Q], R_co], instance: S, owner: type[Any] | None = None
-    ) -> BoundRetryable[Q, R_co]: ...
-    def __get__(self, instance: Any, owner: Any = None) -> Any:
+    def __get__(self: _Decorated[Concatenate[S, Q], R, H], instance: S, owner: type[Any]) -> BoundRetryable[Q, R]: ...
+    @overload
+    def __get__(self, instance: object, owner: type[Any]) -> Self: ...
+    def __get__(self, instance: Any, owner: Any) -> Any:
         """As functions are bound to instances."""
         raise NotImplementedError
 
-    def recover(
-        self, *error_types: type[E_contra]
-    ) -> Callable[[Callable[Concatenate[E_contra, P], R]], Callable[Concatenate[E_contra, P], R]]:
-        """Register a recovery: `@fetch.recover(ConnectionError)` on `def cached(error, …the function's own arguments…)`.
+    @overload
+    def recover(self, handler: Callable[Concatenate[Exception, P], H], /) -> Callable[Concatenate[Exception, P], H]: ...
+    @overload
+    def recover(self, error_type: type[E], /) -> Registers[Concatenate[E, P], H]: ...
+    @overload
+    def recover(self, first: type[E], second: type[E2], /) -> Registers[Concatenate[E | E2, P], H]: ...
+    @overload
+    def recover(self, *error_types: type[Exception]) -> Registers[Concatenate[Exception, P], H]: ...
+    def recover(self, *error_types: Any) -> Any:
+        """Register a recovery: `@fetch.recover(ConnectionError)` on `def cached(error, …the function's arguments…)`.
 
-        It runs when no further attempt is allowed, for the failures of these classes (none given: all); the nearest base class wins.
+        It runs when no further attempt is allowed, for the failures of these classes (none given: all); the nearest
+        base class wins.
         """
         raise NotImplementedError
 
-    def with_options(self, **options: Any) -> Retryable[P, R_co]:
+    def with_options(self, **options: Unpack[RetryableOptions]) -> Self:
         """The same function with other options, for some of its calls: `fetch.with_options(max_attempts=1)(url)`."""
         raise NotImplementedError
+
+
+class Retryable(_Decorated[P, R, R]):
+    """What `@retryable` makes of a function, as type checkers see it: at run time, a function with these attributes."""
+
+    template: RetryTemplate
+
+
+class AsyncRetryable(_Decorated[P, Coroutine[Any, Any, T], Coroutine[Any, Any, T] | T]):
+    """What `@retryable` makes of a coroutine function, as type checkers see it. Recoveries may be plain functions."""
+
+    template: AsyncRetryTemplate
+
+
+class RetryableOfClass(_Decorated[Concatenate[type[S], P], R, R]):
+    """What `@retryable` makes of a function whose first parameter is a class: `@classmethod` goes above it."""
+
+    template: RetryTemplate | AsyncRetryTemplate
+
+    def __get__(self, instance: object, owner: type[Any]) -> BoundRetryable[P, R]:  # type: ignore[override]
+        """As class methods are bound to classes."""
+        raise NotImplementedError
+
+
+class Decorator(Protocol):
+    """What `@retryable(…)` gives: the decorator of functions and coroutine functions."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[type[S], P], R], /) -> RetryableOfClass[S, P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncRetryable[P, T]: ...  # type: ignore[overload-overlap]
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Retryable[P, R]: ...
+    def __call__(self, function: Any, /) -> Any:
+        """Decorate it."""
 
 
 def _check_key(_instance: Any, field: Any, value: Any) -> None:
@@ -137,7 +228,9 @@ def _template(function: Any, options: _Options, given: dict[str, Any], *, awaite
     if options.retry_policy is not None:
         _refuse(given, _OF_POLICY, "retry_policy")
     fields = {option: value for option in _OF_TEMPLATE if (value := getattr(options, option)) is not None}
-    fields.setdefault("name", f"{function.__module__}.{function.__qualname__}"[-80:] if hasattr(function, "__qualname__") else "retry")
+    fields.setdefault(
+        "name", f"{function.__module__}.{function.__qualname__}"[-80:] if hasattr(function, "__qualname__") else "retry"
+    )
     return kind(retry_policy=options.retry_policy or _policy(options), back_off_policy=options.back_off, **fields)
 
 
@@ -167,8 +260,8 @@ def _check_function(function: Any) -> None:
         raise wrong_type("function", "callable", function)
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         msg = (
-            f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing that could fail and be"
-            " retried; make a function that does one step retryable, or the one that consumes the whole generator"
+            f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing"
+            " that could fail and be retried; make a function that does one step retryable, or the one that consumes the whole generator"
         )
         raise TypeError(msg)
 
@@ -249,11 +342,12 @@ def _resumer(function: Any, template: Any, handlers: _Handlers) -> Any:
 
     def resume(arguments: Any, keywords: Any, frame: list[Any], failure: BaseException) -> Any:
         without_frame(failure)
-        seen = len(frame) > 3  # noqa: PLR2004 - somebody has asked for the context
         recovery = _Recovery(handlers, arguments, keywords) if handlers.by_type else None
-        driver = template.driver(context_in(frame), function, arguments, keywords, recovery)
-        if not seen:
-            driver.binding = [driver.context]
+        if len(frame) > 3:  # noqa: PLR2004 - somebody has asked for the context
+            return Driver(template, frame[3], function, arguments, keywords, recovery)
+        context = RetryContext(*frame)
+        driver = Driver(template, context, function, arguments, keywords, recovery)
+        driver.binding = [context]
         return driver
 
     return resume
@@ -280,7 +374,11 @@ def _merged(given: dict[str, Any], changes: dict[str, Any], template: Any) -> di
     """The options of a variant. Those that a given template holds make a variant of the template."""
     _checked(changes)
     if "template" in changes:
-        return {option: value for option, value in given.items() if option not in (*_OF_POLICY, *_OF_TEMPLATE, "retry_policy", "back_off")} | changes
+        return {
+            option: value
+            for option, value in given.items()
+            if option not in (*_OF_POLICY, *_OF_TEMPLATE, "retry_policy", "back_off")
+        } | changes
     if given.get("template") is None:
         # The same memory and the same name: a variant of a function speaks of the same items.
         return {"name": template.name, "context_cache": template.context_cache} | given | changes
@@ -305,34 +403,23 @@ def _evolved(policy: Any, changes: dict[str, Any]) -> Any:
 
 
 @overload
+def retryable(function: Callable[Concatenate[type[S], P], R], /) -> RetryableOfClass[S, P, R]: ...
+@overload
+def retryable(function: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncRetryable[P, T]: ...  # type: ignore[overload-overlap]
+@overload
 def retryable(function: Callable[P, R], /) -> Retryable[P, R]: ...
 @overload
-def retryable(
-    *,
-    retry_for: type[Exception] | tuple[type[Exception], ...] = ...,
-    no_retry_for: type[Exception] | tuple[type[Exception], ...] = ...,
-    max_attempts: int | None = ...,
-    back_off: BackOffPolicy = ...,
-    timeout: Seconds = ...,
-    retry_policy: RetryPolicy = ...,
-    template: RetryTemplate | AsyncRetryTemplate = ...,
-    name: str = ...,
-    context_cache: Any = ...,
-    listeners: Sequence[RetryListener] = ...,
-    clock: Clock = ...,
-    key: Callable[..., Any] = ...,
-    redelivered: Callable[..., bool | None] = ...,
-    recover_on_redelivery: bool = ...,
-    transaction: Callable[[], Any] = ...,
-) -> Callable[[Callable[P, R]], Retryable[P, R]]: ...
+def retryable(**options: Unpack[RetryableOptions]) -> Decorator: ...
 def retryable(function: Any = None, /, **options: Any) -> Any:
     """Make a function or coroutine function retry itself when it fails.
 
-    `retry_for`, `no_retry_for`, `max_attempts` (3, the first included): see `SimpleRetryPolicy`; or give a `retry_policy`. `back_off`: when
-    (at once). `timeout`: give up this many seconds after the first attempt began. Or give a `template` that says all that, and more.
+    `retry_for`, `no_retry_for`, `max_attempts` (3, the first included): see `SimpleRetryPolicy`; or give a
+    `retry_policy`. `back_off`: when (at once). `timeout`: give up this many seconds after the first attempt began. Or
+    give a `template` that says all that, and more.
 
-    `key(*arguments)` makes it stateful: each failure is rethrown so that the caller's session rolls back, and the history of the key remembers.
-    `redelivered(*arguments)` tells what the source says (see `RetryState`). `transaction`: entered for each attempt.
+    `key(*arguments)` makes it stateful: each failure is rethrown so that the caller's session rolls back, and the
+    history of the key remembers. `redelivered(*arguments)` tells what the source says (see `RetryState`).
+    `transaction`: entered for each attempt.
 
     On methods: below `@staticmethod` and `@classmethod`. `TypeError` for generator functions: calling one runs nothing.
     """
@@ -342,12 +429,20 @@ def retryable(function: Any = None, /, **options: Any) -> Any:
     return lambda function: _decorated(function, options, _Handlers())
 
 
+@overload
+def circuit_breaker(function: Callable[Concatenate[type[S], P], R], /) -> RetryableOfClass[S, P, R]: ...
+@overload
+def circuit_breaker(function: Callable[P, Coroutine[Any, Any, T]], /) -> AsyncRetryable[P, T]: ...  # type: ignore[overload-overlap]
+@overload
+def circuit_breaker(function: Callable[P, R], /) -> Retryable[P, R]: ...
+@overload
+def circuit_breaker(**options: Unpack[BreakerOptions]) -> Decorator: ...
 def circuit_breaker(function: Any = None, /, **options: Any) -> Any:
     """Put a function behind a circuit breaker: one attempt a call, and none while the circuit is open.
 
-    The options are those of `CircuitBreakerRetryPolicy`; `name`, `context_cache` (shared by processes: they share the circuit), `listeners` and
-    `clock` those of the template. While the circuit is open a call goes to its `.recover` handler for `Exception`, or raises
-    `ExhaustedRetryError`.
+    The options are those of `CircuitBreakerRetryPolicy`; `name`, `context_cache` (shared by processes: they share the
+    circuit), `listeners` and `clock` those of the template. While the circuit is open a call goes to its `.recover`
+    handler for `Exception`, or raises `ExhaustedRetryError`.
     """
     own = {option: options[option] for option in _OF_TEMPLATE if option in options}
     rest = {option: value for option, value in options.items() if option not in own}

@@ -7,7 +7,8 @@ from inspect import isawaitable, iscoroutine
 from typing import Any
 
 from retrykit.context import RetryContext, _bound
-from retrykit.flow import Call, abort, run
+from retrykit.call import Call
+from retrykit.flow import abort, run
 from retrykit.owner import is_gone
 from retrykit.steps import (
     ANSWER_NOTHING,
@@ -25,7 +26,6 @@ from retrykit.steps import (
     Pause,
     Probe,
     Raise,
-    RaiseFrom,
     Remove,
     Report,
     RollBack,
@@ -37,13 +37,13 @@ _bind = _bound.set
 _unbind = _bound.reset
 
 
-class Driver:
-    """One call on its way: what to call, the open transaction, and the value so far. `perform` does what a step says.
+class Driver(Call):
+    """A call, and what performing it needs: the functions, the open transaction, the value so far. `perform` does what a step says.
 
     It does each thing once and the same way for both loops: where something may be asynchronous it returns the awaitable.
     """
 
-    __slots__ = ("arguments", "binding", "call", "context", "function", "keywords", "manager", "recover", "template", "transaction", "value", "view")
+    __slots__ = ("arguments", "binding", "function", "keywords", "manager", "recover", "template", "transaction", "value", "view")
 
     def __init__(
         self,
@@ -55,8 +55,8 @@ class Driver:
         recover: Callable[[RetryContext], Any] | None = None,
         transaction: Callable[[], Any] | None = None,
     ) -> None:
+        Call.__init__(self, template.plan, context)
         self.template = template
-        self.context = context
         self.binding: Any = context
         self.function = function
         self.arguments = arguments
@@ -66,11 +66,10 @@ class Driver:
         self.manager: Any = None
         self.view: Any = None
         self.value: Any = None
-        self.call = Call(template.plan, context)
         if recover is not None:
-            self.call.recovers = getattr(recover, "handles", _always)
+            self.recovers = getattr(recover, "handles", _always)
         if transaction is not None:
-            self.call.transactional = True
+            self.transactional = True
 
     def perform(self, step: Any) -> Any:
         """Do what the step says: the answer, or an awaitable of it."""
@@ -83,11 +82,15 @@ class Driver:
     # -- time
 
     def now(self) -> float:
-        """The monotonic time; the last known one when the clock fails."""
+        """The monotonic time."""
+        return (self.plan.now or self.guarded_now)()
+
+    def guarded_now(self) -> float:
+        """The monotonic time of the template's own clock; the last known one when the clock fails."""
         try:
             return self.template.clock.monotonic()  # type: ignore[no-any-return]
         except Exception as fault:  # noqa: BLE001 - a clock's fault changes no outcome
-            log_fault(self.call, "clock", fault)
+            log_fault(self, "clock", fault)
             return max(self.context._now, self.context._started)
 
     def wall(self) -> float:
@@ -97,7 +100,7 @@ class Driver:
         try:
             wall: float = self.template.clock.time()
         except Exception as fault:  # noqa: BLE001 - as in `now`
-            log_fault(self.call, "clock", fault)
+            log_fault(self, "clock", fault)
             wall = monotonic + (context._wall or 0.0)
         context._wall = wall - monotonic
         return wall
@@ -145,9 +148,9 @@ class Driver:
         manager, self.manager = self.manager, None
         self.context.transaction = None
         leaving = getattr(manager, "__aexit__", None) or manager.__exit__
-        if error is None:
-            return leaving(None, None, None)
-        return leaving(type(error), error, error.__traceback__)
+        left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)
+        # What it gives says whether to swallow an error: nobody asks.
+        return _dropped(left) if isawaitable(left) else None
 
     def notify(self, step: Notify) -> Any:
         """Tell a listener."""
@@ -157,10 +160,14 @@ class Driver:
     def done(self) -> None:
         """Let go of everything alive; what nobody else has seen goes as a whole, without being put into words."""
         if type(self.binding) is list and len(self.binding) == 1:
-            self.context._history = self.context._live = None
+            self.context._history = None
         else:
             self.context._close()
-        self.arguments, self.keywords, self.value = (), {}, None
+        self.arguments = self.keywords = self.value = self.function = self.binding = None  # type: ignore[assignment]
+
+
+async def _dropped(awaitable: Any) -> None:
+    await awaitable
 
 
 def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `recover.handles(error)` is
@@ -184,7 +191,7 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Probe: lambda driver, step: is_gone(step.owner),
     Take: lambda driver, step: step.budget.take(),
     Give: lambda driver, step: step.budget.deposit(),
-    Report: lambda driver, step: log_fault(driver.call, step.step, step.fault),
+    Report: lambda driver, step: log_fault(driver, step.what, step.fault),
 }
 
 # Steps whose failure is a failure of the attempt; of all others the fault itself is the answer.
@@ -200,7 +207,7 @@ def answer_to(driver: Driver, step: Any, fault: Exception) -> Any:
     if isinstance(step, _TOLD):
         # A context manager that raises the very error it was given has done its work.
         if not (isinstance(step, RollBack) and fault is step.error):
-            log_fault(driver.call, _described(step), fault)
+            log_fault(driver, _described(step), fault)
         return None
     return fault
 
@@ -227,14 +234,15 @@ def own_frame_off(error: BaseException) -> BaseException:
 
 def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
     """Run a call to its outcome. `first`: how the first attempt failed, if it has been made already."""
-    binding = driver.binding
+    binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.call.begun = first is not None
-    flow = run(driver.call)
+    driver.begun = first is not None
+    flow = run(driver)
+    send = flow.send
     answer: Any = None
     try:
         while True:
-            step = flow.send(answer)
+            step = send(answer)
             if step is ATTEMPT:
                 if first is not None:
                     answer, first = first, None
@@ -244,7 +252,7 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
                     driver.value = function(*arguments, **keywords)
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    answer = (error, driver.now())
+                    answer = (error, now())
                 finally:
                     _unbind(token)
             elif step is RETURN:
@@ -253,8 +261,6 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
                 return None
             elif type(step) is Raise:
                 raise own_frame_off(step.error)
-            elif type(step) is RaiseFrom:
-                raise step.error from step.cause
             else:
                 answer = _perform(driver, step)
     except BaseException as error:
@@ -263,7 +269,7 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
         raise
     finally:
         # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only gc can find.
-        answer = first = step = flow = binding = None
+        answer = first = step = flow = send = binding = None
         driver.done()
 
 
@@ -293,7 +299,7 @@ def _recover(driver: Driver) -> tuple[Exception, float] | None:
 
 def _abort(driver: Driver, error: BaseException) -> None:
     """Put things straight after a cancellation."""
-    flow = abort(driver.call, error, opened=driver.manager is not None)
+    flow = abort(driver, error, opened=driver.manager is not None)
     answer = None
     while (step := _send(flow, answer)) is not None:
         answer = _perform(driver, step)
@@ -318,14 +324,15 @@ def refuse_awaitable(answer: Any, step: Any) -> Any:
 
 async def async_drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
     """As `drive`, awaiting what can be awaited: attempts, recoveries, pauses, stores, listeners and transactions."""
-    binding = driver.binding
+    binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.call.begun = first is not None
-    flow = run(driver.call)
+    driver.begun = first is not None
+    flow = run(driver)
+    send = flow.send
     answer: Any = None
     try:
         while True:
-            step = flow.send(answer)
+            step = send(answer)
             if step is ATTEMPT:
                 if first is not None:
                     answer, first = first, None
@@ -336,7 +343,7 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
                     driver.value = await value if isawaitable(value) else value
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    answer = (error, driver.now())
+                    answer = (error, now())
                 finally:
                     _unbind(token)
             elif step is RETURN:
@@ -345,8 +352,6 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
                 return None
             elif type(step) is Raise:
                 raise own_frame_off(step.error)
-            elif type(step) is RaiseFrom:
-                raise step.error from step.cause
             else:
                 answer = await _async_perform(driver, step)
     except BaseException as error:
@@ -354,7 +359,7 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
             await _async_abort(driver, error)
         raise
     finally:
-        answer = first = step = flow = value = binding = None
+        answer = first = step = flow = send = value = binding = None
         driver.done()
 
 
@@ -386,7 +391,7 @@ async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
 
 
 async def _async_abort(driver: Driver, error: BaseException) -> None:
-    flow = abort(driver.call, error, opened=driver.manager is not None)
+    flow = abort(driver, error, opened=driver.manager is not None)
     answer = None
     while (step := _send(flow, answer)) is not None:
         answer = await _async_perform(driver, step)

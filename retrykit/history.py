@@ -89,11 +89,11 @@ class StoredError(Exception):
         while link is not None and len(chain) < MAX_CAUSES and not any(link is seen for seen in chain):
             chain.append(link)
             link = next_cause(link)
-        stored: StoredError | None = None
+        inner: StoredError | None = None
         for link in reversed(chain):
-            stored = cls._one(link, stored, rendered=rendered and link is error)
-        assert stored is not None  # noqa: S101 - the chain has at least the error itself
-        return stored
+            inner = cls._one(link, inner, rendered=rendered and link is error)
+        assert inner is not None  # noqa: S101 - the chain has at least the error itself
+        return inner
 
     @classmethod
     def _one(cls, error: BaseException, cause: StoredError | None, *, rendered: bool) -> StoredError:
@@ -111,6 +111,37 @@ class StoredError(Exception):
     def of_crash(cls, fence: int, owner: str) -> StoredError:
         """What is known of an attempt that was started and never ended: who made it."""
         return cls("retrykit.Crash", f"attempt with fence {fence} never ended; it was made by {owner}", crash=True)
+
+
+Faded = tuple[type[BaseException], str, BaseException | None]
+
+
+def fade(error: BaseException) -> Faded | BaseException:
+    """What to keep of an error when its call is over: enough for words, nothing that pins a frame."""
+    if isinstance(error, StoredError):
+        return error
+    cause = next_cause(error)
+    return type(error), message_of(error), None if cause is None else StoredError.of(cause)
+
+
+def from_faded(faded: Faded) -> StoredError:
+    """The description of an error that has faded."""
+    error_type, message, cause = faded
+    classes = tuple(type_name(base) for base in error_type.__mro__[:-1])
+    return StoredError(type_name(error_type), message, classes=classes, cause=cause if isinstance(cause, StoredError) else None)
+
+
+def stored(error: Any) -> StoredError:
+    """The description of an error as a history stores it, its traceback rendered if it still has one."""
+    return from_faded(error) if type(error) is tuple else StoredError.of(error, rendered=True)
+
+
+def summary(error: Any) -> tuple[str, str]:
+    """Type and message of an error, live or faded, in one line's length."""
+    error_type, message = error[:2] if type(error) is tuple else (type(error), message_of(error))
+    if isinstance(error, StoredError):
+        return error.type, message[:500]
+    return type_name(error_type), message[:500]
 
 
 def render(error: BaseException) -> str:
@@ -163,6 +194,10 @@ class ErrorSummary:
     def __str__(self) -> str:
         return f"{self.type.rpartition('.')[2]}: {self.message}"
 
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form: the fields by name."""
+        return {"attempt": self.attempt, "type": self.type, "message": self.message, "at": self.at}
+
 
 @attrs.define
 class Flight:
@@ -173,6 +208,11 @@ class Flight:
     since: float
     until: float
     recovery: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form: the fields by name."""
+        fields = {"fence": self.fence, "owner": self.owner, "since": self.since, "until": self.until}
+        return {**fields, "recovery": True} if self.recovery else fields
 
 
 @attrs.define
@@ -232,40 +272,70 @@ def checked_json(name: object, value: Any) -> Any:
 class History:
     """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
 
-    A fact that was never set is a default of the class: a history is made at every first failure, most end with the call.
+    `live` are the failures of the present call that have not been put into words: (number, error, monotonic time). `pause` is what the back-off
+    proposes, in seconds, while a decision is made.
     """
 
-    failures: int = 0
-    crashes: int = 0
-    fence: int = 0
-    started_at: float | None = None
-    first_failed_at: float | None = None
-    last_failed_at: float | None = None
-    not_before: float | None = None
-    last_delay: float | None = None
-    last_error: BaseException | None = None
-    errors: tuple[ErrorSummary, ...] = ()
-    in_flight: tuple[Flight, ...] = ()
-    veto: str | None = None
-    exhausted: bool = False
-    recovered: bool = False
-    recovery_failures: int = 0
-    reason: str = ""
-    completed_at: float | None = None
-    expires_at: float | None = None
+    __slots__ = (
+        "_attributes",
+        "_tallies",
+        "completed_at",
+        "crashes",
+        "errors",
+        "exhausted",
+        "expires_at",
+        "failures",
+        "fence",
+        "first_failed_at",
+        "in_flight",
+        "last_delay",
+        "last_error",
+        "last_failed_at",
+        "live",
+        "not_before",
+        "pause",
+        "reason",
+        "recovered",
+        "recovery_failures",
+        "started_at",
+        "veto",
+    )
 
     def __init__(self, **facts: Any) -> None:
-        self.__dict__.update(facts)
+        self.failures = self.crashes = self.fence = self.recovery_failures = 0
+        self.started_at: float | None = None
+        self.first_failed_at: float | None = None
+        self.last_failed_at: float | None = None
+        self.not_before: float | None = None
+        self.last_delay: float | None = None
+        self.completed_at: float | None = None
+        self.expires_at: float | None = None
+        self.veto: str | None = None
+        self.last_error: Any = None
+        self.live: list[tuple[int, Any, float]] | None = None
+        self.errors: tuple[ErrorSummary, ...] = ()
+        self.in_flight: tuple[Flight, ...] = ()
+        self.exhausted = self.recovered = False
+        self.reason = ""
+        self.pause = 0.0
+        self._attributes: Attributes | None = None
+        self._tallies: dict[str, Tally] | None = None
+        for fact, value in facts.items():
+            setattr(self, fact, value)
 
     @property
     def attributes(self) -> Attributes:
         """The user's own facts."""
-        return self.__dict__.setdefault("_attributes", Attributes())  # type: ignore[no-any-return]
+        if self._attributes is None:
+            self._attributes = Attributes()
+        return self._attributes
 
     @property
     def tallies(self) -> dict[str, Tally]:
         """The counts of a composed policy's branches."""
-        return self.__dict__.setdefault("_tallies", {})  # type: ignore[no-any-return]
+        if self._tallies is None:
+            self._tallies = {}
+        return self._tallies
 
     def flight(self, fence: int) -> Flight | None:
         """The running attempt with this fence, if it is still believed to run."""
@@ -277,34 +347,22 @@ class History:
 
     def to_json(self, name: str, key: Any) -> dict[str, Any]:
         """The snapshot that caches store. Empty facts are left out."""
-        last = self.last_error
-        facts: dict[str, Any] = {
-            "format": FORMAT,
-            "name": name,
-            "key": key,
-            "retry_count": self.failures,
-            "crashes": self.crashes,
-            "fence": self.fence,
-            "started_at": self.started_at,
-            "first_failed_at": self.first_failed_at,
-            "last_failed_at": self.last_failed_at,
-            "not_before": self.not_before,
-            "last_delay": self.last_delay,
-            "last_error": None if last is None else error_to_json(StoredError.of(last, rendered=True)),
-            "errors": [attrs.asdict(error) for error in self.errors],
-            "tallies": {label: [tally.count, tally.since] for label, tally in self.tallies.items()},
-            "in_flight": [attrs.asdict(flight) for flight in self.in_flight],
-            "veto": self.veto,
-            "exhausted": self.exhausted,
-            "recovered": self.recovered,
-            "recovery_failures": self.recovery_failures,
-            "reason": self.reason,
-            "completed_at": self.completed_at,
-            "expires_at": self.expires_at,
-            "attributes": dict(self.attributes),
-        }
-        always = ("format", "name", "key", "retry_count")
-        return {fact: value for fact, value in facts.items() if fact in always or value not in (None, 0, False, "", [], {})}
+        facts: dict[str, Any] = {"format": FORMAT, "name": name, "key": key, "retry_count": self.failures}
+        for fact in _PLAIN:
+            value = getattr(self, fact)
+            if value is not None and value != 0 and value != "":  # noqa: PLC1901 - 0.0 and False are empty too
+                facts[fact] = value
+        if self.last_error is not None:
+            facts["last_error"] = error_to_json(stored(self.last_error))
+        if self.errors:
+            facts["errors"] = [error.to_json() for error in self.errors]
+        if self.in_flight:
+            facts["in_flight"] = [flight.to_json() for flight in self.in_flight]
+        if self._tallies:
+            facts["tallies"] = {label: [tally.count, tally.since] for label, tally in self._tallies.items()}
+        if self._attributes:
+            facts["attributes"] = dict(self._attributes)
+        return facts
 
     @classmethod
     def from_json(cls, facts: Mapping[str, Any]) -> History:
@@ -332,7 +390,22 @@ class History:
         )
 
 
-_PLAIN: Final = tuple(fact for fact in History.__annotations__ if fact not in {"failures", "last_error", "errors", "in_flight"})
+_PLAIN: Final = (
+    "crashes",
+    "fence",
+    "started_at",
+    "first_failed_at",
+    "last_failed_at",
+    "not_before",
+    "last_delay",
+    "veto",
+    "exhausted",
+    "recovered",
+    "recovery_failures",
+    "reason",
+    "completed_at",
+    "expires_at",
+)
 
 
 def check_format(facts: Mapping[str, Any]) -> None:

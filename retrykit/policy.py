@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
 import attrs
 
@@ -16,18 +16,19 @@ from retrykit.check import error_types, has, is_callable, more_than, one_of, to_
 from retrykit.history import StoredError, type_name
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class RetryDecision:
     """Will it be retried, when, and why (not)? Listeners, logs and operators all show this one object.
 
     `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made from.
     `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids the recovery callback.
-    The reason is worded when it is first read: most decisions are never looked at.
+    `reason` may be given as a text, as a tuple (format, *values), or as a function that makes the text: it is worded when it is read, and
+    most decisions are never looked at.
     """
 
     retry: bool
     delay: float = 0.0
-    _reason: str | Callable[[], str] = attrs.field(default="", eq=False, repr=False)
+    _reason: str | Callable[[], str] | tuple[Any, ...] = attrs.field(default="", eq=False, repr=False)
     clauses: tuple[RetryDecision, ...] = ()
     next_at: datetime | None = None
     recoverable: bool = True
@@ -36,19 +37,16 @@ class RetryDecision:
     def reason(self) -> str:
         """The clause that decided, with its values: `SimpleRetryPolicy: attempt 3 of 3`."""
         reason = self._reason
-        return reason if isinstance(reason, str) else reason()
+        if isinstance(reason, str):
+            return reason
+        return str(reason[0]).format(*reason[1:]) if isinstance(reason, tuple) else reason()
 
     def __str__(self) -> str:
         verdict = f"retry in {self.delay:g} s" if self.retry and self.delay else "retry at once" if self.retry else "give up"
         return f"{verdict} ({self.reason})"
 
     def __getstate__(self) -> dict[str, Any]:
-        fields = {field.name: getattr(self, field.name) for field in attrs.fields(type(self))}
-        return fields | {"_reason": self.reason}
-
-    def __setstate__(self, fields: Mapping[str, Any]) -> None:
-        for name, value in fields.items():
-            object.__setattr__(self, name, value)
+        return self.__dict__ | {"_reason": self.reason}
 
 
 @runtime_checkable
@@ -60,6 +58,9 @@ class RetryPolicy(Protocol):
 
 
 is_policy = has("decide")
+
+REMEMBERED: Final = 64
+"""So many decisions and classifications a policy keeps at most."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -110,27 +111,50 @@ class SimpleRetryPolicy:
     not_recoverable: tuple[type[Exception], ...] = attrs.field(default=(), converter=_types("not_recoverable"), kw_only=True)
     default: bool | None = attrs.field(default=None, validator=one_of(True, False, None), kw_only=True)  # noqa: FBT003
 
+    # Decisions and classifications that were made before: both are values, made again and again of the same few facts.
+    _consents: dict[int, RetryDecision] = attrs.field(init=False, factory=dict, eq=False, repr=False)
+    _verdicts: dict[type, bool] = attrs.field(init=False, factory=dict, eq=False, repr=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _evolved_simple, ({field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init},)
+
     def decide(self, context: Any) -> RetryDecision:
         """Attempts left, and the last failure retryable?"""
         count: int = context.retry_count
         limit = self.max_attempts
         error: BaseException | None = context.last_error
-        if (limit is None or count < limit) and (error is None or self._is_retryable(error)):
-            return RetryDecision(True, 0.0, lambda: f"SimpleRetryPolicy: attempt {count} of {_limit(limit)} failed")
+        if (limit is None or count < limit) and (
+            error is None or self._verdicts.get(type(error)) or self._is_retryable(error)
+        ):
+            return self._consents.get(count) or self._consent(count)
         return self._refuse(count, error)
+
+    def _consent(self, count: int) -> RetryDecision:
+        decision = RetryDecision(True, 0.0, ("SimpleRetryPolicy: attempt {} of {} failed", count, _limit(self.max_attempts)))
+        if count < REMEMBERED:
+            self._consents[count] = decision
+        return decision
 
     def _refuse(self, count: int, error: BaseException | None) -> RetryDecision:
         limit = self.max_attempts
         if limit is not None and count >= limit:
-            reason: Any = f"SimpleRetryPolicy: attempt {count} of {limit}"
+            reason: Any = ("SimpleRetryPolicy: attempt {} of {}", count, limit)
         else:
-            reason = f"SimpleRetryPolicy: {_short(error)} is not retryable"
-        recoverable = error is None or nearest(error, self.not_recoverable) is None
-        return RetryDecision(False, 0.0, reason, recoverable=recoverable)
+            reason = ("SimpleRetryPolicy: {} is not retryable", _short(error))
+        recoverable = not self.not_recoverable or not any(nearest(link, self.not_recoverable) for link in chain(error))
+        return RetryDecision(False, 0.0, reason, (), None, recoverable)
 
     def _is_retryable(self, error: BaseException) -> bool:
-        if self.retry_for == (Exception,) and not self.no_retry_for:
-            return True
+        if type(error) is StoredError or self.traverse_causes:
+            return self._judge(error)
+        verdict = self._verdicts.get(type(error))
+        if verdict is None:
+            verdict = self._judge(error)
+            if len(self._verdicts) < REMEMBERED:
+                self._verdicts[type(error)] = verdict
+        return verdict
+
+    def _judge(self, error: BaseException) -> bool:
         for link in chain(error) if self.traverse_causes else (error,):
             found = self._classify(link)
             if found is not None:
@@ -147,6 +171,10 @@ class SimpleRetryPolicy:
     @property
     def _unnamed(self) -> bool:
         return Exception in self.retry_for if self.default is None else self.default
+
+
+def _evolved_simple(fields: Mapping[str, Any]) -> SimpleRetryPolicy:
+    return SimpleRetryPolicy(**fields)
 
 
 def _limit(limit: int | None) -> str:

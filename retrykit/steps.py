@@ -1,6 +1,4 @@
-"""What the flow asks of its drivers: data-only steps.
-
-Each says what is to be done; the driver does it and sends back what came of it.
+"""What the flow asks of its drivers: data-only steps. Each says what is to be done; the driver does it and sends back what came of it.
 
 | step | done by the driver | sent back |
 |---|---|---|
@@ -19,10 +17,9 @@ Each says what is to be done; the driver does it and sends back what came of it.
 | `Notify(listener, event, arguments)` | tell a listener; `VALUE` stands for the result | None (faults are logged) |
 | `Take(budget)` | take a token | True or False |
 | `Give(budget)` | deposit | None |
-| `Report(step, fault)` | log a fault that nobody else will hear of | None |
+| `Report(what, fault)` | log a fault that nobody else will hear of | None |
 
-The last step is the outcome: `RETURN` (the value of the last attempt or recovery), `ANSWER_NOTHING` (a duplicate:
-None), `Raise` or `RaiseFrom`.
+The last step is the outcome: `RETURN` (the value of the last attempt or recovery), `ANSWER_NOTHING` (a duplicate: None), or `Raise(error)`.
 """
 
 from __future__ import annotations
@@ -30,14 +27,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Final
 
-import attrs
+
+class Step:
+    """What the driver is to do. Equality is identity: the steps without data are single objects."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        fields = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        return f"{type(self).__name__}({', '.join(fields)})"
 
 
-@attrs.define
-class Simple:
-    """A step that has no data."""
+class Simple(Step):
+    """A step that has no data but its name."""
 
-    name: str
+    __slots__ = ("name",)
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def __repr__(self) -> str:
         return self.name
@@ -55,99 +62,109 @@ VALUE: Final = Simple("VALUE")
 """Not a step: what stands in one for the result, which only the driver has."""
 
 
-@attrs.define
-class RollBack:
+class RollBack(Step):
     """Leave the transaction: `error` is why."""
 
-    error: BaseException
+    __slots__ = ("error",)
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
 
 
-@attrs.define
-class Load:
+class Load(Step):
     """Read the history of a key; through the open transaction if `joined`."""
 
-    key: str
-    joined: bool = False
+    __slots__ = ("joined", "key")
+
+    def __init__(self, key: str, *, joined: bool = False) -> None:
+        self.key = key
+        self.joined = joined
 
 
-@attrs.define
-class Save:
+class Save(Step):
     """Store a snapshot if the version is still `expected`."""
 
-    key: str
-    snapshot: Mapping[str, Any]
-    expected: int | None
-    joined: bool = False
+    __slots__ = ("expected", "joined", "key", "snapshot")
+
+    def __init__(self, key: str, snapshot: Mapping[str, Any], expected: int | None, *, joined: bool = False) -> None:
+        self.key = key
+        self.snapshot = snapshot
+        self.expected = expected
+        self.joined = joined
 
 
-@attrs.define
-class Remove:
+class Remove(Step):
     """Forget a key, if the version is still `expected`."""
 
-    key: str
-    expected: int | None
-    joined: bool = False
+    __slots__ = ("expected", "joined", "key")
+
+    def __init__(self, key: str, expected: int | None, *, joined: bool = False) -> None:
+        self.key = key
+        self.expected = expected
+        self.joined = joined
 
 
-@attrs.define
-class Probe:
+class Probe(Step):
     """Is this process certainly gone?"""
 
-    owner: str
+    __slots__ = ("owner",)
+
+    def __init__(self, owner: str) -> None:
+        self.owner = owner
 
 
-@attrs.define
-class Pause:
+class Pause(Step):
     """Spend these seconds (more than 0)."""
 
-    seconds: float
+    __slots__ = ("seconds",)
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
 
 
-@attrs.define
-class Notify:
+class Notify(Step):
     """Tell one listener of one event."""
 
-    listener: Any
-    event: str
-    arguments: tuple[Any, ...]
+    __slots__ = ("arguments", "event", "listener")
+
+    def __init__(self, listener: Any, event: str, arguments: tuple[Any, ...]) -> None:
+        self.listener = listener
+        self.event = event
+        self.arguments = arguments
 
 
-@attrs.define
-class Take:
+class Take(Step):
     """Take one token from a shared budget."""
 
-    budget: Any
+    __slots__ = ("budget",)
+
+    def __init__(self, budget: Any) -> None:
+        self.budget = budget
 
 
-@attrs.define
-class Give:
+class Give(Step):
     """Deposit into a shared budget."""
 
-    budget: Any
+    __slots__ = ("budget",)
+
+    def __init__(self, budget: Any) -> None:
+        self.budget = budget
 
 
-@attrs.define
-class Report:
-    """Log a fault; `step` says of what."""
+class Report(Step):
+    """Log a fault; `what` says of which effort."""
 
-    step: str
-    fault: BaseException
+    __slots__ = ("fault", "what")
 
-
-@attrs.define
-class Raise:
-    """The outcome: this very exception of the user's."""
-
-    error: BaseException
+    def __init__(self, what: str, fault: BaseException) -> None:
+        self.what = what
+        self.fault = fault
 
 
-@attrs.define
-class RaiseFrom:
-    """The outcome: our error, chained to its cause."""
+class Raise(Step):
+    """The outcome: the user's own exception as the same object, or one of ours, chained to its cause."""
 
-    error: BaseException
-    cause: BaseException | None
+    __slots__ = ("error",)
 
-
-Step = Simple | RollBack | Load | Save | Remove | Probe | Pause | Notify | Take | Give | Report | Raise | RaiseFrom
-"""Everything that a flow may yield."""
+    def __init__(self, error: BaseException) -> None:
+        self.error = error

@@ -15,11 +15,11 @@ from retrykit.backoff import BackOffPolicy, NoBackOffPolicy, is_back_off
 from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.budget import BudgetRetryPolicy
 from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cache
+from retrykit.call import Plan
 from retrykit.check import has, more_than, one_of, to_seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, RetryState, _bound
 from retrykit.driver import Driver, async_drive, drive
-from retrykit.flow import Plan
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
@@ -97,6 +97,8 @@ class _Template:
             breakers=tuple(part for part in parts if isinstance(part, CircuitBreakerRetryPolicy)),
             budgets=tuple({id(part.budget): part.budget for part in parts if isinstance(part, BudgetRetryPolicy)}.values()),
             breaker_key=f"{namespace(self.name)}@breaker",
+            now=monotonic if type(self.clock) is SystemClock else None,
+            quiet=not (self.listeners or any(isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy) for part in parts)),
             pauses=not isinstance(self.back_off_policy, NoBackOffPolicy),
             tallied=hasattr(self.retry_policy, "tally"),
             throw_last=self.throw_last,
@@ -106,8 +108,7 @@ class _Template:
 
     def _needs_no_flow(self) -> bool:
         """Whether a first attempt that succeeds leaves nothing to do: then it is made without the flow."""
-        plan = self.plan
-        return not (plan.listeners or plan.breakers or plan.budgets) and type(self.clock) is SystemClock
+        return self.plan.quiet and self.plan.now is not None
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init}
@@ -141,11 +142,9 @@ class _Template:
         """One call on its way."""
         driver = Driver(self, context, function, arguments, keywords, recover, transaction)
         state = context._state
-        if state is not None:
-            driver.call.state = state
-            if state.key is not None:
-                driver.call.key = in_namespace(self._space, state.key)
-                driver.call.owner = this_process()
+        if state is not None and state.key is not None:
+            driver.key = in_namespace(self._space, state.key)
+            driver.owner = this_process()
         return driver
 
 
@@ -157,6 +156,13 @@ def without_frame(error: BaseException) -> None:
     """Take the frame that caught the error off its traceback: it is on it again when the error leaves."""
     trace = error.__traceback__
     error.__traceback__ = None if trace is None else trace.tb_next
+
+
+def _asks_nothing(state: RetryState, template: _Template) -> bool:
+    """Whether a stateful call has nothing to do with the store unless its first attempt fails: the source says it is the first delivery."""
+    if type(state) is not RetryState or template.remember_completed is not None:
+        return False
+    return state.key is None or (state.redelivered is False and not state.fresh and state.journal != "always")
 
 
 def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
@@ -199,8 +205,14 @@ class RetryTemplate(_Template):
         Raises the user's own last exception when a stateless call is exhausted; `ExhaustedRetryError` from it when a stateful one is;
         `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say. `TypeError` for bad arguments, before anything ran.
         """
-        if transaction is None and state is None and _short_cut and self.runs_direct and callable(callback):
-            context = RetryContext(self, monotonic())
+        if (
+            self.runs_direct
+            and transaction is None
+            and (state is None or _asks_nothing(state, self))
+            and (recover is None or callable(recover))
+            and _short_cut
+        ):
+            context = RetryContext(self, monotonic(), None, state)
             token = _bind(context)
             context._outer = token.old_value
             try:
@@ -274,8 +286,8 @@ class AsyncRetryTemplate(_Template):
     ) -> T | R:
         """As `RetryTemplate.execute`, awaited."""
         _check_execute(callback, recover, state, transaction)
-        if transaction is None and state is None and _short_cut and self.runs_direct:
-            context = RetryContext(self, monotonic())
+        if self.runs_direct and transaction is None and (state is None or _asks_nothing(state, self)) and _short_cut:
+            context = RetryContext(self, monotonic(), None, state)
             token = _bind(context)
             context._outer = token.old_value
             try:

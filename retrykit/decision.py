@@ -1,0 +1,114 @@
+"""Again, when, and why: the decision after what the history tells, and the counting that it rests on."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import attrs
+
+from retrykit.call import Call, Failure
+from retrykit.context import RetryContext, RetryState
+from retrykit.history import MAX_ERRORS, History, Tally
+from retrykit.policy import RetryDecision, tallies_of
+
+
+def allowed(call: Call, context: Any) -> RetryDecision:
+    """The decision for the next attempt, from what the history tells; a veto comes before every policy."""
+    history = call.context._history
+    vetoed = history is not None and history.veto is not None
+    try:
+        decision: RetryDecision = call.plan.policy.decide(context)
+    except Exception as fault:  # noqa: BLE001 - a policy may call user code; a decision that cannot be made is a no
+        decision = undecided("retry policy", fault)
+    if not vetoed:
+        return decision
+    assert history is not None  # noqa: S101 - for type checkers
+    return RetryDecision(False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable)
+
+
+def undecided(what: str, fault: Exception) -> RetryDecision:
+    """The decision where none could be made."""
+    return RetryDecision(False, 0.0, f"the {what} raised {type(fault).__name__}: {fault}")
+
+
+def decide(call: Call) -> RetryDecision:
+    """The decision after a failure. The pause is proposed first, so that a policy with a deadline can refuse it."""
+    context, plan = call.context, call.plan
+    if plan.pauses:
+        try:
+            context._facts().pause = max(0.0, plan.back_off.delay(context))
+        except Exception as fault:  # noqa: BLE001 - as in `allowed`
+            return undecided("back-off policy", fault)
+    decision = allowed(call, context)
+    delay = decision.delay or context.pause
+    if not decision.retry or delay <= 0:
+        return decision
+    context._facts().last_delay = delay
+    next_at = datetime.fromtimestamp(context._wall_of(context._now) + delay, UTC)
+    return attrs.evolve(decision, delay=delay, next_at=next_at)
+
+
+def count(call: Call, history: History, error: Exception, at: float | None) -> None:
+    """One more failed attempt. `at`: seconds since the epoch, None where nobody will store it."""
+    context = call.context
+    failures = history.failures = history.failures + 1
+    if at is not None:
+        history.last_failed_at = at
+        if failures == 1:
+            history.first_failed_at = at
+    history.last_error = error
+    if history.fence == 0:
+        history.fence = 1
+    context.attempt = failures
+    live = history.live
+    if live is None:
+        history.live = [(failures, error, context._now)]
+    else:
+        live.append((failures, error, context._now))
+        del live[:-MAX_ERRORS]
+    if call.plan.tallied:
+        for branch in tallies_of(call.plan.policy, error, ""):
+            tally = history.tallies.setdefault(branch, Tally(0, context.elapsed))
+            tally.count += 1
+
+
+def fail_quietly(call: Call, failure: Failure) -> RetryDecision:
+    """Count and decide, where there is nobody to tell and nothing to store: without going back to the driver."""
+    context = call.context
+    error, context._now = failure
+    history = context._history
+    if history is None:
+        history = context._history = History()
+    count(call, history, error, None)
+    decision = context.decision = decide(call) if call.plan.pauses else allowed(call, context)
+    return decision
+
+
+def rethrows(state: RetryState | None, error: Exception) -> bool:
+    """Whether a stateful call rethrows this failure. A predicate that fails cannot say that no roll-back is needed."""
+    try:
+        return state is not None and bool(state.rollback_for(error))
+    except Exception:  # noqa: BLE001 - as in `allowed`
+        return True
+
+
+def tries_recovery_again(call: Call, failed: int, error: Exception) -> bool:
+    """What the recovery's own policy says after so many failed recoveries."""
+    try:
+        return bool(call.plan.recovery_policy.decide(RecoveryView(call.context, failed, error)).retry)
+    except Exception:  # noqa: BLE001 - as in `allowed`
+        return False
+
+
+class RecoveryView:
+    """The context as the recovery's own policy sees it: the failures of the recovery instead of the operation's."""
+
+    def __init__(self, context: RetryContext, failed: int, error: Exception) -> None:
+        self._context = context
+        self.retry_count = failed
+        self.last_error = error
+        self.pause = 0.0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)

@@ -1,0 +1,304 @@
+"""The flow's dealings with the store: recalling, reserving, storing a failure, settling. See the essay in `retrykit.flow` for the why.
+
+Every write is a compare-and-set. When it finds that somebody else was first, their facts are read and ours are applied to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrykit.call import Call, Flow, raising
+from retrykit.decision import count, decide
+from retrykit.errors import CommitInDoubtError, TerminatedRetryError
+from retrykit.history import MAX_ERRORS, ErrorSummary, Flight, History, StoredError
+from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Probe, Remove, Report, Save, Step
+
+# -- recalling
+
+
+def recall(call: Call, *, again: bool = False) -> Flow:
+    """Load what is known of the key. `again`: after somebody else was first with a write."""
+    state, context = call.state, call.context
+    if state is None or call.blind or (state.redelivered is False and not state.fresh and not again):
+        return
+    stored = yield Load(call.key or "")
+    history = history_of(stored)
+    if isinstance(history, Exception):
+        # Go on without it, and store nothing over what cannot be seen.
+        call.blind, call.fault = True, history
+        yield Report("load", history)
+        return
+    vetoed = context.veto_reason if again else None
+    call.version = None if stored is None else stored.version
+    if history is not None:
+        yield from _read(call, history)
+    elif again:
+        context._history = None
+    if vetoed:
+        context.veto(vetoed)
+
+
+def history_of(stored: Any) -> History | Exception | None:
+    """The history in what a cache gave; the fault if it gave none, or one that cannot be read."""
+    if stored is None or isinstance(stored, Exception):
+        return stored
+    try:
+        return History.from_json(stored.snapshot)
+    except Exception as fault:  # noqa: BLE001 - whatever is wrong with it: it is not ours to overwrite
+        return fault
+
+
+def _read(call: Call, history: History) -> Flow:
+    """Take a loaded history for the item's own: or know it for a completion mark, or begin anew after it."""
+    context, state = call.context, call.state
+    assert state is not None  # noqa: S101 - only stateful calls have a history
+    now = yield NOW
+    if history.completed_at is not None:
+        over = history.expires_at is not None and history.expires_at <= now
+        context.duplicate = not (over or state.fresh)
+        context._history = history if context.duplicate else History(fence=history.fence)
+        return
+    if state.fresh and not call.seen:
+        context._history = History(fence=history.fence)
+        call.seen = True
+        return
+    call.seen = True
+    context._history = history
+    for flight in history.in_flight:
+        if state.redelivered is True or flight.until <= now or (yield Probe(flight.owner)):
+            _crashed(history, flight, now)
+
+
+def _crashed(history: History, flight: Flight, now: float) -> None:
+    """An attempt that never ended is a failed attempt; a recovery that never ended is a failed recovery."""
+    history.land(flight.fence)
+    if flight.recovery:
+        history.recovery_failures += 1
+        return
+    error = StoredError.of_crash(flight.fence, flight.owner)
+    history.failures += 1
+    history.crashes += 1
+    history.last_error = error
+    history.first_failed_at = now if history.first_failed_at is None else history.first_failed_at
+    history.last_failed_at = now
+    history.errors = (*history.errors, ErrorSummary(history.failures, error.type, error.message, now))[-MAX_ERRORS:]
+
+
+def take_over(call: Call, stored: Any) -> bool:
+    """Go on with the history that somebody else stored, keeping the user's attributes of this call. Whether there was one."""
+    context = call.context
+    mine, theirs = context._facts(), history_of(stored)
+    if isinstance(theirs, Exception):
+        return False
+    call.version = None if stored is None else stored.version
+    context._history = history = theirs or History()
+    history.attributes.update(mine.attributes)
+    history.fence = max(history.fence, mine.fence)
+    history.veto = history.veto or mine.veto
+    return theirs is not None
+
+
+# -- reserving
+
+
+def reserve(call: Call) -> Flow:
+    """Store that an attempt is running, if it is to be journaled. False: somebody else stored something first."""
+    state, context = call.state, call.context
+    if state is None or call.blind:
+        return True
+    if state.journal == "never" or (state.journal == "redelivered" and state.redelivered is False):
+        if context._history is not None:
+            context._history.fence += 1
+        return True
+    return (yield from take_off(call, recovery=False))
+
+
+def take_off(call: Call, *, recovery: bool) -> Flow:
+    """Store a flight. False: somebody else stored something first."""
+    context = call.context
+    now = yield NOW
+    history = context._facts()
+    _begun(call, history)
+    history.fence += 1
+    history.in_flight = (*history.in_flight, Flight(history.fence, call.owner, now, now + call.plan.lease, recovery))
+    saved = yield Save(call.key or "", context.snapshot(), call.version)
+    if saved is None:
+        return False
+    if isinstance(saved, Exception):
+        # Without a reservation crashes go uncounted, but the work can be done: a store's fault changes no outcome.
+        history.land(history.fence)
+        yield Report("journal", saved)
+        return True
+    call.flight, call.version, call.seen = history.fence, saved, True
+    return True
+
+
+def _begun(call: Call, history: History) -> None:
+    if history.started_at is None:
+        history.started_at = call.context._wall_of(call.context._started)
+
+
+def withdraw(call: Call) -> Flow:
+    """The reserved attempt will not report: it never was one."""
+    context = call.context
+    flight, call.flight = call.flight, None
+    while flight is not None:
+        history = context._facts()
+        history.land(flight)
+        known = history.failures or history.veto or history.attributes or history.in_flight
+        key = call.key or ""
+        step: Step = Save(key, context.snapshot(), call.version) if known else Remove(key, call.version)
+        answer = yield step
+        if isinstance(answer, Exception):
+            yield Report("withdraw", answer)
+            return
+        if answer is not None and answer is not False:
+            call.version = None if answer is True else answer
+            return
+        stored = yield Load(key)
+        if not take_over(call, stored) or context._facts().flight(flight) is None:
+            return
+
+
+# -- storing a failure
+
+
+def store_failure(call: Call, error: Exception) -> Flow:
+    """Count the failure in the stored history, whatever others store at the same time; the decision that follows from it."""
+    context = call.context
+    now = yield NOW
+    while True:
+        history = context._facts()
+        _begun(call, history)
+        if call.flight is not None and history.flight(call.flight) is None:
+            # Somebody believed this attempt dead and counted it: it is counted once.
+            history.last_error = error
+        else:
+            count(call, history, error, now)
+            if call.flight is not None:
+                history.land(call.flight)
+        decision = decide(call)
+        history.not_before = now + decision.delay if decision.retry and decision.delay > 0 else None
+        history.exhausted, history.reason = not decision.retry, decision.reason
+        if (yield from _try_to_store(call, error)):
+            call.flight = None
+            return decision
+
+
+def _try_to_store(call: Call, error: Exception) -> Flow:
+    """One compare-and-set of the history. False: somebody else was first, and theirs was read; True: it is stored, or cannot be."""
+    context, key = call.context, call.key or ""
+    try:
+        snapshot = context.snapshot()
+    except Exception as fault:  # noqa: BLE001 - what the user keeps in attributes must not hide the business error
+        yield from _not_stored(call, error, fault)
+        return True
+    saved = call.fault if call.blind else (yield Save(key, snapshot, call.version))
+    if isinstance(saved, Exception):
+        yield from _not_stored(call, error, saved)
+        return True
+    if saved is not None:
+        call.version, call.seen = saved, True
+        return True
+    stored = yield Load(key)
+    theirs = history_of(stored)
+    if isinstance(theirs, Exception):
+        yield from _not_stored(call, error, theirs)
+        return True
+    take_over(call, stored)
+    return False
+
+
+def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
+    """The failure could not be stored: its exception says so, and goes on its way."""
+    error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {fault}")
+    yield Report("store", fault)
+
+
+def save_veto(call: Call) -> Flow:
+    """Store a veto that came after the failure was stored."""
+    context, key = call.context, call.key or ""
+    reason = context.veto_reason
+    while not call.blind:
+        saved = yield Save(key, context.snapshot(), call.version)
+        if isinstance(saved, Exception):
+            yield Report("veto", saved)
+            return
+        if saved is not None:
+            call.version = saved
+            return
+        if not take_over(call, (yield Load(key))):
+            return
+        context._facts().veto = reason
+
+
+# -- settling
+
+
+def _has_to_settle(call: Call) -> bool:
+    if call.key is None or call.blind or call.settled:
+        return False
+    return call.plan.remember is not None or call.version is not None
+
+
+def _settling(call: Call, *, joined: bool) -> Flow:
+    """One try to bring the stored history to its end: a completion mark, or nothing left."""
+    context, key, remember = call.context, call.key or "", call.plan.remember
+    if remember is None:
+        return True if call.version is None else (yield Remove(key, call.version, joined=joined))
+    now = yield NOW
+    mark = History(
+        failures=context.retry_count,
+        fence=context.fence,
+        recovered=context.recovered,
+        completed_at=now,
+        expires_at=now + remember,
+    )
+    return (yield Save(key, mark.to_json(call.plan.name, context.json_key), call.version, joined=joined))
+
+
+def settle(call: Call) -> Flow:
+    """Settle the history after a confirmed outcome, unless that was done within the transaction."""
+    while _has_to_settle(call):
+        answer = yield from _settling(call, joined=False)
+        if isinstance(answer, Exception):
+            yield Report("settle", answer)
+            return
+        if answer is not None and answer is not False:
+            return
+        stored = yield Load(call.key or "")
+        if stored is None or isinstance(stored, Exception):
+            return
+        call.version = stored.version
+
+
+def settle_within(call: Call) -> Flow:
+    """Settle the history inside the work's own transaction, if the cache can join it. The outcome if somebody else had it."""
+    if not _has_to_settle(call) or (yield JOIN) is not True:
+        return None
+    while True:
+        answer = yield from _settling(call, joined=True)
+        if isinstance(answer, Exception):
+            return raising(CommitInDoubtError, call, answer)
+        if answer is not None and answer is not False:
+            call.settled = True
+            return None
+        stored = yield Load(call.key or "", joined=True)
+        outcome = _overtaken(call, stored)
+        if outcome is not None:
+            return outcome
+
+
+def _overtaken(call: Call, stored: Any) -> Any:
+    """Somebody else changed the history while the attempt ran: may it still settle?"""
+    theirs = history_of(stored)
+    if isinstance(theirs, Exception):
+        return raising(CommitInDoubtError, call, theirs)
+    if theirs is not None and theirs.completed_at is not None:
+        call.context.duplicate = True
+        return ANSWER_NOTHING
+    if call.flight is not None and (theirs is None or theirs.flight(call.flight) is None):
+        reason = "it was believed dead, counted as a crash and overtaken; its work is rolled back"
+        return raising(TerminatedRetryError, call, None, reason=reason)
+    call.version = None if stored is None else stored.version
+    return None
