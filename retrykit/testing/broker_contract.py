@@ -254,7 +254,7 @@ class BrokerContract:
     def test_each_message_goes_to_one_consumer(self, broker: Broker, queue: str) -> None:
         with self.session(broker) as one, self.session(broker) as other:
             self.publish(broker, queue, *[b"%d" % number for number in range(10)])
-            found = []
+            found: list[bytes] = []
             while len(found) < 10:
                 (holder, message), _ = self._either(one, other)
                 found.append(message.body)

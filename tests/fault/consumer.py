@@ -1,4 +1,4 @@
-"""A consumer that kills itself once, at a given step of a given message: `consumer.py URL QUEUE DIRECTORY STEP NUMBER`."""
+"""A consumer that kills itself once, before a step of a message: `consumer.py URL QUEUE DIRECTORY STEP NUMBER`."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ def open_database(directory):
 
 
 class Consumer:
-    """Numbers that divide by 5 fail twice, those by 7 always. It dies by SIGKILL just before `step` of `number`, once."""
+    """Numbers that divide by 5 fail twice, those by 7 always. SIGKILL comes before `step` of `number`, once."""
 
-    def __init__(self, url, queue, directory, step, number):
+    def __init__(self, url, queue, directory, *, step, number):
         self.broker = StompBroker(url, destination=queue)
         self.queue, self.directory, self.step, self.number = queue, Path(directory), step, int(number)
         self.engine = open_database(directory)
@@ -105,4 +105,4 @@ class Consumer:
 
 
 if __name__ == "__main__":
-    Consumer(*sys.argv[1:]).run()
+    Consumer(*sys.argv[1:4], step=sys.argv[4], number=sys.argv[5]).run()

@@ -44,8 +44,8 @@ def publish(server, queue):
     session.close()
 
 
-def consume(server, queue, directory, step, number):
-    """A consumer process, started again when it has killed itself, until everything is done: the effects, and what is parked."""
+def consume(server, queue, directory, *, step, number):
+    """Run a consumer process, and another when it has killed itself, to the end: the effects, and what is parked."""
     script = Path(__file__).with_name("consumer.py")
     command = [sys.executable, str(script), server.url, queue, str(directory), step, str(number)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -88,7 +88,7 @@ def take(server, destination, expected):
 def test_a_consumer_killed_before_a_step_costs_nothing_but_time(tmp_path, server, step, number):
     queue = f"/queue/killed.{uuid.uuid4().hex[:12]}"
     publish(server, queue)
-    effects_found, parked = consume(server, queue, tmp_path, step, number)
+    effects_found, parked = consume(server, queue, tmp_path, step=step, number=number)
     attempts = Counter(int(line) for line in (tmp_path / "attempts").read_text().split())
     assert effects_found == dict.fromkeys(GOOD, 1)
     assert sorted(int(message.text) for message in parked) == [7, 14]

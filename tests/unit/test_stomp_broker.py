@@ -49,7 +49,7 @@ def test_a_url_is_refused_without_its_password(url):
 def test_the_destination_is_given_or_the_path_of_the_url():
     assert StompBroker("stomp://host/queue/a").destination == "/queue/a"
     assert StompBroker("stomp://host", destination="/queue/a").name == "stomp://host:61613/queue/a"
-    with pytest.raises(ValueError, match="destination.*'/queue/b'"):
+    with pytest.raises(ValueError, match=r"destination.*'/queue/b'"):
         StompBroker("stomp://host/queue/a", destination="/queue/b")
 
 
