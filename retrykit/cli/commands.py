@@ -33,9 +33,23 @@ def retrykit() -> None:
 
 
 @retrykit.command()
-@click.option("--messages", type=click.IntRange(1, 100_000), metavar="N", help=f"How many messages. [default: {MESSAGES}, or all of FILE]")
-@click.option("--workers", type=click.IntRange(1, MAX_WORKERS), default=2, show_default=True, metavar="N", help="How many consumer processes.")
-@click.option("--seed", type=int, default=1, show_default=True, metavar="N", help="Decides which messages meet which fate.")
+@click.option(
+    "--messages",
+    type=click.IntRange(1, 100_000),
+    metavar="N",
+    help=f"How many messages. [default: {MESSAGES}, or all of FILE]",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1, MAX_WORKERS),
+    default=2,
+    show_default=True,
+    metavar="N",
+    help="How many consumer processes.",
+)
+@click.option(
+    "--seed", type=int, default=1, show_default=True, metavar="N", help="Decides which messages meet which fate."
+)
 @click.option(
     "--input",
     "source",
@@ -43,11 +57,20 @@ def retrykit() -> None:
     metavar="FILE.jsonl",
     help='Your own messages: a JSON object with an "id" on each line.',
 )
-@click.option("--broker", metavar="URL", help="Your own broker and an empty queue: stomp://user:password@host:port/queue/name.")
+@click.option(
+    "--broker", metavar="URL", help="Your own broker and an empty queue: stomp://user:password@host:port/queue/name."
+)
 @click.option("--db", "database", metavar="URL", help="Your own database (sqlite:///FILE), in which the rows stay.")
 @click.option("--json", "as_json", is_flag=True, help="Print nothing but the report, as one JSON object.")
 def demo(
-    *, messages: int | None, workers: int, seed: int, source: Path | None, broker: str | None, database: str | None, as_json: bool
+    *,
+    messages: int | None,
+    workers: int,
+    seed: int,
+    source: Path | None,
+    broker: str | None,
+    database: str | None,
+    as_json: bool,
 ) -> None:
     """Watch poison messages survive crashes and roll-backs, then count what really happened.
 
@@ -69,7 +92,13 @@ def demo(
         from retrykit.cli.demo.supervisor import WorkerFailedError
     try:
         job = settings(
-            messages=messages, default=MESSAGES, workers=workers, seed=seed, source=source, broker=broker, database=database
+            messages=messages,
+            default=MESSAGES,
+            workers=workers,
+            seed=seed,
+            source=source,
+            broker=broker,
+            database=database,
         )
     except OptionError as error:
         raise click.BadParameter(str(error), param_hint=error.option) from error

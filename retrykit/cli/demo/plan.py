@@ -116,7 +116,11 @@ def generated(count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def _line(chance: random.Random) -> dict[str, Any]:
-    return {"goods": chance.choice(_GOODS), "pieces": chance.randint(1, 99), "price": round(chance.uniform(0.5, 500), 2)}
+    return {
+        "goods": chance.choice(_GOODS),
+        "pieces": chance.randint(1, 99),
+        "price": round(chance.uniform(0.5, 500), 2),
+    }
 
 
 # -- messages of the user's

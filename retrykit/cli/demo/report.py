@@ -8,16 +8,18 @@ from typing import Any
 
 import attrs
 
-from retrykit.cli.demo.ledger import Ledger, digest_of
+from retrykit.cli.demo.ledger import digest_of
 from retrykit.cli.demo.plan import Kind, PlannedMessage
-from retrykit.cli.demo.progress import Progress
 from retrykit.messaging.recoverers import ID
 from retrykit.sql import ParkedItem
 
 
 @attrs.frozen(kw_only=True)
 class Facts:
-    """What was found after a run: `effects` are the digests by message, `attempts` come from the file of events."""
+    """What was found after a run: `effects` are the digests by message, `attempts` come from the file of events.
+
+    `kills` is how many processes were killed by somebody else than a message.
+    """
 
     plan: Sequence[PlannedMessage]
     effects: Mapping[str, Sequence[str]]
@@ -25,19 +27,8 @@ class Facts:
     attempts: Mapping[str, int]
     in_doubt: Mapping[str, int]
     max_attempts: int
+    kills: int = 0
     left_in_queue: int = 0
-
-    @classmethod
-    def found(cls, plan: Sequence[PlannedMessage], ledger: Ledger, run: str, name: str, progress: Progress, **others: int) -> Facts:
-        """Ask the database."""
-        return cls(
-            plan=plan,
-            effects=ledger.effects(run),
-            parked=ledger.parked(name),
-            attempts=progress.attempts,
-            in_doubt=progress.in_doubt,
-            **others,  # type: ignore[arg-type]
-        )
 
     @property
     def parked_ids(self) -> Counter[str]:
@@ -85,7 +76,9 @@ def _wrong_effects(facts: Facts) -> list[str]:
 def _too_often(facts: Facts) -> list[str]:
     # An attempt whose commit the broker did not confirm is rolled back and not counted.
     return [
-        f"{id_}: {count} attempts" for id_, count in facts.attempts.items() if count > facts.max_attempts + facts.in_doubt.get(id_, 0)
+        f"{id_}: {count} attempts"
+        for id_, count in facts.attempts.items()
+        if count > facts.max_attempts + facts.in_doubt.get(id_, 0)
     ]
 
 
@@ -93,7 +86,9 @@ def _badly_parked(facts: Facts) -> list[str]:
     times = facts.parked_ids
     hopeless = [message for message in facts.plan if message.fate.kind.hopeless]
     wrong = [f"{message.id}: parked {times[message.id]} times" for message in hopeless if times[message.id] != 1]
-    return wrong + [f"{item.headers.get(ID)}: {fault}" for item in facts.parked if (fault := _fault_of(item, facts)) is not None]
+    return wrong + [
+        f"{item.headers.get(ID)}: {fault}" for item in facts.parked if (fault := _fault_of(item, facts)) is not None
+    ]
 
 
 def _fault_of(item: ParkedItem, facts: Facts) -> str | None:
@@ -108,11 +103,10 @@ def _fault_of(item: ParkedItem, facts: Facts) -> str | None:
 
 
 def _parked_without_need(facts: Facts) -> list[str]:
-    """Who is not hopeless is parked only if attempts were lost with processes that others killed."""
+    """A message that is not hopeless comes to be parked if its process is killed in the only attempts that could succeed."""
     hopeless = {message.id for message in facts.plan if message.fate.kind.hopeless}
-    crashed = {item.headers.get(ID, "?") for item in facts.parked if any("Crash" in str(error["type"]) for error in item.errors)}
-    times = facts.parked_ids
-    return [id_ for id_ in times if id_ not in hopeless and (id_ not in crashed or times[id_] != 1)]
+    others = [id_ for id_ in facts.parked_ids if id_ not in hopeless]
+    return others if len(others) > facts.kills else [id_ for id_ in others if facts.parked_ids[id_] > 1]
 
 
 @attrs.frozen(kw_only=True)
@@ -150,7 +144,9 @@ class Report:
     def to_json(self) -> dict[str, Any]:
         """The numbers, and `broken`: for each promise that was broken, by what."""
         numbers = attrs.asdict(self, filter=lambda field, _: field.name not in {"rows", "promises"})
-        return numbers | {"broken": {promise.text: list(promise.broken_by) for promise in self.promises if promise.broken_by}}
+        return numbers | {
+            "broken": {promise.text: list(promise.broken_by) for promise in self.promises if promise.broken_by}
+        }
 
 
 def report(facts: Facts, *, process_deaths: int, seconds: float) -> Report:

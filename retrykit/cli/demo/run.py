@@ -69,14 +69,15 @@ def run_demo(settings: Settings, display: Display) -> Report:
                 events=f"{name}/events.jsonl",
                 run=secrets.token_hex(6),
             )
-            return carry_out(job, settings, Watch(job, settings, ledger, queue, display), Path(name))
+            watch = Watch(job, settings, ledger, queue, display)
+            return carry_out(watch, Supervisor(job, settings.workers, Path(name)))
 
 
-def carry_out(job: Job, settings: Settings, watch: Watch, folder: Path) -> Report:
+def carry_out(watch: Watch, supervisor: Supervisor) -> Report:
     """Publish, consume until it is done, and count."""
     started = time.monotonic()
-    with Supervisor(job, settings.workers, folder) as supervisor:
-        publish(job, settings.plan)
+    with supervisor:
+        publish(watch.job, watch.settings.plan)
         watch.until_done(supervisor)
     watch.news()
     facts = watch.facts(left_in_queue=watch.queue.left())
@@ -97,14 +98,15 @@ def publish(job: Job, plan: Sequence[PlannedMessage]) -> None:
 
 @attrs.define(eq=False)
 class Watch:
-    """Follows a run: `meddle` is called again and again meanwhile, for tests that disturb it."""
+    """Follows a run. A test that disturbs it does so in `meddle`, called every tick, and counts its `kills`."""
 
     job: Job
     settings: Settings
     ledger: Ledger
     queue: Queue
     display: Display
-    meddle: Callable[[Supervisor, Progress], None] = lambda _supervisor, _progress: None
+    meddle: Callable[[Watch, Supervisor], None] = lambda _watch, _supervisor: None
+    kills: int = 0
     progress: Progress = attrs.field(init=False)
     _reader: EventReader = attrs.field(init=False)
     _heard: float = attrs.field(init=False, factory=time.monotonic)
@@ -119,7 +121,7 @@ class Watch:
             self.news()
             for death in supervisor.replace_dead():
                 self.display.line(self.progress.bury(death))
-            self.meddle(supervisor, self.progress)
+            self.meddle(self, supervisor)
             self.display.update(self.progress)
             time.sleep(_TICK)
 
@@ -133,13 +135,14 @@ class Watch:
 
     def facts(self, *, left_in_queue: int = 0) -> Facts:
         """What the database says at this moment."""
-        return Facts.found(
-            self.settings.plan,
-            self.ledger,
-            self.job.run,
-            self.job.name,
-            self.progress,
+        return Facts(
+            plan=self.settings.plan,
+            effects=self.ledger.effects(self.job.run),
+            parked=self.ledger.parked(self.job.name),
+            attempts=self.progress.attempts,
+            in_doubt=self.progress.in_doubt,
             max_attempts=self.job.max_attempts,
+            kills=self.kills,
             left_in_queue=left_in_queue,
         )
 

@@ -14,7 +14,14 @@ from typing import Any, Final
 
 import attrs
 
-from retrykit import ExponentialBackOffPolicy, RetryContext, RetryDecision, RetryListener, RetryTemplate, SimpleRetryPolicy
+from retrykit import (
+    ExponentialBackOffPolicy,
+    RetryContext,
+    RetryDecision,
+    RetryListener,
+    RetryTemplate,
+    SimpleRetryPolicy,
+)
 from retrykit.cli.demo import events
 from retrykit.cli.demo.events import EventWriter
 from retrykit.cli.demo.job import FATE, RUN, Job
@@ -63,7 +70,17 @@ class Handler:
 
 def _own_headers(message: Message) -> dict[str, str]:
     """What the sender of a message that is none of ours may have set: it travels on."""
-    frame = {"message-id", "subscription", "ack", "destination", "content-length", "redelivered", "timestamp", "expires", "persistent"}
+    frame = {
+        "message-id",
+        "subscription",
+        "ack",
+        "destination",
+        "content-length",
+        "redelivered",
+        "timestamp",
+        "expires",
+        "persistent",
+    }
     return {name: value for name, value in message.headers.items() if name not in frame}
 
 
