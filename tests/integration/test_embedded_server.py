@@ -367,6 +367,16 @@ def test_the_server_listens_on_the_loopback_address():
 # -- stricter than the real broker
 
 
+def test_fresh_messages_go_to_consumers_strictly_in_turn(server, open_wire):
+    consumers = [open_wire(), open_wire()]
+    for consumer in consumers:
+        consumer.subscribe(QUEUE, prefetch=10)
+    for number in range(6):
+        server.publish(QUEUE, b"%d" % number)
+    shares = [[consumer.message().body for _ in range(3)] for consumer in consumers]
+    assert shares == [[b"0", b"2", b"4"], [b"1", b"3", b"5"]]
+
+
 @pytest.mark.parametrize(
     ("command", "headers", "reason"),
     [
