@@ -97,8 +97,12 @@ class Work:
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back.
 
-        `CommitInDoubtError` means that the session is of no more use; `WithheldError` that a pause is due.
+        `CommitInDoubtError` means that the session is of no more use; `WithheldError` that a pause is due;
+        `NoStableIdError` that the message cannot be known again.
         """
+        if message.key is None:
+            remedy = "its session must give every message a key"
+            raise NoStableIdError(destination=message.destination, remedy=remedy)
         delivery = _Delivery(self, session, message)
         try:
             delivery.run()
@@ -156,10 +160,6 @@ class _Delivery:
         self.committed = False
 
     def run(self) -> None:
-        if self.message.key is None:
-            raise NoStableIdError(
-                destination=self.message.destination, remedy="its session must give every message a key"
-            )
         self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
         self.work.template.execute(
             self.attempt,

@@ -8,10 +8,13 @@ import threading
 import time
 from contextlib import contextmanager
 
+import attrs
 import pytest
 
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
+from retrykit.context import RetryState
+from retrykit.errors import ExhaustedRetryError
 from retrykit.messaging import (
     BrokerUnavailableError,
     Capabilities,
@@ -595,3 +598,86 @@ def test_capabilities_claim_nothing_by_themselves():
         trustworthy_flag=False,
         counts_deliveries=False,
     )
+
+
+def test_a_session_that_gives_no_key_stops_the_container_too(broker):
+    class Keyless(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            receive = session.receive
+            session.receive = lambda timeout=None: attrs.evolve(receive(timeout), key=None)
+            return session
+
+    keyless = Keyless(ORDERS)
+    keyless.publish("x")
+    made = container(keyless, failing(0))
+    made.start()
+    with pytest.raises(NoStableIdError, match="key"):
+        made.wait(PATIENCE)
+    assert len(keyless.messages()) == 1
+
+
+def test_a_nested_retry_error_of_the_handler_is_its_failure(broker):
+    broker.publish("x")
+    calls = []
+
+    def handler(message):
+        calls.append(message.text)
+        if len(calls) < 3:
+            RetryTemplate(throw_last=False).execute(failing_stateless, state=RetryState(key="inner", fresh=True))
+
+    def failing_stateless(context):
+        raise ExhaustedRetryError(reason="inner")
+
+    counters = consume(broker, handler).counters
+    assert (counters.rolled_back, counters.withheld, counters.acknowledged) == (2, 0, 1)
+
+
+def test_a_worker_whose_database_cannot_be_reached_pauses(broker):
+    broker.publish("x")
+    database = Database()
+    tries = []
+
+    def begin():
+        tries.append(1)
+        if len(tries) == 1:
+            raise ConnectionError("no database")
+        return database.begin()
+
+    counters = consume(broker, failing(0), transaction=begin).counters
+    assert (counters.withheld, counters.acknowledged, counters.generations) == (1, 1, 2)
+
+
+def test_a_virtual_clock_spends_the_pauses(broker):
+    class Instant:
+        def __init__(self):
+            self.now = 1_700_000_000.0
+            self.slept = []
+
+        def time(self):
+            return self.now
+
+        def monotonic(self):
+            return self.now
+
+        def sleep(self, seconds):
+            self.slept.append(seconds)
+            self.now += seconds
+
+        async def async_sleep(self, seconds):
+            self.sleep(seconds)
+
+    class Impatient(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            rollback = session.rollback
+            session.rollback = lambda message=None, _delay=0.0: rollback(message)
+            return session
+
+    clock = Instant()
+    impatient = Impatient(ORDERS)
+    impatient.publish("x")
+    handler = failing(2)
+    consume(impatient, handler, template=template(clock=clock, back_off_policy=FixedBackOffPolicy(3600)))
+    assert handler.calls == ["x"] * 3
+    assert clock.slept == [3600.0, 3600.0]
