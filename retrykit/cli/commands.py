@@ -5,26 +5,32 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 from rich.console import Console
 
-MESSAGES = 200
-MAX_WORKERS = 32
-INTERRUPTED = 128 + signal.SIGINT
+from retrykit.errors import RetryError
+
+if TYPE_CHECKING:
+    from retrykit.cli.demo.report import Report
+
+MESSAGES: Final = 200
+MAX_WORKERS: Final = 32
+INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="retrykit", prog_name="retrykit")
 def retrykit() -> None:
-    """Retry that survives the rollback.
+    r"""Retry that survives the rollback.
 
-    retrykit is a Python library: a message that fails is tried again when it is delivered again, up to a limit that holds across
-    roll-backs, processes and crashes; then it is parked with its history. See it work:
+    retrykit is a Python library: a message that fails is tried again when it is delivered again, up to a limit that
+    holds across roll-backs, processes and crashes; then it is parked with its history. See it work:
 
     \b
         retrykit demo                 200 messages, two workers, ten seconds
@@ -62,59 +68,46 @@ def retrykit() -> None:
 )
 @click.option("--db", "database", metavar="URL", help="Your own database (sqlite:///FILE), in which the rows stay.")
 @click.option("--json", "as_json", is_flag=True, help="Print nothing but the report, as one JSON object.")
-def demo(
-    *,
-    messages: int | None,
-    workers: int,
-    seed: int,
-    source: Path | None,
-    broker: str | None,
-    database: str | None,
-    as_json: bool,
-) -> None:
+def demo(*, as_json: bool, **options: Any) -> None:
     """Watch poison messages survive crashes and roll-backs, then count what really happened.
 
-    Messages go through a STOMP broker to consumer processes, whose handlers write rows in a database transaction. Most messages are fine.
-    Some fail at first, some always; some let the commit fail instead; two kill their process with SIGKILL, one of them at every attempt.
-    Dead processes are replaced. Each failed attempt is shown with the decision that followed and its reason.
+    Messages go through a STOMP broker to consumer processes, whose handlers write rows in a database transaction. Most
+    messages are fine. Some fail at first, some always; some let the commit fail instead; two kill their process with
+    SIGKILL, one of them at every attempt. Dead processes are replaced. Each failed attempt is shown with the decision
+    that followed and its reason.
 
-    At the end the database is counted, not the library asked: nothing lost, every effect once, no message attempted more than four times,
-    every poison message parked once with its history.
+    At the end the database is counted, not the library asked: nothing lost, every effect once, no message attempted
+    more than four times, every poison message parked once with its history.
 
-    Without --broker and --db the demo brings its own, for as long as it runs: a small STOMP server on the loopback interface and a SQLite
-    file in a temporary directory.
+    Without --broker and --db the demo brings its own, for as long as it runs: a small STOMP server on the loopback
+    interface and a SQLite file in a temporary directory.
 
-    Exit status: 0 when every promise was kept, 1 when one was broken, 2 for options that cannot be used, 130 after Ctrl-C.
+    Exit status: 0 when every promise was kept, 1 when one was broken, 2 for options that cannot be used, 130 after
+    Ctrl-C.
     """
+    report = _report(options, None if as_json else Console())
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+    sys.exit(0 if report.kept else 1)
+
+
+def _report(options: Mapping[str, Any], console: Console | None) -> Report:
     with _needs_extras():
         from retrykit.cli.demo.options import OptionError, settings, shown_run
         from retrykit.cli.demo.run import UnusableError
         from retrykit.cli.demo.supervisor import WorkerFailedError
     try:
-        job = settings(
-            messages=messages,
-            default=MESSAGES,
-            workers=workers,
-            seed=seed,
-            source=source,
-            broker=broker,
-            database=database,
-        )
+        with _ended_by_sigterm():
+            return shown_run(settings(**options, default=MESSAGES), console)
     except OptionError as error:
         raise click.BadParameter(str(error), param_hint=error.option) from error
-    try:
-        with _ended_by_sigterm():
-            report = shown_run(job, None if as_json else Console())
     except UnusableError as error:
         raise click.UsageError(str(error)) from error
-    except WorkerFailedError as error:
+    except (WorkerFailedError, RetryError) as error:
         raise click.ClickException(str(error)) from error
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
-    if as_json:
-        click.echo(json.dumps(report.to_json()))
-    sys.exit(0 if report.kept else 1)
 
 
 @contextmanager
@@ -131,7 +124,7 @@ def _needs_extras() -> Iterator[None]:
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does: everything that was started is ended, and put away."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGTERM, interrupt)

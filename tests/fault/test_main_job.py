@@ -29,7 +29,21 @@ ROOT = Path(__file__).parents[2]
 MESSAGES = 200
 WORKERS = 3
 KILLS = 8
-WORDS = ("naïve", "Grüße", "Ελλάδα", "Москва", "日本語", "العربية", "עברית", "हिन्दी", "👩‍👩‍👧", "tab\tand\nline", '"quoted"', "\\", "plain")
+WORDS = (
+    "naïve",
+    "Grüße",
+    "Ελλάδα",
+    "Москва",
+    "日本語",
+    "العربية",
+    "עברית",
+    "हिन्दी",
+    "👩‍👩‍👧",
+    "tab\tand\nline",
+    '"quoted"',
+    "\\",
+    "plain",
+)
 
 
 def write_messages(path: Path, seed: int) -> None:
@@ -76,7 +90,7 @@ def left_in(url):
 
 @attrs.frozen
 class LedgerWithParkedQueue(Ledger):
-    """What is parked is found in a queue of the broker; what was received from there before is remembered by its message id."""
+    """What is parked is found in a queue of the broker; what came from there before is known by its message id."""
 
     queue: str = attrs.field(kw_only=True)
     found: dict = attrs.field(factory=dict, kw_only=True)
@@ -141,7 +155,7 @@ def test_nothing_is_lost_or_done_twice_while_consumers_and_the_broker_are_killed
         assert ledger.create() is None
         watch = Watch(job, settings, ledger, Queue(url, lambda: left_in(url)), Silence(), meddle=havoc)
         report = carry_out(watch, Supervisor(job, WORKERS, tmp_path, command))
-    print(report.to_json(), watch.progress)
+    print(report.to_json())
     assert report.to_json()["broken"] == {}
     assert havoc.broker_deaths == 1
     assert report.process_deaths >= watch.kills > 0

@@ -123,9 +123,15 @@ def _table(report: Report) -> Table:
 
 
 def _verdict(report: Report) -> str:
-    what = (
-        f"{report.messages} messages, {report.effects} effects, {report.duplicate_effects} duplicates, {report.lost} lost, "
-        f"{report.parked} parked, {report.recovered} recovered after failures, at most {report.max_attempts_seen} attempts each, "
-        f"{report.process_deaths} dead processes, in {report.seconds:g} s"
+    counts = (
+        f"{report.messages} messages",
+        f"{report.effects} effects",
+        f"{report.duplicate_effects} duplicates",
+        f"{report.lost} lost",
+        f"{report.parked} parked",
+        f"{report.recovered} recovered after failures",
+        f"at most {report.max_attempts_seen} attempts each",
+        f"{report.process_deaths} dead processes",
+        f"in {report.seconds:g} s",
     )
-    return f"{'every promise was kept' if report.kept else 'PROMISES WERE BROKEN'}: {what}"
+    return f"{'every promise was kept' if report.kept else 'PROMISES WERE BROKEN'}: {', '.join(counts)}"

@@ -1,4 +1,4 @@
-"""What the worker processes report: lines in one file, appended outside of every transaction, so that no roll-back undoes them."""
+"""What the workers report: lines of one file, appended outside of all transactions: no roll-back undoes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a worker process has to know; it is told through its standard input, since arguments are for everybody to see."""
+"""What a worker process has to know, told through its standard input: arguments are for everybody to see."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ FATE = "demo-fate"
 class Job:
     """One run of the demo.
 
-    `broker` is the URL with the queue as its path, `database` that of the database, `events` the path of the file of events, `run` what
-    tells the messages of this run from all others.
+    `broker` is the URL with the queue as its path, `database` that of the database, `events` the path of the file of
+    events, `run` what tells the messages of this run from all others.
     """
 
     broker: str = attrs.field(repr=False)

@@ -1,7 +1,7 @@
 """The database of the demo: the rows that handlers write, and the count of them afterwards.
 
-No key of the table forbids a second effect of a message: it would hide what the demo is there to show. A row needs an account, and whether
-that is there is checked when the transaction commits, not before.
+No key of the table forbids a second effect of a message: it would hide what the demo is there to show. A row needs an
+account, and whether that is there is checked when the transaction commits, not before.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Ledger:
 
 
 def write_effect(session: Any, run: str, message: str, body: bytes, *, storable: bool) -> None:
-    """Write the effect of a message now, in the open transaction; without `storable` the transaction will fail to commit."""
+    """Write the effect of a message now, in the open transaction; it cannot commit unless the effect is `storable`."""
     session.add(Effect(run=run, message=message, digest=digest_of(body), account=_ACCOUNT if storable else _NO_ACCOUNT))
     session.flush()
 

@@ -38,7 +38,7 @@ class Kind(StrEnum):
 
 @attrs.frozen
 class Fate:
-    """What will happen: the first `failures` attempts go wrong in the way of the kind (all of them, if it is hopeless)."""
+    """The first `failures` attempts go wrong in the way of the kind; all of them, if that is hopeless."""
 
     kind: Kind
     failures: int = 0
@@ -67,7 +67,7 @@ class PlannedMessage:
 
 
 def make_plan(items: Iterable[tuple[str, bytes]], seed: int) -> tuple[PlannedMessage, ...]:
-    """Give each item (id, body) its fate; which ones meet a bad one is chance, how many follows from how many there are."""
+    """Give each item (id, body) its fate: who meets a bad one is chance, how many do depends on how many there are."""
     known = list(items)
     chance = random.Random(f"fates {seed}")
     fates = list(_fates(len(known), chance))
@@ -127,7 +127,7 @@ def _line(chance: random.Random) -> dict[str, Any]:
 
 
 def read_messages(path: Path, limit: int | None = None) -> list[tuple[str, bytes]]:
-    """The objects of a JSON-lines file with their ids, the first `limit` of them; `PlanError` says what is wrong with it."""
+    """The first `limit` objects of a JSON-lines file, as (id, line); `PlanError` says what is wrong with it."""
     found: dict[str, bytes] = {}
     try:
         with path.open("rb") as file:

@@ -13,7 +13,7 @@ from retrykit.cli.demo.supervisor import Death
 
 @attrs.define
 class Progress:
-    """Totals so far. `attempts` and `in_doubt` count per message, `finished` has the messages known to be done or parked."""
+    """Totals so far. `attempts` and `in_doubt` count per message, `finished` has those known to be done or parked."""
 
     total: int
     attempts: Counter[str] = attrs.field(factory=Counter)
@@ -22,43 +22,45 @@ class Progress:
     rollbacks: int = 0
     parked: int = 0
     deaths: int = 0
-    duplicates: int = 0
     _ids: dict[str, str] = attrs.field(factory=dict)
     _in_hand: dict[int, tuple[str, int]] = attrs.field(factory=dict)
 
     def take(self, event: Event) -> str | None:
         """Count an event; the line that tells of it, if it is worth one."""
-        kind, key, attempt = event["event"], event["key"], event["attempt"]
-        if kind == events.ATTEMPT:
-            self._ids[key] = event["id"]
+        if event["event"] == events.ATTEMPT:
+            self._ids[event["key"]] = event["id"]
             self.attempts[event["id"]] += 1
-            self._in_hand[event["pid"]] = (event["id"], attempt)
+            self._in_hand[event["pid"]] = (event["id"], event["attempt"])
             return None
         self._in_hand.pop(event["pid"], None)
-        id_ = self._ids.get(key, key)
-        match kind:
+        id_ = self._ids.get(event["key"])
+        # Without an attempt it is a message that is none of this run's.
+        return None if id_ is None else self._ended(id_, event)
+
+    def _ended(self, id_: str, event: Event) -> str | None:
+        attempt, words = event["attempt"], None
+        match event["event"]:
             case events.FAILED:
                 self.rollbacks += 1
                 return f"{id_}: attempt {attempt} rolled back: {event['error']}: {event['decision']}"
-            case events.PARKED:
-                self.parked += 1
-                self.finished.add(id_)
-                return f"{id_}: parked: {event['decision']}"
             case events.IN_DOUBT:
                 self.in_doubt[id_] += 1
                 return f"{id_}: the broker did not confirm; the message will come again, nothing is counted"
+            case events.PARKED:
+                self.parked += 1
+                words = f"{id_}: parked: {event['decision']}"
             case events.DUPLICATE:
-                self.duplicates += 1
+                words = f"{id_}: delivered again although it is done: acknowledged without the handler"
+            case events.DONE if attempt > 1:
+                words = f"{id_}: attempt {attempt} succeeded"
         self.finished.add(id_)
-        if kind == events.DUPLICATE:
-            return f"{id_}: delivered again although it is done: acknowledged without the handler"
-        return f"{id_}: attempt {attempt} succeeded" if attempt > 1 else None
+        return words
 
     def bury(self, death: Death) -> str:
         """Count a death; the line that tells of it."""
         self.deaths += 1
-        id_, attempt = self._in_hand.pop(death.pid, (None, 0))
-        what = f"in attempt {attempt} of {id_}" if id_ else "between two messages"
+        in_hand = self._in_hand.pop(death.pid, None)
+        what = "between two messages" if in_hand is None else f"in attempt {in_hand[1]} of {in_hand[0]}"
         return f"process {death.pid} ended by {death.signal} {what}: another one starts"
 
     @property

@@ -1,4 +1,4 @@
-"""The audit: what the database says happened, held against what was published. The library's own counts are not asked."""
+"""The audit: what the database says, held against what was published. The library's own counts are not asked."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def _fault_of(item: ParkedItem, facts: Facts) -> str | None:
 
 
 def _parked_without_need(facts: Facts) -> list[str]:
-    """A message that is not hopeless comes to be parked if its process is killed in the only attempts that could succeed."""
+    """Who is not hopeless is parked only if somebody killed the attempts that could have succeeded."""
     hopeless = {message.id for message in facts.plan if message.fate.kind.hopeless}
     others = [id_ for id_ in facts.parked_ids if id_ not in hopeless]
     return others if len(others) > facts.kills else [id_ for id_ in others if facts.parked_ids[id_] > 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -59,18 +60,23 @@ class Queue:
 
 def run_demo(settings: Settings, display: Display) -> Report:
     """Do it all; every process, file and connection is gone at the end. `UnusableError` before anything has started."""
+    # What stomp.py has to say is in the errors already.
+    logging.getLogger("stomp.py").addHandler(logging.NullHandler())
     if settings.broker is not None:
         _check_empty(settings.broker)
-    with TemporaryDirectory(prefix="retrykit-demo-") as name, _ledger(settings.database, Path(name)) as ledger:
-        with _queue(settings.broker) as queue:
-            job = Job(
-                broker=queue.url,
-                database=ledger.engine.url.render_as_string(hide_password=False),
-                events=f"{name}/events.jsonl",
-                run=secrets.token_hex(6),
-            )
-            watch = Watch(job, settings, ledger, queue, display)
-            return carry_out(watch, Supervisor(job, settings.workers, Path(name)))
+    with (
+        TemporaryDirectory(prefix="retrykit-demo-") as folder,
+        _ledger(settings.database, folder) as ledger,
+        _queue(settings.broker) as queue,
+    ):
+        job = Job(
+            broker=queue.url,
+            database=ledger.engine.url.render_as_string(hide_password=False),
+            events=f"{folder}/events.jsonl",
+            run=secrets.token_hex(6),
+        )
+        watch = Watch(job, settings, ledger, queue, display)
+        return carry_out(watch, Supervisor(job, settings.workers, Path(folder)))
 
 
 def carry_out(watch: Watch, supervisor: Supervisor) -> Report:
@@ -147,7 +153,7 @@ class Watch:
         )
 
     def _done(self) -> bool:
-        # A worker that was killed between its commit and its report has told nobody, so silence makes the database be asked.
+        # Who was killed between commit and report has told nobody: after a silence the database is asked.
         if len(self.progress.finished) < self.progress.total and self._silence < _QUIET:
             return False
         return not self.facts().missing and self.queue.left() == 0
@@ -181,7 +187,7 @@ def _queue(url: str | None) -> Iterator[Queue]:
 
 
 @contextmanager
-def _ledger(url: str | None, folder: Path) -> Iterator[Ledger]:
+def _ledger(url: str | None, folder: str) -> Iterator[Ledger]:
     try:
         ledger = Ledger.at(url or f"sqlite:///{folder}/demo.db")
     except ValueError as error:

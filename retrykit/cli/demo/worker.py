@@ -1,7 +1,7 @@
-"""A consumer process of the demo: what a user of retrykit writes, with a handler that does what the message's fate says.
+"""A consumer process of the demo: what a user of retrykit writes, with a handler that obeys the message's fate.
 
-`python -m retrykit.cli.demo.worker` reads its job from the first line of standard input, and stops when standard input ends: with whoever
-started it, however that came about.
+`python -m retrykit.cli.demo.worker` reads its job from the first line of standard input, and stops when standard input
+ends: with whoever started it, however that came about.
 """
 
 from __future__ import annotations
