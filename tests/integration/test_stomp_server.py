@@ -497,7 +497,7 @@ def test_fresh_messages_are_shared_and_each_consumer_sees_its_own_in_order(open_
     consumers = [open_wire(), open_wire()]
     for consumer in consumers:
         consumer.subscribe(queue, prefetch=5)
-    # One more than a consumer may have: whoever is first, both take part. Strict turns are not the busy broker's promise.
+    # One more than a consumer may have: whoever is first, both take part. A busy broker promises no strict turns.
     fill(wire, queue, 6)
     shares = [[], []]
     deadline = time.monotonic() + 20
