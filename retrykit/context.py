@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import attrs
 
@@ -90,6 +90,9 @@ class RetryState:
     recover_on_redelivery: bool = True
     journal: Literal["redelivered", "always", "never"] = "redelivered"
 
+    asks_nothing: ClassVar[bool]
+    """Whether the store has nothing to say before the first attempt, and nothing to be told if it succeeds."""
+
     def __init__(
         self,
         *,
@@ -113,13 +116,27 @@ class RetryState:
             raise wrong_type("recover_on_redelivery", "True or False", recover_on_redelivery)
         if journal not in _JOURNALS:
             raise (wrong_value if isinstance(journal, str) else wrong_type)("journal", f"one of {_JOURNALS}", journal)
+        # What is not stored here is a default of the class.
         fields = self.__dict__
         fields["key"] = key
-        fields["redelivered"] = redelivered
-        fields["fresh"] = fresh
-        fields["rollback_for"] = rollback_for
-        fields["recover_on_redelivery"] = recover_on_redelivery
-        fields["journal"] = journal
+        if redelivered is not None:
+            fields["redelivered"] = redelivered
+        if fresh:
+            fields["fresh"] = True
+        if rollback_for is not always:
+            fields["rollback_for"] = rollback_for
+        if not recover_on_redelivery:
+            fields["recover_on_redelivery"] = False
+        if journal != "redelivered":
+            fields["journal"] = journal
+        if key is None or (redelivered is False and not fresh and journal != "always"):
+            fields["asks_nothing"] = True
+
+
+for _field in attrs.fields(RetryState):
+    if _field.default is not attrs.NOTHING:
+        setattr(RetryState, _field.name, _field.default)
+RetryState.asks_nothing = False  # type: ignore[misc] # of the class, not of the instance
 
 
 class RetryContext:
@@ -129,33 +146,21 @@ class RetryContext:
     frame that they passed through.
     """
 
-    __slots__ = (
-        "__weakref__",
-        "_history",
-        "_now",
-        "_outer",
-        "_started",
-        "_state",
-        "_template",
-        "_wall",
-        "attempt",
-        "closed",
-        "decision",
-        "duplicate",
-        "transaction",
-    )
+    # Contexts are made on every call and most are never read: only what nearly every call stores is set when one is made.
+    _wall: float | None = None
+    duplicate: bool = False
+    transaction: Any = None
 
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template
-        self._started = self._now = started
+        self._started = started
         self._outer = outer
         self._state = state
         self._history: History | None = None
-        self._wall: float | None = None
+        self._now = started
         self.attempt = 1
         self.decision: RetryDecision | None = None
-        self.transaction: Any = None
-        self.closed = self.duplicate = False
+        self.closed = False
 
     def __repr__(self) -> str:
         facts = {"attempt": self.attempt, "retry_count": self.retry_count, "max_attempts": self.max_attempts}
@@ -182,7 +187,8 @@ class RetryContext:
     @property
     def parent(self) -> RetryContext | None:
         """The context of the attempt in whose course this call was made."""
-        return context_in(self._outer)
+        outer = self._outer
+        return context_in(outer.old_value if type(outer) is Token else outer)
 
     @property
     def fence(self) -> int:

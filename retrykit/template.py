@@ -158,13 +158,6 @@ def without_frame(error: BaseException) -> None:
     error.__traceback__ = None if trace is None else trace.tb_next
 
 
-def _asks_nothing(state: RetryState, template: _Template) -> bool:
-    """Whether a stateful call has nothing to do with the store unless its first attempt fails: the source says it is the first delivery."""
-    if type(state) is not RetryState or template.remember_completed is not None:
-        return False
-    return state.key is None or (state.redelivered is False and not state.fresh and state.journal != "always")
-
-
 def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
     for name, value in (("callback", callback), ("recover", recover), ("transaction", transaction)):
         if not callable(value) and (value is not None or name == "callback"):
@@ -208,13 +201,12 @@ class RetryTemplate(_Template):
         if (
             self.runs_direct
             and transaction is None
-            and (state is None or _asks_nothing(state, self))
+            and (state is None or (type(state) is RetryState and state.asks_nothing and self.remember_completed is None))
             and (recover is None or callable(recover))
             and _short_cut
         ):
             context = RetryContext(self, monotonic(), None, state)
-            token = _bind(context)
-            context._outer = token.old_value
+            token = context._outer = _bind(context)
             try:
                 value = callback(context)
             except Exception as error:  # noqa: BLE001 - this is where an attempt ends
@@ -286,10 +278,14 @@ class AsyncRetryTemplate(_Template):
     ) -> T | R:
         """As `RetryTemplate.execute`, awaited."""
         _check_execute(callback, recover, state, transaction)
-        if self.runs_direct and transaction is None and (state is None or _asks_nothing(state, self)) and _short_cut:
+        if (
+            self.runs_direct
+            and transaction is None
+            and (state is None or (state.asks_nothing and self.remember_completed is None))
+            and _short_cut
+        ):
             context = RetryContext(self, monotonic(), None, state)
-            token = _bind(context)
-            context._outer = token.old_value
+            token = context._outer = _bind(context)
             try:
                 value = callback(context)
                 if isawaitable(value):
