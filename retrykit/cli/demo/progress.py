@@ -13,7 +13,10 @@ from retrykit.cli.demo.supervisor import Death
 
 @attrs.define
 class Progress:
-    """Totals so far. `attempts` and `in_doubt` count per message, `finished` has those known to be done or parked."""
+    """Totals so far. `attempts` and `in_doubt` count per message, `finished` has those known to be done or parked.
+
+    `in_hand`: the message that a process is working on, and the number of the attempt.
+    """
 
     total: int
     attempts: Counter[str] = attrs.field(factory=Counter)
@@ -22,17 +25,17 @@ class Progress:
     rollbacks: int = 0
     parked: int = 0
     deaths: int = 0
+    in_hand: dict[int, tuple[str, int]] = attrs.field(factory=dict)
     _ids: dict[str, str] = attrs.field(factory=dict)
-    _in_hand: dict[int, tuple[str, int]] = attrs.field(factory=dict)
 
     def take(self, event: Event) -> str | None:
         """Count an event; the line that tells of it, if it is worth one."""
         if event["event"] == events.ATTEMPT:
             self._ids[event["key"]] = event["id"]
             self.attempts[event["id"]] += 1
-            self._in_hand[event["pid"]] = (event["id"], event["attempt"])
+            self.in_hand[event["pid"]] = (event["id"], event["attempt"])
             return None
-        self._in_hand.pop(event["pid"], None)
+        self.in_hand.pop(event["pid"], None)
         id_ = self._ids.get(event["key"])
         # Without an attempt it is a message that is none of this run's.
         return None if id_ is None else self._ended(id_, event)
@@ -59,7 +62,7 @@ class Progress:
     def bury(self, death: Death) -> str:
         """Count a death; the line that tells of it."""
         self.deaths += 1
-        in_hand = self._in_hand.pop(death.pid, None)
+        in_hand = self.in_hand.pop(death.pid, None)
         what = "between two messages" if in_hand is None else f"in attempt {in_hand[1]} of {in_hand[0]}"
         return f"process {death.pid} ended by {death.signal} {what}: another one starts"
 

@@ -116,6 +116,7 @@ class Watch:
     progress: Progress = attrs.field(init=False)
     _reader: EventReader = attrs.field(init=False)
     _heard: float = attrs.field(init=False, factory=time.monotonic)
+    _asked: float = attrs.field(init=False, factory=time.monotonic)
 
     def __attrs_post_init__(self) -> None:
         self.progress = Progress(len(self.settings.plan))
@@ -153,17 +154,15 @@ class Watch:
         )
 
     def _done(self) -> bool:
-        # Who was killed between commit and report has told nobody: after a silence the database is asked.
-        if len(self.progress.finished) < self.progress.total and self._silence < _QUIET:
+        # Who was killed between commit and report has told nobody: in a silence the database is asked, now and then.
+        now = time.monotonic()
+        if len(self.progress.finished) < self.progress.total and now - max(self._heard, self._asked) < _QUIET:
             return False
+        self._asked = now
         return not self.facts().missing and self.queue.left() == 0
 
     def _hopeless(self) -> bool:
-        return self._silence > self.settings.patience or self.progress.runaway is not None
-
-    @property
-    def _silence(self) -> float:
-        return time.monotonic() - self._heard
+        return time.monotonic() - self._heard > self.settings.patience or self.progress.runaway is not None
 
 
 def _check_empty(url: str) -> None:
