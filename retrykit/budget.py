@@ -73,6 +73,8 @@ class BudgetRetryPolicy:
         """Is there a token?"""
         if context.retry_count == 0:
             return RetryDecision(retry=True, reason="BudgetRetryPolicy: the first attempt is free")
+        if getattr(context, "paid", False):
+            return RetryDecision(True, 0.0, "BudgetRetryPolicy: this retry is paid for")
         tokens = self.budget.tokens
         return RetryDecision(
             tokens >= 1, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left"

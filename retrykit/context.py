@@ -135,7 +135,8 @@ class RetryState:
 
 for _field in attrs.fields(RetryState):
     if _field.default is not attrs.NOTHING:
-        setattr(RetryState, _field.name, _field.default)
+        # A function in a class would become a method of its instances.
+        setattr(RetryState, _field.name, staticmethod(always) if _field.default is always else _field.default)
 RetryState.asks_nothing = False  # type: ignore[misc] # of the class, not of the instance
 
 
@@ -192,9 +193,16 @@ class RetryContext:
 
     @property
     def fence(self) -> int:
-        """A number that grows with every attempt of the key, in every process: guard your own writes with it."""
-        history = self._history
-        return self.attempt if self.key is None or history is None else max(1, history.fence)
+        """A number that grows with every attempt of the key, in every process: guard your own writes with it.
+
+        It begins with the microseconds of the clock, so that it grows on when a history was settled and the key comes again.
+        """
+        if self.key is None:
+            return self.attempt
+        history = self._facts()
+        if history.fence == 0:
+            history.fence = first_fence(self._wall_of(self._started))
+        return history.fence
 
     # -- counts and failures
 
@@ -319,7 +327,9 @@ class RetryContext:
         """Forbid further attempts, also in later deliveries and other processes. The present attempt goes on and may still succeed."""
         if not isinstance(reason, str):
             raise wrong_type("reason", "a str", reason)
-        self._facts().veto = reason or "vetoed"
+        history = self._facts()
+        history.veto = reason or "vetoed"
+        history.own_veto = True
 
     def withdraw_veto(self) -> None:
         """Allow further attempts again, as far as the policy does."""
@@ -397,6 +407,11 @@ class Detached:
     name: str
     retry_policy: Any = None
     clock: Clock = SYSTEM_CLOCK
+
+
+def first_fence(now: float) -> int:
+    """The fence of an attempt before which nothing is known of the key: the time, in microseconds."""
+    return max(1, int(now * 1_000_000))
 
 
 def _instant(seconds: float) -> datetime:

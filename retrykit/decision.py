@@ -58,8 +58,6 @@ def count(call: Call, history: History, error: Exception, at: float | None) -> N
         if failures == 1:
             history.first_failed_at = at
     history.last_error = error
-    if history.fence == 0:
-        history.fence = 1
     context.attempt = failures
     live = history.live
     if live is None:

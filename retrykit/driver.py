@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator
+from contextlib import nullcontext
 from inspect import isawaitable, iscoroutine
+from time import time
 from typing import Any
 
 from retrykit.context import RetryContext, _bound
 from retrykit.call import Call
 from retrykit.flow import abort, run
-from retrykit.owner import is_gone
+from retrykit.owner import end, is_gone
 from retrykit.steps import (
     ANSWER_NOTHING,
     ATTEMPT,
@@ -43,7 +46,7 @@ class Driver(Call):
     It does each thing once and the same way for both loops: where something may be asynchronous it returns the awaitable.
     """
 
-    __slots__ = ("arguments", "binding", "function", "keywords", "manager", "recover", "template", "transaction", "value", "view")
+    __slots__ = ("arguments", "binding", "function", "keywords", "manager", "opening", "recover", "template", "transaction", "value", "view")
 
     def __init__(
         self,
@@ -64,6 +67,7 @@ class Driver(Call):
         self.recover = recover
         self.transaction = transaction
         self.manager: Any = None
+        self.opening: Any = None
         self.view: Any = None
         self.value: Any = None
         if recover is not None:
@@ -101,7 +105,7 @@ class Driver(Call):
             wall: float = self.template.clock.time()
         except Exception as fault:  # noqa: BLE001 - as in `now`
             log_fault(self, "clock", fault)
-            wall = monotonic + (context._wall or 0.0)
+            wall = time() if context._wall is None else monotonic + context._wall
         context._wall = wall - monotonic
         return wall
 
@@ -135,12 +139,13 @@ class Driver(Call):
         assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
         manager = self.transaction()
         entering = getattr(manager, "__aenter__", None) or manager.__enter__
+        self.opening = manager
         entered = entering()
-        self.manager = manager
         return entered if isawaitable(entered) else self.entered(entered)
 
     def entered(self, transaction: Any) -> None:
-        """The transaction is open."""
+        """The transaction is open, and has to be left from now on."""
+        self.manager = self.opening
         self.context.transaction = transaction
 
     def leave(self, error: BaseException | None) -> Any:
@@ -159,6 +164,8 @@ class Driver(Call):
 
     def done(self) -> None:
         """Let go of everything alive; what nobody else has seen goes as a whole, without being put into words."""
+        if self.owner:
+            end(self.owner)
         if type(self.binding) is list and len(self.binding) == 1:
             self.context._history = None
         else:
@@ -200,7 +207,7 @@ _ATTEMPTED = (BEGIN, COMMIT)
 _TOLD = (Notify, RollBack, Give, Report)
 
 
-def answer_to(driver: Driver, step: Any, fault: Exception) -> Any:
+def answer_to(driver: Driver, step: Any, fault: BaseException) -> Any:
     """What the flow is sent when performing a step raised."""
     if step in _ATTEMPTED:
         return (fault, driver.now())
@@ -302,7 +309,10 @@ def _abort(driver: Driver, error: BaseException) -> None:
     flow = abort(driver, error, opened=driver.manager is not None)
     answer = None
     while (step := _send(flow, answer)) is not None:
-        answer = _perform(driver, step)
+        try:
+            answer = _perform(driver, step)
+        except BaseException as again:  # noqa: BLE001 - a second interruption must not stop the tidying up of the first, which is raised on
+            answer = answer_to(driver, step, again)
 
 
 def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
@@ -393,8 +403,19 @@ async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
 async def _async_abort(driver: Driver, error: BaseException) -> None:
     flow = abort(driver, error, opened=driver.manager is not None)
     answer = None
-    while (step := _send(flow, answer)) is not None:
-        answer = await _async_perform(driver, step)
+    with _shielded():
+        while (step := _send(flow, answer)) is not None:
+            try:
+                answer = await _async_perform(driver, step)
+            except BaseException as again:  # noqa: BLE001 - as in `_abort`
+                answer = answer_to(driver, step, again)
+
+
+def _shielded() -> Any:
+    """Where tidying up may await although its task is cancelled: asyncio cancels once, trio at every checkpoint unless it is shielded."""
+    trio = sys.modules.get("trio")
+    in_trio = trio is not None and trio.lowlevel.in_trio_run()
+    return trio.CancelScope(shield=True) if trio is not None and in_trio else nullcontext()
 
 
 _LOOPS = (drive.__code__, async_drive.__code__)

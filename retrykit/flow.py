@@ -43,7 +43,7 @@ from retrykit.errors import (
     RecoveryFailedError,
     TerminatedRetryError,
 )
-from retrykit.memory import recall, reserve, save_veto, settle, settle_within, store_failure, take_off, withdraw
+from retrykit.memory import recall, reserve, keep_veto, settle, settle_within, store_failure, take_off, withdraw
 from retrykit.policy import Branch, RetryDecision
 from retrykit.steps import (
     ANSWER_NOTHING,
@@ -145,9 +145,10 @@ def _standing(call: Call) -> Flow:
     context, history = call.context, call.context._history
     if history is None or not (history.failures or history.veto or history.in_flight):
         return None
-    decision = allowed(call, context)
+    # What the history was decided upon has been paid for: a budget is not asked a second time.
+    decision = allowed(call, Branch(context, "", paid=True)) if call.plan.budgets else allowed(call, context)
     running = len(history.in_flight)
-    if running and not (decision.retry and allowed(call, Branch(context, "", extra=running)).retry):
+    if running and not (decision.retry and allowed(call, Branch(context, "", extra=running, paid=True)).retry):
         # What runs elsewhere may still succeed, so it is neither repeated beyond the limit nor recovered.
         return raising(AttemptsInFlightError, call, context.last_error, running=running, reason=f"{running} running")
     return None if decision.retry else (yield from _recover(call, decision))
@@ -158,6 +159,9 @@ def _wait_until_due(call: Call) -> Flow:
     if history is None or history.not_before is None:
         return None
     due = history.not_before - (yield NOW)
+    if history.last_delay:
+        # A wall clock that was set back makes no pause longer than the back-off asked for.
+        due = min(due, history.last_delay)
     if due <= 0:
         return None
     fault = yield Pause(due)
@@ -247,7 +251,7 @@ def _tell(call: Call, error: Exception, decision: RetryDecision) -> Flow:
     history = context._facts()
     history.exhausted, history.not_before = True, None
     if call.key is not None:
-        yield from save_veto(call)
+        yield from keep_veto(call)
     context.decision = allowed(call, context)
     return context.decision
 
@@ -267,6 +271,8 @@ def _recover(call: Call, decision: RetryDecision) -> Flow:
     if call.key is not None:
         history.reason = decision.reason
     if not decision.recoverable or call.recovers is None or not call.recovers(context.last_error):
+        if call.key is not None:
+            yield from keep_veto(call)
         return _give_up(call, decision)
     if call.key is not None and not call.blind:
         outcome = yield from _claim(call)

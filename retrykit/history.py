@@ -273,7 +273,7 @@ class History:
     """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
 
     `live` are the failures of the present call that have not been put into words: (number, error, monotonic time). `pause` is what the back-off
-    proposes, in seconds, while a decision is made.
+    proposes, in seconds, while a decision is made. `own_veto`: the veto was spoken in this call, and is not stored yet.
     """
 
     __slots__ = (
@@ -293,6 +293,7 @@ class History:
         "last_failed_at",
         "live",
         "not_before",
+        "own_veto",
         "pause",
         "reason",
         "recovered",
@@ -315,7 +316,7 @@ class History:
         self.live: list[tuple[int, Any, float]] | None = None
         self.errors: tuple[ErrorSummary, ...] = ()
         self.in_flight: tuple[Flight, ...] = ()
-        self.exhausted = self.recovered = False
+        self.exhausted = self.recovered = self.own_veto = False
         self.reason = ""
         self.pause = 0.0
         self._attributes: Attributes | None = None

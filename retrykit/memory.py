@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from retrykit.call import Call, Flow, raising
+from retrykit.context import first_fence
 from retrykit.decision import count, decide
 from retrykit.errors import CommitInDoubtError, TerminatedRetryError
 from retrykit.history import MAX_ERRORS, ErrorSummary, Flight, History, StoredError
@@ -28,14 +29,23 @@ def recall(call: Call, *, again: bool = False) -> Flow:
         call.blind, call.fault = True, history
         yield Report("load", history)
         return
-    vetoed = context.veto_reason if again else None
+    mine = context._history
     call.version = None if stored is None else stored.version
     if history is not None:
         yield from _read(call, history)
     elif again:
         context._history = None
-    if vetoed:
-        context.veto(vetoed)
+    if mine is not None:
+        _keep_own(context._facts(), mine)
+
+
+def _keep_own(theirs: History, mine: History) -> None:
+    """What this call itself has said or seen, and nobody has stored: its veto, and the live exception behind a stored description."""
+    if mine.own_veto:
+        theirs.veto, theirs.own_veto = mine.veto, True
+    last = mine.last_error
+    if isinstance(last, BaseException) and not isinstance(last, StoredError) and theirs.last_error == StoredError.of(last):
+        theirs.last_error = last
 
 
 def history_of(stored: Any) -> History | Exception | None:
@@ -64,9 +74,17 @@ def _read(call: Call, history: History) -> Flow:
         return
     call.seen = True
     context._history = history
+    _forget_own_flights(call, history)
     for flight in history.in_flight:
         if state.redelivered is True or flight.until <= now or (yield Probe(flight.owner)):
             _crashed(history, flight, now)
+
+
+def _forget_own_flights(call: Call, history: History) -> None:
+    """A flight of this call that it does not know of was stored by a write that seemed to fail: it is no attempt of its own."""
+    own = (flight for flight in history.in_flight if flight.owner == call.owner and flight.fence != call.flight)
+    for flight in own:
+        history.land(flight.fence)
 
 
 def _crashed(history: History, flight: Flight, now: float) -> None:
@@ -92,9 +110,11 @@ def take_over(call: Call, stored: Any) -> bool:
         return False
     call.version = None if stored is None else stored.version
     context._history = history = theirs or History()
-    history.attributes.update(mine.attributes)
+    if mine.attributes:
+        history.attributes.update(mine.attributes)
     history.fence = max(history.fence, mine.fence)
-    history.veto = history.veto or mine.veto
+    _keep_own(history, mine)
+    _forget_own_flights(call, history)
     return theirs is not None
 
 
@@ -108,7 +128,7 @@ def reserve(call: Call) -> Flow:
         return True
     if state.journal == "never" or (state.journal == "redelivered" and state.redelivered is False):
         if context._history is not None:
-            context._history.fence += 1
+            context._history.fence += 1 if context._history.fence else 0
         return True
     return (yield from take_off(call, recovery=False))
 
@@ -119,7 +139,7 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
     now = yield NOW
     history = context._facts()
     _begun(call, history)
-    history.fence += 1
+    history.fence = max(history.fence + 1, first_fence(now))
     history.in_flight = (*history.in_flight, Flight(history.fence, call.owner, now, now + call.plan.lease, recovery))
     saved = yield Save(call.key or "", context.snapshot(), call.version)
     if saved is None:
@@ -129,7 +149,7 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
         history.land(history.fence)
         yield Report("journal", saved)
         return True
-    call.flight, call.version, call.seen = history.fence, saved, True
+    call.flight, call.version, call.seen, history.own_veto = history.fence, saved, True, False
     return True
 
 
@@ -142,6 +162,8 @@ def withdraw(call: Call) -> Flow:
     """The reserved attempt will not report: it never was one."""
     context = call.context
     flight, call.flight = call.flight, None
+    if flight is None:
+        yield from keep_veto(call)
     while flight is not None:
         history = context._facts()
         history.land(flight)
@@ -180,6 +202,7 @@ def store_failure(call: Call, error: Exception) -> Flow:
         decision = decide(call)
         history.not_before = now + decision.delay if decision.retry and decision.delay > 0 else None
         history.exhausted, history.reason = not decision.retry, decision.reason
+        history.fence = history.fence or first_fence(now)
         if (yield from _try_to_store(call, error)):
             call.flight = None
             return decision
@@ -198,14 +221,16 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
         yield from _not_stored(call, error, saved)
         return True
     if saved is not None:
-        call.version, call.seen = saved, True
+        call.version, call.seen, context._facts().own_veto = saved, True, False
         return True
     stored = yield Load(key)
     theirs = history_of(stored)
     if isinstance(theirs, Exception):
         yield from _not_stored(call, error, theirs)
         return True
-    take_over(call, stored)
+    if not take_over(call, stored):
+        # Settled, forgotten or evicted meanwhile: nobody can have counted this attempt.
+        call.flight = None
     return False
 
 
@@ -215,21 +240,21 @@ def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
     yield Report("store", fault)
 
 
-def save_veto(call: Call) -> Flow:
-    """Store a veto that came after the failure was stored."""
+def keep_veto(call: Call) -> Flow:
+    """Store a veto that was spoken in this call, when nothing else is going to be stored."""
     context, key = call.context, call.key or ""
-    reason = context.veto_reason
-    while not call.blind:
+    while not call.blind and context._history is not None and context._history.own_veto:
         saved = yield Save(key, context.snapshot(), call.version)
+        if saved is None:
+            saved = yield Load(key)
+            if not isinstance(saved, Exception):
+                take_over(call, saved)
+                continue
+        context._facts().own_veto = False
         if isinstance(saved, Exception):
             yield Report("veto", saved)
-            return
-        if saved is not None:
+        else:
             call.version = saved
-            return
-        if not take_over(call, (yield Load(key))):
-            return
-        context._facts().veto = reason
 
 
 # -- settling

@@ -1,12 +1,29 @@
-"""Who makes an attempt: the name of this process, and whether the process behind a name can still be there.
+"""Who makes an attempt: the name of a call in this process, and whether the call behind a name can still be running.
 
-A name is `host/boot/namespace/pid/start`: boot and start time tell a process from a later one that got its number.
+A name is `host/boot/namespace/pid/start/call`: boot and start time tell a process from a later one that got its number.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import os
+
+
+_numbers = itertools.count(1)
+_running: set[int] = set()
+
+
+def begin() -> str:
+    """The name of a call that begins in this process; `end` must be told when it is over."""
+    number = next(_numbers)
+    _running.add(number)
+    return f"{this_process()}/{number}"
+
+
+def end(owner: str) -> None:
+    """The call is over: what still names it has been forgotten."""
+    _running.discard(int(owner.rpartition("/")[2]))
 
 
 def this_process() -> str:
@@ -49,8 +66,11 @@ def _start_of(pid: int) -> str:
 
 
 def is_gone(owner: str) -> bool:
-    """Whether the owner is certainly no more: False also when nobody here can know."""
-    machine, pid, start = [*owner.rsplit("/", 2), "", ""][:3]
+    """Whether the call is certainly no longer running: False also when nobody here can know."""
+    process, _, number = owner.rpartition("/")
+    if process == this_process():
+        return not number.isdigit() or int(number) not in _running
+    machine, pid, start = (process.rsplit("/", 2) + ["", ""])[:3]
     if machine != _machine() or not pid.isdigit() or not start:
         return False
     return _start_of(int(pid)) != start

@@ -261,11 +261,12 @@ def _named(function: Any) -> str:
 class Branch:
     """A context as one branch of a composed policy sees it: with that branch's own count and beginning."""
 
-    __slots__ = ("_context", "_extra", "branch", "counted")
+    __slots__ = ("_context", "_extra", "branch", "counted", "paid")
 
-    def __init__(self, context: Any, branch: str, *, counted: bool = False, extra: int = 0) -> None:
+    def __init__(self, context: Any, branch: str, *, counted: bool = False, extra: int = 0, paid: bool = False) -> None:
         self._context = context
         self._extra = extra
+        self.paid = paid or getattr(context, "paid", False)
         self.branch = branch
         self.counted = counted
 

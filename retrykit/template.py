@@ -23,7 +23,7 @@ from retrykit.driver import Driver, async_drive, drive
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
-from retrykit.owner import this_process
+from retrykit.owner import begin
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, every, is_policy
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ class _Template:
         try:
             return self.clock.monotonic()
         except Exception:  # noqa: BLE001 - a clock's fault changes no outcome; the driver reports it at the next reading
-            return 0.0
+            return monotonic()
 
     def context(self, state: RetryState | None = None) -> RetryContext:
         """A new context for a call of this template."""
@@ -144,7 +144,7 @@ class _Template:
         state = context._state
         if state is not None and state.key is not None:
             driver.key = in_namespace(self._space, state.key)
-            driver.owner = this_process()
+            driver.owner = begin()
         return driver
 
 
