@@ -290,7 +290,7 @@ class Watcher:
         elif what == "vetoes":
             self.vetoes.add("theirs")
         else:
-            self.low = self.high = 0
+            self.low = self.high = self.item.fence = 0
             self.item.uncounted += self.item.ran
             self.item.recovered = False
             self.item.veto = None
