@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import attrs
@@ -49,9 +48,14 @@ class Effect(_Table):
 
 @attrs.frozen
 class Ledger:
-    """The tables of the demo in one database."""
+    """The tables of the demo in one database; `sessions.begin` gives a session in a transaction."""
 
     engine: Engine
+    sessions: sessionmaker[Session] = attrs.field(init=False, repr=False)
+
+    @sessions.default
+    def _sessions(self) -> sessionmaker[Session]:
+        return sessionmaker(self.engine)
 
     @classmethod
     def at(cls, url: str) -> Ledger:
@@ -66,7 +70,7 @@ class Ledger:
         try:
             create_tables(self.engine)
             _Table.metadata.create_all(self.engine)
-            with self.transaction() as session:
+            with self.sessions.begin() as session:
                 if session.get(Account, _ACCOUNT) is None:
                     session.add(Account(id=_ACCOUNT))
         except DBAPIError as error:
@@ -74,10 +78,6 @@ class Ledger:
         except ContextCacheError as error:
             return f"{self.engine.url.render_as_string()}: {error}"
         return None
-
-    def transaction(self) -> AbstractContextManager[Session]:
-        """A session in a transaction that commits at the end."""
-        return sessionmaker(self.engine).begin()
 
     def effects(self, run: str) -> dict[str, list[str]]:
         """The digests of the bodies by message: one each, if every effect happened once."""

@@ -86,6 +86,7 @@ def carry_out(watch: Watch, supervisor: Supervisor) -> Report:
         publish(watch.job, watch.settings.plan)
         watch.until_done(supervisor)
     watch.news()
+    watch.display.update(watch.progress)
     facts = watch.facts(left_in_queue=watch.queue.left())
     return report(facts, process_deaths=watch.progress.deaths, seconds=time.monotonic() - started)
 

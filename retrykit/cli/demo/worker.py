@@ -141,7 +141,11 @@ def consumer(job: Job, recover: Recoverer = park_in_transaction) -> ListenerCont
         remember_completed=REMEMBERED,
     )
     return ListenerContainer(
-        StompBroker(job.broker), Handler(job, log), template=template, transaction=ledger.transaction, recover=recover
+        StompBroker(job.broker),
+        Handler(job, log),
+        template=template,
+        transaction=ledger.sessions.begin,
+        recover=recover,
     )
 
 
