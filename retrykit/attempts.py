@@ -17,11 +17,17 @@ class _Block:
     """One call in block style: the flow, the step that it stands at, and what came of the block."""
 
     def __init__(self, driver: Driver) -> None:
+        self.ended = True
         self.driver = driver
         self.flow = run(driver)
         self.step: Any = self.flow.send(None)
         self.entered = True
         self.token: Any = None
+        self.ended = False
+
+    def __del__(self) -> None:
+        # The loop was left between two attempts.
+        self.over()
 
     def due(self) -> bool:
         """Whether another attempt is to be made now; raises the outcome if it is one of ours."""
@@ -31,16 +37,22 @@ class _Block:
                 raise RetryError(msg)
             self.entered = False
             return True
-        outcome = self.step
         self.over()
-        if type(outcome) is Raise:
-            raise outcome.error
+        # Tracebacks keep the frames of loops: nothing that leads back to an exception may stay in them.
+        outcome, self.step = self.step, RETURN
+        try:
+            if type(outcome) is Raise:
+                raise outcome.error
+        finally:
+            del outcome
         return False
 
     def over(self) -> None:
         """The call is over."""
-        self.flow.close()
-        self.driver.done()
+        if not self.ended:
+            self.ended = True
+            self.flow.close()
+            self.driver.done()
 
     def enter(self) -> RetryContext:
         """The block begins."""
@@ -53,9 +65,14 @@ class _Block:
         _bound.reset(self.token)
         return (error, self.driver.now()) if isinstance(error, Exception) else None
 
-    def ended_with(self, error: BaseException) -> bool:
-        """Whether the error that the block raised is the outcome: then it goes on its way by itself."""
-        return type(self.step) is Raise and self.step.error is error
+    def swallows(self, error: BaseException | None) -> bool:
+        """What the `with` answers when the flow has gone on: an error that is the outcome goes on its way by itself."""
+        passes = type(self.step) is Raise and self.step.error is error
+        if passes or self.step in (RETURN, ANSWER_NOTHING):
+            # Now, not when the loop asks for another attempt: it is left by the error, or may be by a `break`.
+            self.step = RETURN
+            self.over()
+        return error is not None and not passes
 
 
 def _is_resting(step: Any) -> bool:
@@ -82,10 +99,7 @@ class Attempt:
             block.over()
             return False
         _advance(block, answer)
-        if error is None or not block.ended_with(error):
-            return error is not None
-        block.over()
-        return False
+        return block.swallows(error)
 
 
 def _advance(block: _Block, answer: Any) -> None:
@@ -125,10 +139,7 @@ class AsyncAttempt:
             block.over()
             return False
         await _async_advance(block, answer)
-        if error is None or not block.ended_with(error):
-            return error is not None
-        block.over()
-        return False
+        return block.swallows(error)
 
 
 async def _async_advance(block: _Block, answer: Any) -> None:
@@ -137,12 +148,29 @@ async def _async_advance(block: _Block, answer: Any) -> None:
         block.step = block.flow.send(await _async_perform(block.driver, block.step))
 
 
-async def async_attempts(driver: Driver) -> AsyncIterator[AsyncAttempt]:
+def async_attempts(driver: Driver) -> AsyncIterator[AsyncAttempt]:
     """The attempts of a call, each to be entered."""
-    block = _Block(driver)
-    while True:
+    return _AsyncAttempts(driver)
+
+
+class _AsyncAttempts:
+    """No generator: every loop whose last failure goes on is left in the middle, and asynchronous generators that are left
+    must be closed by somebody.
+    """
+
+    def __init__(self, driver: Driver) -> None:
+        self._driver = driver
+        self._block: _Block | None = None
+
+    def __aiter__(self) -> _AsyncAttempts:
+        return self
+
+    async def __anext__(self) -> AsyncAttempt:
+        if self._block is None:
+            self._block = _Block(self._driver)
+        block = self._block
         while block.step is not ATTEMPT and (type(block.step) is Pause or not _is_resting(block.step)):
-            await _async_advance(block, await _async_perform(driver, block.step))
+            await _async_advance(block, await _async_perform(self._driver, block.step))
         if not block.due():
-            return
-        yield AsyncAttempt(block)
+            raise StopAsyncIteration
+        return AsyncAttempt(block)

@@ -7,12 +7,12 @@ first, jitter after it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import timedelta
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
 from retrykit.check import (
+    is_timedelta,
     Seconds,
     as_seconds,
     at_least,
@@ -24,6 +24,10 @@ from retrykit.check import (
     wrong_type,
     wrong_value,
 )
+from retrykit.value import Value
+
+if TYPE_CHECKING:
+    from datetime import timedelta
 
 JITTERS: Final = ("full", "equal", "decorrelated")
 Jitter = Literal["full", "equal", "decorrelated"] | float | None
@@ -50,8 +54,8 @@ def chance(seed: int | None, context: Any) -> float:
     return random.Random(f"{seed}|{context.name}|{context.key!r}|{context.retry_count}").random()
 
 
-@attrs.frozen
-class NoBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class NoBackOffPolicy(Value):
     """The next attempt follows at once."""
 
     def delay(self, context: Any) -> float:
@@ -59,8 +63,8 @@ class NoBackOffPolicy:
         return 0.0
 
 
-@attrs.frozen
-class FixedBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class FixedBackOffPolicy(Value):
     """Always the same interval (seconds, default 1)."""
 
     interval: float = attrs.field(default=1.0, converter=as_seconds, validator=at_least(0))
@@ -70,8 +74,8 @@ class FixedBackOffPolicy:
         return self.interval
 
 
-@attrs.frozen
-class UniformRandomBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class UniformRandomBackOffPolicy(Value):
     """An interval drawn evenly between two bounds (seconds, default 0.5 to 1.5)."""
 
     min_interval: float = attrs.field(default=0.5, converter=as_seconds, validator=at_least(0))
@@ -97,8 +101,8 @@ def _check_jitter(_instance: Any, field: Any, value: Any) -> None:
         raise wrong_value(field.name, wanted, value)
 
 
-@attrs.frozen
-class ExponentialBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class ExponentialBackOffPolicy(Value):
     """`initial`, `initial * multiplier`, … seconds, never more than `max_interval`.
 
     The defaults are Spring's: 0.1, 2, 30, no jitter.
@@ -144,8 +148,8 @@ def _schedule(value: Iterable[Seconds]) -> tuple[float, ...]:
     return tuple(seconds("schedule", interval) for interval in value)
 
 
-@attrs.frozen
-class ScheduleBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class ScheduleBackOffPolicy(Value):
     """Given intervals, one after the other; the last one repeats. The default is 1, 2, 3, 5, 8 … 55 seconds."""
 
     schedule: tuple[float, ...] = attrs.field(default=(1, 2, 3, 5, 8, 13, 21, 34, 55), converter=_schedule)
@@ -170,11 +174,12 @@ def retry_after(error: BaseException) -> float | timedelta | None:
         hint = headers.get("Retry-After")
     if isinstance(hint, str):
         return float(hint) if hint.strip().isdigit() else None
-    return hint if isinstance(hint, int | float | timedelta) and not isinstance(hint, bool) else None
+    is_number = isinstance(hint, int | float) and not isinstance(hint, bool)
+    return hint if is_number or is_timedelta(hint) else None
 
 
-@attrs.frozen
-class ErrorHintBackOffPolicy:
+@attrs.frozen(eq=False, repr=False)
+class ErrorHintBackOffPolicy(Value):
     """The failure itself says how long to wait (`Retry-After`, a throttling error); without a hint the `fallback` does.
 
     `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none. Never more than
@@ -189,7 +194,7 @@ class ErrorHintBackOffPolicy:
         """The hint, bounded; else the fallback's."""
         error = context.last_error
         hinted = None if error is None else self.hint(error)
-        wanted = hinted.total_seconds() if isinstance(hinted, timedelta) else hinted
-        if wanted is None or not 0 <= wanted < float("inf"):
+        if hinted is None:
             return self.fallback.delay(context)
-        return min(float(wanted), self.max_interval)
+        wanted = hinted if isinstance(hinted, int | float) else hinted.total_seconds()
+        return min(float(wanted), self.max_interval) if 0 <= wanted < float("inf") else self.fallback.delay(context)

@@ -16,6 +16,7 @@ import attrs
 
 from retrykit.check import as_seconds, more_than, whole, wrong_value
 from retrykit.policy import RetryDecision, RetryPolicy, SimpleRetryPolicy, is_policy, tallies_of
+from retrykit.value import Value
 
 MAX_CALLS: Final = 1_000
 """So many calls of the window are remembered at most."""
@@ -29,8 +30,8 @@ def _check_rate(_instance: Any, field: Any, value: Any) -> None:
         raise wrong_value(field.name, "a share of calls, more than 0 and at most 1", value)
 
 
-@attrs.frozen
-class CircuitBreakerRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class CircuitBreakerRetryPolicy(Value):
     """A policy behind a circuit breaker: every attempt is a call through it.
 
     It opens when, within the last `open_timeout` seconds, `failure_threshold` calls failed and (if `failure_rate` is

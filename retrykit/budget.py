@@ -13,6 +13,7 @@ import attrs
 
 from retrykit.check import at_least, more_than, wrong_type
 from retrykit.policy import RetryDecision
+from retrykit.value import Value
 
 
 @attrs.define(eq=False, slots=False)
@@ -58,8 +59,8 @@ def _check_budget(_instance: Any, field: Any, value: Any) -> None:
         raise wrong_type(field.name, "a RetryBudget", value)
 
 
-@attrs.frozen
-class BudgetRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class BudgetRetryPolicy(Value):
     """Retry while the shared budget has a token.
 
     It sets no other limit: combine it with one in a `CompositeRetryPolicy`.

@@ -18,12 +18,13 @@ import attrs
 from retrykit.check import as_seconds_or_none, has, more_than, one_of, whole
 from retrykit.errors import CacheCapacityError
 from retrykit.key import canonical_key
+from retrykit.value import Value
 
 __all__ = ["JoinableContextCache", "MapRetryContextCache", "RetryContextCache", "StoredContext", "canonical_key"]
 
 
-@attrs.frozen
-class StoredContext:
+@attrs.frozen(eq=False, repr=False)
+class StoredContext(Value):
     """A snapshot and the version it was stored as."""
 
     snapshot: Mapping[str, Any]

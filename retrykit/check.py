@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
-from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard, Union
+
+if TYPE_CHECKING:
+    from datetime import timedelta
 
 Validator = Callable[[Any, Any, Any], None]
-Seconds = float | timedelta
+Seconds = Union[float, "timedelta"]
 
 
 def shown(value: object) -> str:
@@ -32,13 +35,19 @@ def wrong_value(name: str, wanted: str, value: object) -> ValueError:
 
 def seconds(name: str, value: object) -> float:
     """A duration in seconds from a number or a timedelta; finite."""
-    if isinstance(value, timedelta):
+    if is_timedelta(value):
         return value.total_seconds()
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(name, "seconds (int, float) or a timedelta", value)
     if not is_finite(value):
         raise wrong_value(name, "finite", value)
     return float(value)
+
+
+def is_timedelta(value: object) -> TypeGuard[timedelta]:
+    """Whether the value is a timedelta. There is none before somebody has imported datetime, which costs more than this whole module."""
+    datetime = sys.modules.get("datetime")
+    return datetime is not None and isinstance(value, datetime.timedelta)
 
 
 def is_finite(number: float) -> bool:
@@ -51,7 +60,7 @@ def is_finite(number: float) -> bool:
 
 def as_seconds(value: Seconds) -> float:
     """An attrs converter: a duration becomes a float; what is none is left to the validator, which knows the field."""
-    if isinstance(value, timedelta):
+    if is_timedelta(value):
         return value.total_seconds()
     return float(value) if type(value) is int and is_finite(value) else value
 

@@ -7,6 +7,7 @@ import time
 from typing import Protocol, runtime_checkable
 
 import attrs
+from retrykit.value import Value
 
 
 @runtime_checkable
@@ -26,8 +27,8 @@ class Clock(Protocol):
         """Spend a pause without blocking the event loop."""
 
 
-@attrs.frozen
-class SystemClock:
+@attrs.frozen(eq=False, repr=False)
+class SystemClock(Value):
     """The machine's own clock; `async_sleep` works on asyncio and on trio."""
 
     def time(self) -> float:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import attrs
@@ -23,8 +22,11 @@ from retrykit.clock import SYSTEM_CLOCK
 from retrykit.errors import RetryError
 from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, Tally, fade, from_faded, summary
 from retrykit.key import Key, check_key, key_from_json, key_to_json
+from retrykit.value import Value
 
 if TYPE_CHECKING:
+    from datetime import datetime
+
     from retrykit.clock import Clock
     from retrykit.policy import RetryDecision
 
@@ -70,8 +72,8 @@ def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollba
 _JOURNALS: Final = ("redelivered", "always", "never")
 
 
-@attrs.frozen(kw_only=True, slots=False, init=False)
-class RetryState:
+@attrs.frozen(kw_only=True, slots=False, init=False, eq=False, repr=False)
+class RetryState(Value):
     """What makes a call stateful: which item it is about, and what its source says of it.
 
     `key` names the item across deliveries; None means that there is nothing to remember (each failure is still rethrown).
@@ -246,7 +248,7 @@ class RetryContext:
     def started_at(self) -> datetime:
         """When the first attempt of the item was begun."""
         started = self._facts().started_at
-        return _instant(self._wall_of(self._started) if started is None else started)
+        return instant(self._wall_of(self._started) if started is None else started)
 
     @property
     def first_failed_at(self) -> datetime | None:
@@ -254,7 +256,7 @@ class RetryContext:
         history = self._history
         if history is None or history.failures == 0:
             return None
-        return _instant(self._wall_of(self._first()) if history.first_failed_at is None else history.first_failed_at)
+        return instant(self._wall_of(self._first()) if history.first_failed_at is None else history.first_failed_at)
 
     @property
     def last_failed_at(self) -> datetime | None:
@@ -262,13 +264,13 @@ class RetryContext:
         history = self._history
         if history is None or history.failures == 0:
             return None
-        return _instant(self._wall_of(self._now) if history.last_failed_at is None else history.last_failed_at)
+        return instant(self._wall_of(self._now) if history.last_failed_at is None else history.last_failed_at)
 
     @property
     def not_before(self) -> datetime | None:
         """When the next attempt is due, if the back-off set a time."""
         history = self._history
-        return None if history is None or history.not_before is None else _instant(history.not_before)
+        return None if history is None or history.not_before is None else instant(history.not_before)
 
     @property
     def elapsed(self) -> float:
@@ -414,5 +416,8 @@ def first_fence(now: float) -> int:
     return max(1, int(now * 1_000_000))
 
 
-def _instant(seconds: float) -> datetime:
+def instant(seconds: float) -> datetime:
+    """Seconds since the epoch as an aware UTC datetime."""
+    from datetime import UTC, datetime  # noqa: PLC0415 - few ask for an instant, and importing it costs as much as all the rest
+
     return datetime.fromtimestamp(seconds, UTC)

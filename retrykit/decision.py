@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any
 
 import attrs
 
 from retrykit.call import Call, Failure
-from retrykit.context import RetryContext, RetryState
+from retrykit.context import RetryContext, RetryState, instant
 from retrykit.history import MAX_ERRORS, History, Tally
 from retrykit.policy import RetryDecision, tallies_of
 
@@ -45,8 +44,7 @@ def decide(call: Call) -> RetryDecision:
     if not decision.retry or delay <= 0:
         return decision
     context._facts().last_delay = delay
-    next_at = datetime.fromtimestamp(context._wall_of(context._now) + delay, UTC)
-    return attrs.evolve(decision, delay=delay, next_at=next_at)
+    return attrs.evolve(decision, delay=delay, next_at=instant(context._wall_of(context._now) + delay))
 
 
 def count(call: Call, history: History, error: Exception, at: float | None) -> None:

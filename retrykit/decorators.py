@@ -14,9 +14,9 @@ from typing import Any, Concatenate, Generic, ParamSpec, Protocol, Self, TypedDi
 
 import attrs
 
-from retrykit.backoff import BackOffPolicy, NoBackOffPolicy
+from retrykit.backoff import BackOffPolicy, NoBackOffPolicy, is_back_off
 from retrykit.breaker import CircuitBreakerRetryPolicy
-from retrykit.check import Seconds, error_types, is_callable, wrong_type
+from retrykit.check import Seconds, error_types, is_callable_or_none, one_of, wrong_type
 from retrykit.clock import Clock
 from retrykit.context import RetryContext, RetryState
 from retrykit.driver import Driver, async_drive, drive
@@ -174,11 +174,6 @@ class Decorator(Protocol):
         """Decorate it."""
 
 
-def _check_key(_instance: Any, field: Any, value: Any) -> None:
-    if value is not None:
-        is_callable(_instance, field, value)
-
-
 @attrs.frozen(kw_only=True)
 class _Options:
     """The options of a decorated function."""
@@ -186,7 +181,7 @@ class _Options:
     retry_for: Any = Exception
     no_retry_for: Any = ()
     max_attempts: int | None = 3
-    back_off: BackOffPolicy = attrs.field(factory=NoBackOffPolicy)
+    back_off: BackOffPolicy = attrs.field(factory=NoBackOffPolicy, validator=is_back_off)
     timeout: Any = None
     retry_policy: RetryPolicy | None = None
     template: RetryTemplate | AsyncRetryTemplate | None = None
@@ -194,10 +189,10 @@ class _Options:
     context_cache: Any = None
     listeners: Any = None
     clock: Any = None
-    key: Callable[..., Any] | None = attrs.field(default=None, validator=_check_key)
-    redelivered: Callable[..., bool | None] | None = attrs.field(default=None, validator=_check_key)
-    recover_on_redelivery: bool = True
-    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=_check_key)
+    key: Callable[..., Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    redelivered: Callable[..., bool | None] | None = attrs.field(default=None, validator=is_callable_or_none)
+    recover_on_redelivery: bool = attrs.field(default=True, validator=one_of(True, False))  # noqa: FBT003
+    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
 
 
 _OF_POLICY = ("retry_for", "no_retry_for", "max_attempts", "timeout")
@@ -239,10 +234,14 @@ def _given_template(function: Any, template: Any, given: dict[str, Any], *, awai
         raise wrong_type("template", "a RetryTemplate or AsyncRetryTemplate", template)
     _refuse(given, ("retry_policy", "back_off", *_OF_POLICY, *_OF_TEMPLATE), "template")
     if awaited:
-        return template if isinstance(template, AsyncRetryTemplate) else AsyncRetryTemplate(**template.__getstate__())
+        return template if isinstance(template, AsyncRetryTemplate) else AsyncRetryTemplate(**_fields_of(template))
     if isinstance(template, AsyncRetryTemplate):
         raise wrong_type("template", f"a RetryTemplate, because {function!r} is not a coroutine function", template)
     return template
+
+
+def _fields_of(template: RetryTemplate) -> dict[str, Any]:
+    return {field.name: getattr(template, field.name) for field in attrs.fields(RetryTemplate) if field.init}
 
 
 def _refuse(given: dict[str, Any], options: tuple[str, ...], instead: str) -> None:

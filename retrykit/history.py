@@ -12,6 +12,7 @@ from typing import Any, Final
 import attrs
 
 from retrykit.errors import CodecError
+from retrykit.value import Value
 
 FORMAT: Final = 1
 MAX_ERRORS: Final = 10

@@ -13,6 +13,7 @@ import attrs
 from retrykit.check import whole, wrong_type
 from retrykit.context import RetryContext
 from retrykit.policy import RetryDecision
+from retrykit.value import Value
 
 
 class RetryListener:
@@ -92,8 +93,8 @@ def _check_logger(_instance: Any, field: Any, value: Any) -> None:
         raise wrong_type(field.name, "a logging.Logger or None", value)
 
 
-@attrs.frozen
-class LoggingListener(RetryListener):
+@attrs.frozen(eq=False, repr=False)
+class LoggingListener(RetryListener, Value):
     """Logs each failed attempt with its decision, and each recovery: who, which attempt, what, and what follows.
 
     `logger`: a `logging.Logger`; None is the logger "retrykit". `level`: of failed attempts; an attempt after which

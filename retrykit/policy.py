@@ -7,17 +7,20 @@ and JSON-able, so that every policy works with every cache and in every process.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from datetime import datetime
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import attrs
 
 from retrykit.check import error_types, has, is_callable, more_than, one_of, to_seconds, whole, wrong_type, wrong_value
 from retrykit.history import StoredError, type_name
+from retrykit.value import Value
+
+if TYPE_CHECKING:
+    from datetime import datetime
 
 
-@attrs.frozen(slots=False)
-class RetryDecision:
+@attrs.frozen(slots=False, eq=False, repr=False)
+class RetryDecision(Value):
     """Will it be retried, when, and why (not)? Listeners, logs and operators all show this one object.
 
     `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made from.
@@ -94,8 +97,8 @@ def _types(name: str) -> Callable[[Any], tuple[type[Exception], ...]]:
     return lambda value: error_types(name, value)
 
 
-@attrs.frozen
-class SimpleRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class SimpleRetryPolicy(Value):
     """Up to `max_attempts` attempts, the first included, for the failures that are classified as retryable. Spring's default policy.
 
     `max_attempts=None`: no limit. The class nearest to the failure's own decides among `retry_for` and `no_retry_for`; `Exception` in
@@ -185,8 +188,8 @@ def _short(error: BaseException | None) -> str:
     return "no failure" if error is None else names_of(error)[0].rpartition(".")[2]
 
 
-@attrs.frozen
-class MaxAttemptsRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class MaxAttemptsRetryPolicy(Value):
     """Up to `max_attempts` attempts, the first included, whatever the failure. None: no limit."""
 
     max_attempts: int | None = attrs.field(default=3, validator=whole(1, optional=True))
@@ -199,8 +202,8 @@ class MaxAttemptsRetryPolicy:
         )
 
 
-@attrs.frozen
-class TimeoutRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class TimeoutRetryPolicy(Value):
     """Further attempts until `timeout` seconds have passed since the first began.
 
     It never sleeps past its deadline: when the pause would end after it, it gives up at once.
@@ -218,8 +221,8 @@ class TimeoutRetryPolicy:
         )
 
 
-@attrs.frozen
-class AlwaysRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class AlwaysRetryPolicy(Value):
     """Every failure is retried, without end: for transient failures that are known to pass, and for tests."""
 
     def decide(self, context: Any) -> RetryDecision:  # noqa: ARG002 - nothing about it matters
@@ -227,8 +230,8 @@ class AlwaysRetryPolicy:
         return RetryDecision(True, 0.0, "AlwaysRetryPolicy")
 
 
-@attrs.frozen
-class NeverRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class NeverRetryPolicy(Value):
     """The first attempt, and no other."""
 
     @property
@@ -241,8 +244,8 @@ class NeverRetryPolicy:
         return RetryDecision(context.retry_count == 0, 0.0, "NeverRetryPolicy")
 
 
-@attrs.frozen
-class PredicateRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class PredicateRetryPolicy(Value):
     """Retry while `predicate(error)` is true; after a restart it is given a `StoredError`."""
 
     predicate: Callable[[BaseException], object] = attrs.field(validator=is_callable)
@@ -293,8 +296,8 @@ def branch_of(context: Any) -> str:
     return getattr(context, "branch", "")
 
 
-@attrs.frozen
-class ExceptionClassifierRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class ExceptionClassifierRetryPolicy(Value):
     """Each failure is decided by the policy of the nearest of its classes, which counts only its own: "A up to 3, B up to 3".
 
     `policies` maps exception classes to policies; `default` decides what is not named (never, unless given).
@@ -354,8 +357,8 @@ class ExceptionClassifierRetryPolicy:
         return "default", policy
 
 
-@attrs.frozen
-class CompositeRetryPolicy:
+@attrs.frozen(eq=False, repr=False)
+class CompositeRetryPolicy(Value):
     """Several policies as one: all must agree (pessimistic, the default), or any of them (`optimistic=True`)."""
 
     policies: tuple[RetryPolicy, ...] = attrs.field(converter=lambda given: tuple(given) if isinstance(given, Iterable) else given)

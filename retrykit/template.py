@@ -25,6 +25,7 @@ from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
 from retrykit.owner import begin
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, every, is_policy
+from retrykit.value import Value
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -60,8 +61,8 @@ def _check_listeners(instance: Any, field: Any, listeners: Any) -> None:
         has(*LISTENER_METHODS)(instance, field, listener)
 
 
-@attrs.frozen(kw_only=True)
-class _Template:
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class _Template(Value):
     """What both templates are made of."""
 
     name: str = attrs.field(default="retry", validator=_check_name)
@@ -166,7 +167,6 @@ def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) ->
         raise wrong_type("state", "a RetryState or None", state)
 
 
-@attrs.frozen(kw_only=True)
 class RetryTemplate(_Template):
     """Executes operations that may fail, again and again as its policies say, with a memory that survives the roll-back.
 
@@ -179,6 +179,8 @@ class RetryTemplate(_Template):
 
     Immutable: `attrs.evolve(template, name="other")` makes the variant. Thread-safe. A pickled template leaves histories in memory behind.
     """
+
+    __slots__ = ()
 
     def execute(
         self,
@@ -260,13 +262,14 @@ class RetryTemplate(_Template):
             saved = self.context_cache.save(text, snapshot, None if stored is None else stored.version)
 
 
-@attrs.frozen(kw_only=True)
 class AsyncRetryTemplate(_Template):
     """`RetryTemplate` for coroutines, on asyncio and trio: the same fields, the same `execute`, awaited.
 
     Callbacks and recoveries may be coroutine functions or plain ones, transactions async or plain context managers; caches and listeners
     may be asynchronous too.
     """
+
+    __slots__ = ()
 
     async def execute(
         self,
