@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 
-from tests.property.world import LEASE, Script
+from tests.property.world import ELSEWHERE, Script
 
 RECOVERIES = 3
 
@@ -20,6 +20,7 @@ class Item:
     fatal: bool = False
     veto: str | None = None
     due: float | None = None
+    delay: float | None = None
     done_until: float | None = None
     flights: tuple[tuple[str, float, bool], ...] = ()
     known: bool = False
@@ -63,7 +64,8 @@ class Prediction:
                 return self._as_before(stored, "in flight")
             if refused:
                 return self._recover(stored)
-            if (item.due or 0) > self.now and (ending := self._pause(item.due - self.now)):
+            # A clock that was set back makes no pause longer than it was meant to be.
+            if (item.due or 0) > self.now and (ending := self._pause(min(item.due - self.now, item.delay or item.due))):
                 return self._as_before(stored, ending)
             item.known = self.tried = True
             result = self._one("attempt", "works")
@@ -73,6 +75,7 @@ class Prediction:
             retry = not self._refused()
             seconds = self.delay(item.failures)
             item.due = self.now + seconds if retry and seconds else None
+            item.delay = seconds if retry and seconds else item.delay
             if not self.script.in_place and (retry or not self.script.recover_now):
                 return "user"
             if not retry:
@@ -177,7 +180,7 @@ class Watcher:
         self.open = 0
         self.opened = self.closed = 0
         self.confirmed = False
-        self.recovering = self.cancelled = self.blind = False
+        self.recovering = self.cancelled = self.blind = self.completed = False
         self.ran = 0
         self.vetoes: set[str] = set()
         self.events: list[Any] = []
@@ -231,6 +234,7 @@ class Watcher:
         self.item.recovered = True
 
     def _called(self) -> None:
+        assert self.blind or not self.completed, "something was called after somebody else had completed the item"
         assert not self.cancelled, "P9: something was called after the cancellation"
         assert self.open == self.script.transactional
         self.confirmed = False
@@ -267,7 +271,9 @@ class Watcher:
         if "completed_at" in snapshot:
             assert self.confirmed, "P2: a completion mark before the outcome was sure"
             return
-        if "completed_at" not in old:
+        if "completed_at" in old:
+            assert not self.completed, "a completion mark was overwritten"
+        else:
             assert snapshot["retry_count"] >= old.get("retry_count", 0), "a stored failure was forgotten"
             assert old.get("veto") is None or snapshot.get("veto") is not None, "P4: a veto was erased"
         assert snapshot.get("fence", 0) >= old.get("fence", 0), "the fence went back"
@@ -289,6 +295,8 @@ class Watcher:
             self.item.uncounted += 1
         elif what == "vetoes":
             self.vetoes.add("theirs")
+        elif what == "completes":
+            self.completed = True
         else:
             self.low = self.high = self.item.fence = 0
             self.item.uncounted += self.item.ran
@@ -309,6 +317,8 @@ class Watcher:
         self.item.uncounted += max(0, self.ran - max(0, self.low - self.item.failures))
         if stored is None or "completed_at" in stored.snapshot:
             return
+        if certain and self.vetoes:
+            assert stored.snapshot.get("veto") in self.vetoes, "P4: a veto was not stored"
         assert self.low <= stored.snapshot["retry_count"] <= self.high, "the count is not what happened"
 
 
@@ -317,10 +327,9 @@ def is_noted(error: Exception) -> bool:
     return any("was not stored" in note for note in getattr(error, "__notes__", ()))
 
 
-def flights_of(snapshot: Any, here: str, dead: str) -> tuple[tuple[str, float, bool], ...]:
-    """The attempts that the store believes to be running."""
-    whose = {here: "here", dead: "dead"}
-    return tuple((whose.get(f["owner"], "elsewhere"), f["until"], f.get("recovery", False)) for f in snapshot.get("in_flight", ()))
-
-
-__all__ = ["LEASE", "Item", "Prediction", "Watcher", "flights_of", "is_noted"]
+def flights_of(snapshot: Any) -> tuple[tuple[str, float, bool], ...]:
+    """The attempts that the store believes to be running; those of calls that are over can be known to be so."""
+    return tuple(
+        ("elsewhere" if flight["owner"] == ELSEWHERE else "dead", flight["until"], flight.get("recovery", False))
+        for flight in snapshot.get("in_flight", ())
+    )

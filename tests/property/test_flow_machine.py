@@ -26,9 +26,8 @@ from retrykit import (
 )
 from retrykit.cache import canonical_key
 from retrykit.errors import AttemptsInFlightError, CommitInDoubtError
-from retrykit.owner import this_process
 from tests.property.model import Item, Prediction, Watcher, flights_of
-from tests.property.world import ELSEWHERE, Failed, Fatal, Script, World, dead_owner
+from tests.property.world import ELSEWHERE, Failed, Fatal, Script, World, dead_owner, renamed
 
 NAMES = ("orders", "orders.eu")
 KEYS = ("m-1", 7)
@@ -46,10 +45,10 @@ harmless_faults = st.dictionaries(
     max_size=3,
 )
 store_faults = st.dictionaries(
-    st.tuples(st.sampled_from(("load", "save", "save", "remove")), st.integers(0, 4)),
-    st.sampled_from(("raises", "raises", "raises when it is done", "fails", "vetoes", "settles")),
+    st.tuples(st.sampled_from(("save", "save", "remove")), st.integers(0, 4)),
+    st.sampled_from(("raises", "raises", "raises when it is done", "fails", "vetoes", "settles", "completes")),
     max_size=3,
-)
+) | st.dictionaries(st.tuples(st.sampled_from(("load", "save", "remove")), st.integers(0, 4)), st.just("raises"), max_size=3)
 deaths = st.dictionaries(st.tuples(st.just("death"), st.integers(0, 14)), st.sampled_from(("here", "elsewhere")), min_size=1, max_size=1)
 listener_vetoes = st.dictionaries(st.tuples(st.sampled_from(("open", "on_error")), st.integers(0, 2)), st.just("vetoes"), max_size=1)
 
@@ -214,17 +213,16 @@ class Machine:
         item.done_until = None
         item.failures = history["retry_count"]
         item.veto = history.get("veto")
-        item.due = history.get("not_before")
+        item.due, item.delay = history.get("not_before"), history.get("last_delay")
         item.fatal = history.get("last_error", {}).get("type", "").endswith(".Fatal")
-        item.flights = flights_of(history, this_process(), dead_owner())
+        item.flights = flights_of(history)
 
     def bury(self, where: str) -> None:
         """The process that died was another one than ours: on this machine, or elsewhere."""
         owner = dead_owner() if where == "here" else ELSEWHERE
         real = self.world.store.real
         for key, stored in real.items():
-            text = json.dumps(stored.snapshot).replace(json.dumps(this_process()), json.dumps(owner))
-            real.save(key, json.loads(text), stored.version)
+            real.save(key, json.loads(renamed(json.dumps(stored.snapshot), owner)), stored.version)
 
     # -- what else happens in the world
 

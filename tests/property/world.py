@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -32,8 +33,13 @@ ELSEWHERE = "elsewhere/boot/pid:[1]/7/7"
 
 
 def dead_owner() -> str:
-    """A process of this machine that is gone: its number was given to another one."""
-    return this_process() + "0"
+    """A call in a process of this machine that is gone: its number was given to another one."""
+    return f"{this_process()}0/1"
+
+
+def renamed(text: str, owner: str) -> str:
+    """The text with every call of this process called `owner`."""
+    return re.sub(rf"{re.escape(this_process())}/\d+", lambda _: owner, text)
 
 
 class Failed(Exception):
@@ -379,7 +385,7 @@ class World:
 
     def note(self, event: str, *facts: Any) -> None:
         """Write down what belongs to the event before it: nothing can come between."""
-        self.trace.append(f"{event} {facts!r}")
+        self.trace.append(renamed(f"{event} {facts!r}", "here"))
         try:
             self.watch(event, *facts)
         except AssertionError as error:
@@ -418,7 +424,7 @@ class World:
         found = self.store.real.load(key)
         snapshot = {"format": 1, "name": self.script.name, "key": self.script.key, "retry_count": 0} if found is None else dict(found.snapshot)
         version = None if found is None else found.version
-        if "completed_at" in snapshot or (found is None and what == "settles"):
+        if "completed_at" in snapshot or (found is None and what == "settles") or (self.remember is None and what == "completes"):
             return
         match what:
             case "fails":
@@ -426,6 +432,9 @@ class World:
                 snapshot["last_error"] = {"type": "other.Error", "message": "theirs", "classes": ["other.Error"]}
             case "vetoes":
                 snapshot["veto"] = "theirs"
+            case "completes":
+                now = self.clock.passed + self.clock.offset
+                snapshot = {**snapshot, "in_flight": [], "completed_at": now, "expires_at": now + (self.remember or 0)}
             case "settles":
                 self.store.real.remove(key)
                 self.note("others", what)
@@ -503,7 +512,9 @@ class World:
         self.turns, self.failures, self.recovering, self.dead, self.cancelled, self.stop = {}, [], False, False, None, None
         assert current_context() is None
         outcome = _RUNNERS[script.runner](self, self._call(script))
-        assert current_context() is None
+        assert current_context() is None, "P10: a context was left bound"
+        if self.dead:
+            outcome = ("died", None)
         self.faults, self.dead = {}, False
         self.trace.append(f"outcome {outcome!r}")
         if self.violation is not None:
