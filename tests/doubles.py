@@ -1,6 +1,8 @@
-"""Stand-ins that several tests use: a clock that waits for nobody, ears that remember, stores and functions that fail on order."""
+"""Stand-ins that several tests use: a clock that waits for nobody, ears that remember, stores that fail on order."""
 
 from __future__ import annotations
+
+import pickle
 
 from retrykit import MapRetryContextCache, RetryListener
 
@@ -125,7 +127,7 @@ class AsyncCache:
 
 
 class Fails:
-    """A callback that raises the given errors in turn, then returns `value`; it remembers the contexts it was given."""
+    """A callback that raises the given errors in turn, then returns `value`; it remembers its contexts."""
 
     def __init__(self, *errors, value="done"):
         self.errors = list(errors)
@@ -146,7 +148,7 @@ class Fails:
 
 
 class Transaction:
-    """A transaction that writes down what happens to it: `Transaction(log)` is what a template's `transaction=` can be."""
+    """A transaction that writes down what happens to it; an instance can be a template's `transaction`."""
 
     def __init__(self, log, begin=None, commit=None, rollback=None):
         self.log = log
@@ -179,3 +181,8 @@ class AsyncTransaction(Transaction):
 
     async def __aexit__(self, kind, error, trace):
         return Transaction.__dict__["__exit__"](self, kind, error, trace)
+
+
+def pickled(value):
+    """The value after it has been pickled and unpickled."""
+    return pickle.loads(pickle.dumps(value))  # noqa: S301 - of our own making

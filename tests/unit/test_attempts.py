@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import gc
 import logging
 
 import pytest
@@ -144,7 +146,8 @@ def test_a_break_and_a_return_leave_quietly(way):
     def leave(template):
         for attempt in template.attempts():
             with attempt:
-                return log.append("returned")
+                log.append("returned")
+                return
 
     leave(RetryTemplate())
     for attempt in RetryTemplate().attempts():
@@ -271,5 +274,39 @@ def test_a_store_that_fails_changes_no_outcome(way, caplog):
 @pytest.mark.parametrize(("argument", "value"), [("state", "m-1"), ("transaction", 3)])
 def test_a_bad_argument_is_refused_before_the_loop(argument, value):
     for template in (RetryTemplate(), AsyncRetryTemplate()):
-        with pytest.raises(TypeError, match=f"^{argument}: must be"):
+        with pytest.raises(TypeError, match=rf"^{argument}: must be"):
             template.attempts(**{argument: value})
+
+
+def test_a_loop_that_is_left_early_is_over():
+    ears, body = Ears(), Body()
+    for attempt in RetryTemplate(listeners=[ears]).attempts():
+        with attempt as context:
+            body(context)
+        break
+    assert [event[0] for event in ears.log] == ["open", "on_success", "close"]
+    assert body.contexts[0].closed
+    failing = Body(ERROR)
+    for attempt in RetryTemplate().attempts():
+        with attempt as context:
+            failing(context)
+        break
+    del attempt
+    assert failing.contexts[0].closed
+
+
+@pytest.mark.parametrize("failures", [0, 1, 3])
+def test_a_loop_leaves_no_garbage(failures):
+    def loop(template):
+        with contextlib.suppress(ValueError):
+            Sync.loop(template, Body(*[ValueError(str(n)) for n in range(failures)]))
+
+    template = RetryTemplate()
+    loop(template)
+    gc.collect()
+    gc.disable()
+    try:
+        loop(template)
+        assert gc.collect() == 0
+    finally:
+        gc.enable()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -21,6 +20,7 @@ from retrykit import (
     UniformRandomBackOffPolicy,
 )
 from retrykit.backoff import retry_after
+from tests.doubles import pickled
 
 KINDS = [
     NoBackOffPolicy(),
@@ -33,7 +33,7 @@ KINDS = [
 JITTERS = [None, "full", "equal", "decorrelated", 0, 0.25, 1.0]
 
 
-def after(failures, error=None, last_delay=None, name="orders", key="m-1"):
+def after(failures, error=None, *, last_delay=None, name="orders", key="m-1"):
     return SimpleNamespace(retry_count=failures, last_error=error, last_delay=last_delay, name=name, key=key)
 
 
@@ -46,7 +46,7 @@ def test_every_kind_is_a_value(policy):
     assert isinstance(policy, BackOffPolicy)
     assert policy == attrs.evolve(policy)
     assert hash(policy) == hash(attrs.evolve(policy))
-    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert pickled(policy) == policy
     assert repr(policy).startswith(type(policy).__name__ + "(")
     assert len(repr(policy)) < 250
 
@@ -69,7 +69,7 @@ def test_a_random_interval_lies_between_its_bounds(low, width, failure):
 
 
 def test_the_upper_bound_is_not_below_the_lower_one():
-    with pytest.raises(ValueError, match="max_interval: must be at least min_interval=2, not 1.0"):
+    with pytest.raises(ValueError, match=r"max_interval: must be at least min_interval=2, not 1.0"):
         UniformRandomBackOffPolicy(2, 1)
 
 

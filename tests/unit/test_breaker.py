@@ -117,7 +117,7 @@ def test_it_asks_its_delegate_about_attempts():
 )
 def test_bad_values_are_refused_at_once(options, error):
     (argument,) = options
-    with pytest.raises(error, match=f"^{argument}: must be"):
+    with pytest.raises(error, match=rf"^{argument}: must be"):
         CircuitBreakerRetryPolicy(**options)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import pickle
 import threading
 from types import SimpleNamespace
 
 import pytest
 
 from retrykit import BudgetRetryPolicy, CompositeRetryPolicy, RetryBudget, RetryTemplate, SimpleRetryPolicy
-from tests.doubles import Ears, Fails
+from tests.doubles import Ears, Fails, pickled
 
 
 def test_a_budget_begins_full_and_is_never_fuller():
@@ -42,7 +41,7 @@ def test_threads_take_no_more_than_there_is():
 def test_a_pickled_budget_has_its_bounds_and_is_full():
     budget = RetryBudget(0.2, 3)
     budget.take()
-    copy = pickle.loads(pickle.dumps(budget))
+    copy = pickled(budget)
     assert (copy.ratio, copy.reserve, copy.tokens) == (0.2, 3, 3)
     assert repr(copy) == "RetryBudget(ratio=0.2, reserve=3)"
 
@@ -65,9 +64,7 @@ def test_asking_takes_nothing():
 
 def test_every_call_pays_and_every_retry_costs():
     budget = RetryBudget(ratio=0.5, reserve=2)
-    template = RetryTemplate(
-        retry_policy=CompositeRetryPolicy([SimpleRetryPolicy(5), BudgetRetryPolicy(budget)])
-    )
+    template = RetryTemplate(retry_policy=CompositeRetryPolicy([SimpleRetryPolicy(5), BudgetRetryPolicy(budget)]))
     callback = Fails(*[OSError(str(n)) for n in range(4)])
     with pytest.raises(OSError, match="2"):
         template.execute(callback)
@@ -117,7 +114,7 @@ def test_one_budget_in_two_branches_is_paid_once():
 )
 def test_bad_values_are_refused_at_once(options, error):
     (argument,) = options
-    with pytest.raises(error, match=f"^{argument}: must be"):
+    with pytest.raises(error, match=rf"^{argument}: must be"):
         RetryBudget(**options)
-    with pytest.raises(TypeError, match="^budget: must be a RetryBudget"):
+    with pytest.raises(TypeError, match=r"^budget: must be a RetryBudget"):
         BudgetRetryPolicy(RetryBudget)

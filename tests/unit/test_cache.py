@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import pickle
 
 import pytest
 
 from retrykit import CacheCapacityError, MapRetryContextCache, RetryContextCache, RetryTemplate, SystemClock
 from retrykit.cache import JoinableContextCache
+from tests.doubles import pickled
 
 
 def test_it_is_a_cache_that_joins_nothing():
@@ -31,7 +31,7 @@ def test_an_empty_cache_is_true_and_has_a_length():
     assert len(cache) == 1
 
 
-@pytest.mark.parametrize("duplicate", [lambda c: pickle.loads(pickle.dumps(c)), copy.copy], ids=["pickled", "copied"])
+@pytest.mark.parametrize("duplicate", [pickled, copy.copy], ids=["pickled", "copied"])
 def test_a_copy_has_the_same_bounds_and_is_empty(duplicate):
     cache = MapRetryContextCache(10, on_full="evict_oldest", time_to_live=5)
     cache.save("k", {}, None)

@@ -24,7 +24,7 @@ from retrykit.check import (
     wrong_value,
 )
 
-NOT_NUMBERS = [True, "1", None, [1], object(), int]
+NOT_NUMBERS = [True, "1", None, [1], ..., int]
 NOT_FINITE = [float("inf"), float("-inf"), float("nan"), 10**400]
 
 
@@ -34,8 +34,7 @@ def refusal(validator, value, *, default=attrs.NOTHING, converter=None):
     try:
         validator(None, field, value)
     except (TypeError, ValueError) as error:
-        assert str(error).startswith("size: must be ")
-        return type(error)
+        return type(error) if str(error).startswith("size: must be ") else error
     return None
 
 

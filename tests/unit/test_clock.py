@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import pickle
 import time
 
 import attrs
 import trio
 
 from retrykit import Clock, SystemClock
+from tests.doubles import pickled
 
 
 def test_the_system_clock_is_a_clock_and_a_value():
     assert isinstance(SystemClock(), Clock)
     assert SystemClock() == SystemClock() == attrs.evolve(SystemClock())
     assert hash(SystemClock()) == hash(SystemClock())
-    assert pickle.loads(pickle.dumps(SystemClock())) == SystemClock()
+    assert pickled(SystemClock()) == SystemClock()
     assert repr(SystemClock()) == "SystemClock()"
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import gc
 import json
-import pickle
 import threading
 import weakref
 from datetime import UTC, datetime
@@ -32,7 +32,7 @@ from retrykit import (
 )
 from retrykit.context import always
 from retrykit.history import StoredError
-from tests.doubles import EPOCH, Fails, ManualClock
+from tests.doubles import EPOCH, Fails, ManualClock, pickled
 
 
 def deep(depth, function):
@@ -94,10 +94,8 @@ def test_p10_after_a_call_it_is_what_it_was_before(outcome):
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(2))
 
     def outer(context):
-        try:
+        with contextlib.suppress(OSError, KeyboardInterrupt):
             template.execute(Fails(*[outcome] * 2) if outcome else Fails())
-        except (OSError, KeyboardInterrupt):
-            pass
         return current_context() is context
 
     assert template.execute(outer)
@@ -281,7 +279,7 @@ def test_a_veto_outside_of_every_attempt_is_an_error():
 
 def test_a_reason_is_text_and_an_empty_one_is_replaced():
     context = RetryContext(RetryTemplate(), 0.0)
-    with pytest.raises(TypeError, match="^reason: must be a str, not int 3"):
+    with pytest.raises(TypeError, match=r"^reason: must be a str, not int 3"):
         context.veto(3)
     context.veto("")
     assert context.veto_reason == "vetoed"
@@ -315,7 +313,28 @@ def test_a_new_context_knows_little_and_says_it():
         dict(context.tallies),
         context.elapsed,
     )
-    assert facts == (0, 0, None, (), None, None, None, None, 0, False, None, False, False, False, False, None, None, 1, {}, 0)
+    assert facts == (
+        0,
+        0,
+        None,
+        (),
+        None,
+        None,
+        None,
+        None,
+        0,
+        False,
+        None,
+        False,
+        False,
+        False,
+        False,
+        None,
+        None,
+        1,
+        {},
+        0,
+    )
 
 
 def untouched(name):
@@ -324,7 +343,16 @@ def untouched(name):
 
 
 def test_facts_can_be_asked_for_in_any_order():
-    names = ["crashes", "retry_count", "first_failed_at", "last_failed_at", "tallies", "last_delay", "pause", "exhausted"]
+    names = [
+        "crashes",
+        "retry_count",
+        "first_failed_at",
+        "last_failed_at",
+        "tallies",
+        "last_delay",
+        "pause",
+        "exhausted",
+    ]
     assert [bool(untouched(name)) for name in names] == [False] * len(names)
     assert untouched("started_at").tzinfo is UTC
 
@@ -339,7 +367,11 @@ def test_it_tells_when_things_happened():
         if context.attempt < 3:
             raise OSError(str(context.attempt))
         seen.append(context)
-        return [context.started_at, context.first_failed_at, context.last_failed_at], context.elapsed, context.last_delay
+        return (
+            [context.started_at, context.first_failed_at, context.last_failed_at],
+            context.elapsed,
+            context.last_delay,
+        )
 
     instants, elapsed, delay = template.execute(attempt)
     assert instants == [datetime.fromtimestamp(EPOCH + at, UTC) for at in (0, 1, 7)]
@@ -477,8 +509,8 @@ def test_a_state_is_a_value():
     assert state == attrs.evolve(state)
     assert hash(state) == hash(attrs.evolve(state))
     assert state != attrs.evolve(state, key="m-2")
-    assert pickle.loads(pickle.dumps(state)) == state
-    assert pickle.loads(pickle.dumps(RetryState(key=None))) == RetryState(key=None)
+    assert pickled(state) == state
+    assert pickled(RetryState(key=None)) == RetryState(key=None)
     assert repr(RetryState(key="m-1")).startswith("RetryState(key='m-1', redelivered=None, fresh=False")
     assert RetryState(key="m-1").rollback_for is always
     assert always(OSError()) is True
@@ -516,7 +548,7 @@ def test_every_field_of_a_state_is_kept():
 )
 def test_bad_values_are_refused_at_once(options, error):
     (argument,) = options
-    with pytest.raises(error, match=f"^{argument}: must be"):
+    with pytest.raises(error, match=rf"^{argument}: must be"):
         RetryState(**({"key": "m-1"} | options))
 
 

@@ -64,7 +64,9 @@ def test_no_key_is_null_in_json():
     assert key_from_json(None) is None
 
 
-@pytest.mark.parametrize("key", [True, 1.5, None, ["a"], {"a"}, object, ("a", 1.5), ("a", None), (("a", False),)], ids=repr)
+@pytest.mark.parametrize(
+    "key", [True, 1.5, None, ["a"], {"a"}, object, ("a", 1.5), ("a", None), (("a", False),)], ids=repr
+)
 def test_what_cannot_name_an_item_everywhere_is_refused_by_name(key):
     with pytest.raises(TypeError, match=r"key: must be a str, int, bytes or a tuple of these, not \w+"):
         check_key(key)

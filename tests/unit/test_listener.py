@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import pickle
 
 import pytest
 
@@ -17,7 +16,7 @@ from retrykit import (
     SimpleRetryPolicy,
     StatisticsListener,
 )
-from tests.doubles import AsyncEars, Ears, Fails
+from tests.doubles import AsyncEars, Ears, Fails, pickled
 
 ERROR = OSError("broken")
 
@@ -30,7 +29,7 @@ def test_listeners_hear_of_everything_in_order():
 
 def test_listeners_hear_of_a_recovery():
     ears = Ears()
-    RetryTemplate(retry_policy=SimpleRetryPolicy(1), listeners=[ears]).execute(Fails(ERROR), lambda context: "instead")
+    RetryTemplate(retry_policy=SimpleRetryPolicy(1), listeners=[ears]).execute(Fails(ERROR), lambda _: "instead")
     assert ears.log == [("open",), ("on_error", ERROR, False), ("on_recover", "instead"), ("close", None)]
 
 
@@ -70,7 +69,7 @@ def test_p11_a_listener_that_raises_changes_nothing_and_is_logged(event, caplog)
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(2), listeners=[Rude(), ears])
     with caplog.at_level(logging.ERROR, "retrykit"):
         assert template.execute(Fails(ERROR)) == "done"
-        assert template.execute(Fails(ERROR, ERROR), lambda context: "instead") == "instead"
+        assert template.execute(Fails(ERROR, ERROR), lambda _: "instead") == "instead"
     assert f"fault in listener Rude.{event}" in caplog.text
     assert [event[0] for event in ears.log].count("close") == 2
 
@@ -106,7 +105,7 @@ def test_statistics_count_per_name():
     statistics = StatisticsListener()
     template = RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(2), listeners=[statistics])
     template.execute(Fails(ERROR))
-    template.execute(Fails(ERROR, ERROR), lambda context: None)
+    template.execute(Fails(ERROR, ERROR), lambda _: None)
     with pytest.raises(OSError, match="broken"):
         template.execute(Fails(ERROR, ERROR))
     RetryTemplate(name="other", listeners=[statistics]).execute(Fails())
@@ -120,17 +119,19 @@ def test_a_snapshot_of_statistics_is_a_copy_and_a_pickled_listener_begins_anew()
     RetryTemplate(listeners=[statistics]).execute(Fails())
     statistics.snapshot("retry")["started"] = 7
     assert statistics.snapshot("retry")["started"] == 1
-    assert pickle.loads(pickle.dumps(statistics)).snapshot() == {}
+    assert pickled(statistics).snapshot() == {}
 
 
 def test_the_logging_listener_says_who_what_and_why(caplog):
     template = RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(2), listeners=[LoggingListener()])
     with caplog.at_level(logging.INFO, "retrykit"):
-        template.execute(Fails(ERROR, ERROR), lambda context: None, state=RetryState(key=None, rollback_for=lambda e: False))
+        template.execute(Fails(ERROR, ERROR), lambda _: None, state=RetryState(key=None, rollback_for=lambda _: False))
     said = [(record.levelname, record.getMessage()) for record in caplog.records]
+    first = "orders key=None attempt 1 failed: OSError: broken; "
+    second = "orders key=None attempt 2 failed: OSError: broken; "
     assert said == [
-        ("INFO", "orders key=None attempt 1 failed: OSError: broken; retry at once (SimpleRetryPolicy: attempt 1 of 2 failed)"),
-        ("WARNING", "orders key=None attempt 2 failed: OSError: broken; give up (SimpleRetryPolicy: attempt 2 of 2)"),
+        ("INFO", first + "retry at once (SimpleRetryPolicy: attempt 1 of 2 failed)"),
+        ("WARNING", second + "give up (SimpleRetryPolicy: attempt 2 of 2)"),
         ("WARNING", "orders key=None recovered after 2 failed attempts"),
     ]
 
@@ -141,15 +142,20 @@ def test_the_logger_and_the_level_can_be_given(caplog):
         RetryTemplate(listeners=[listener]).execute(Fails(ERROR))
     assert [(record.name, record.levelname) for record in caplog.records] == [("app.retries", "ERROR")]
     assert listener == LoggingListener(logging.getLogger("app.retries"), level=logging.ERROR)
-    assert pickle.loads(pickle.dumps(LoggingListener())) == LoggingListener()
+    assert pickled(LoggingListener()) == LoggingListener()
 
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"logger": "app"}, TypeError), ({"logger": 3}, TypeError), ({"level": "INFO"}, TypeError), ({"level": -1}, ValueError)],
+    [
+        ({"logger": "app"}, TypeError),
+        ({"logger": 3}, TypeError),
+        ({"level": "INFO"}, TypeError),
+        ({"level": -1}, ValueError),
+    ],
     ids=str,
 )
 def test_bad_values_are_refused_at_once(options, error):
     (argument,) = options
-    with pytest.raises(error, match=f"^{argument}: must be"):
+    with pytest.raises(error, match=rf"^{argument}: must be"):
         LoggingListener(**options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from types import SimpleNamespace
 
 import attrs
@@ -28,7 +27,7 @@ from retrykit import (
 )
 from retrykit.history import StoredError, Tally
 from retrykit.policy import every, nearest
-from tests.doubles import Fails, ManualClock
+from tests.doubles import Fails, ManualClock, pickled
 
 
 def is_os_error(error):
@@ -72,7 +71,7 @@ def test_every_kind_is_a_value(policy):
     assert isinstance(policy, RetryPolicy)
     assert policy == attrs.evolve(policy)
     assert hash(policy) == hash(attrs.evolve(policy))
-    assert pickle.loads(pickle.dumps(policy)) == policy
+    assert pickled(policy) == policy
     assert repr(policy).startswith(type(policy).__name__ + "(")
     assert len(repr(policy)) < 400
 
@@ -82,7 +81,7 @@ ERRORS = st.sampled_from([None, OSError("x"), ConnectionResetError("x"), KeyErro
 
 @kinds
 @given(failures=st.integers(0, 5), error=ERRORS, elapsed=st.floats(0, 5), pause=st.floats(0, 5))
-def test_asking_twice_gives_the_same_answer_and_changes_nothing(policy, failures, error, elapsed, pause):
+def test_asking_twice_gives_the_same_answer_and_changes_nothing(policy, *, failures, error, elapsed, pause):
     context = after(failures, error, elapsed=elapsed, pause=pause, tallies={"/OSError": Tally(failures, 0.0)})
     before = attrs.evolve(policy), dict(vars(context))
     one, other = policy.decide(context), policy.decide(context)
@@ -113,7 +112,7 @@ def test_a_decision_is_a_value_whose_reason_is_worded_when_it_is_read():
 def test_a_decision_keeps_its_reason_when_it_is_pickled():
     inner = RetryDecision(retry=False, reason=lambda: "inner")
     decision = RetryDecision(retry=False, reason=lambda: "late", clauses=(inner,), recoverable=False)
-    copy = pickle.loads(pickle.dumps(decision))
+    copy = pickled(decision)
     assert copy == decision
     assert (copy.reason, copy.clauses[0].reason, copy.recoverable) == ("late", "inner", False)
     assert attrs.evolve(copy, delay=2.0).delay == 2.0
@@ -197,7 +196,7 @@ def test_not_recoverable_forbids_the_recovery_of_the_failure_and_of_what_it_caus
 def test_the_same_policy_classifies_again_after_a_copy():
     policy = SimpleRetryPolicy(retry_for=OSError)
     assert policy.decide(after(1, OSError())).retry
-    assert not pickle.loads(pickle.dumps(policy)).decide(after(1, KeyError())).retry
+    assert not pickled(policy).decide(after(1, KeyError())).retry
     assert not attrs.evolve(policy, retry_for=KeyError).decide(after(1, OSError())).retry
 
 
@@ -368,5 +367,5 @@ def test_nearest_takes_the_class_that_is_nearest():
     ids=repr,
 )
 def test_bad_values_are_refused_at_once(kind, argument, value, error):
-    with pytest.raises(error, match=f"^{argument}: must be"):
+    with pytest.raises(error, match=rf"^{argument}: must be"):
         kind(**{argument: value})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
-import pickle
 import traceback
 
 import pytest
@@ -13,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrykit import retryable
+from tests.doubles import pickled
 
 CALLS = []
 
@@ -51,9 +51,7 @@ def own_names(_rk_frame, _rk_token=1):
 
 FUNCTIONS = [plain, defaults, keyword_only, positional_only, everything, variadic, nothing, own_names]
 functions = pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
-ways = pytest.mark.parametrize(
-    "options", [{}, {"key": lambda *args, **kwargs: None}], ids=["called directly", "driven"]
-)
+ways = pytest.mark.parametrize("options", [{}, {"key": lambda *_, **_kwargs: None}], ids=["called directly", "driven"])
 VALUES = st.integers(0, 9)
 
 
@@ -150,7 +148,7 @@ def picklable(a, b=2):
 
 
 def test_a_decorated_function_of_a_module_is_pickled_by_its_name():
-    assert pickle.loads(pickle.dumps(picklable)) is picklable
+    assert pickled(picklable) is picklable
 
 
 def test_p8_a_traceback_has_at_most_two_frames_of_the_library():
