@@ -163,7 +163,8 @@ class ScheduleBackOffPolicy(Value):
 
     def delay(self, context: Any) -> float:
         """The interval whose turn it is."""
-        return self.schedule[min(max(1, context.retry_count), len(self.schedule)) - 1]
+        turn: int = min(max(1, context.retry_count), len(self.schedule))
+        return self.schedule[turn - 1]
 
 
 def retry_after(error: BaseException) -> float | timedelta | None:

@@ -62,17 +62,12 @@ def as_seconds(value: Seconds) -> float:
     """An attrs converter: a duration becomes a float; what is none is left to the validator, which knows the field."""
     if is_timedelta(value):
         return value.total_seconds()
-    return float(value) if type(value) is int and is_finite(value) else value
+    return float(value) if type(value) is int and is_finite(value) else value  # type: ignore[return-value]
 
 
 def as_seconds_or_none(value: Seconds | None) -> float | None:
     """As `as_seconds`, for a duration that may be None."""
     return None if value is None else as_seconds(value)
-
-
-def to_seconds(name: str) -> Callable[[Any], Any]:
-    """An attrs converter for a duration; None stays None."""
-    return lambda value: None if value is None else seconds(name, value)
 
 
 def at_least(bound: float) -> Validator:
@@ -155,6 +150,18 @@ def has(*methods: str, optional: bool = False) -> Validator:
             raise wrong_type(field.name, wanted, value)
 
     return check
+
+
+def as_types(value: Any) -> tuple[Any, ...]:
+    """An attrs converter: one class, or several, as a tuple; what is neither is left to the validator, which knows the field."""
+    if isinstance(value, type) or isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
+        return (value,)
+    return tuple(value)
+
+
+def are_error_types(_instance: Any, field: Any, value: Any) -> None:
+    """An attrs validator: exception classes, as `as_types` gives them."""
+    error_types(field.name, value)
 
 
 def error_types(name: str, value: object) -> tuple[type[Exception], ...]:

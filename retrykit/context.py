@@ -42,7 +42,7 @@ def context_in(bound: Any) -> RetryContext | None:
     """The context that a binding stands for: itself, or the one that its frame is turned into when it is first asked for."""
     if type(bound) is not list:
         # A RetryContext; or nothing: None, or what a token says of a variable that was not set.
-        return None if bound is Token.MISSING else bound  # type: ignore[no-any-return]
+        return None if bound is Token.MISSING else bound
     if isinstance(bound[0], RetryContext):
         bound.append(True)  # noqa: FBT003 - the mark of one that was asked for
         return bound[0]
@@ -139,7 +139,7 @@ for _field in attrs.fields(RetryState):
     if _field.default is not attrs.NOTHING:
         # A function in a class would become a method of its instances.
         setattr(RetryState, _field.name, staticmethod(always) if _field.default is always else _field.default)
-RetryState.asks_nothing = False  # type: ignore[misc] # of the class, not of the instance
+RetryState.asks_nothing = False
 
 
 class RetryContext:

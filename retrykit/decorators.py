@@ -240,7 +240,7 @@ def _given_template(function: Any, template: Any, given: dict[str, Any], *, awai
     return template
 
 
-def _fields_of(template: RetryTemplate) -> dict[str, Any]:
+def _fields_of(template: _Template) -> dict[str, Any]:
     return {field.name: getattr(template, field.name) for field in attrs.fields(RetryTemplate) if field.init}
 
 

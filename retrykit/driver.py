@@ -244,8 +244,9 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
     binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
     driver.begun = first is not None
-    flow = run(driver)
-    send = flow.send
+    flow: Any = run(driver)
+    send: Any = flow.send
+    step: Any = None
     answer: Any = None
     try:
         while True:
@@ -337,8 +338,9 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
     binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
     driver.begun = first is not None
-    flow = run(driver)
-    send = flow.send
+    flow: Any = run(driver)
+    send: Any = flow.send
+    step: Any = None
     answer: Any = None
     try:
         while True:

@@ -11,7 +11,19 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 
 import attrs
 
-from retrykit.check import error_types, has, is_callable, more_than, one_of, to_seconds, whole, wrong_type, wrong_value
+from retrykit.check import (
+    are_error_types,
+    as_seconds,
+    as_types,
+    error_types,
+    has,
+    is_callable,
+    more_than,
+    one_of,
+    whole,
+    wrong_type,
+    wrong_value,
+)
 from retrykit.history import StoredError, type_name
 from retrykit.value import Value
 
@@ -93,10 +105,6 @@ def is_crash(error: BaseException | None) -> bool:
     return isinstance(error, StoredError) and error.crash
 
 
-def _types(name: str) -> Callable[[Any], tuple[type[Exception], ...]]:
-    return lambda value: error_types(name, value)
-
-
 @attrs.frozen(eq=False, repr=False)
 class SimpleRetryPolicy(Value):
     """Up to `max_attempts` attempts, the first included, for the failures that are classified as retryable. Spring's default policy.
@@ -108,10 +116,10 @@ class SimpleRetryPolicy(Value):
     """
 
     max_attempts: int | None = attrs.field(default=3, validator=whole(1, optional=True))
-    retry_for: tuple[type[Exception], ...] = attrs.field(default=(Exception,), converter=_types("retry_for"))
-    no_retry_for: tuple[type[Exception], ...] = attrs.field(default=(), converter=_types("no_retry_for"), kw_only=True)
+    retry_for: tuple[type[Exception], ...] = attrs.field(default=(Exception,), converter=as_types, validator=are_error_types)
+    no_retry_for: tuple[type[Exception], ...] = attrs.field(default=(), converter=as_types, validator=are_error_types, kw_only=True)
     traverse_causes: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
-    not_recoverable: tuple[type[Exception], ...] = attrs.field(default=(), converter=_types("not_recoverable"), kw_only=True)
+    not_recoverable: tuple[type[Exception], ...] = attrs.field(default=(), converter=as_types, validator=are_error_types, kw_only=True)
     default: bool | None = attrs.field(default=None, validator=one_of(True, False, None), kw_only=True)  # noqa: FBT003
 
     # Decisions and classifications that were made before: both are values, made again and again of the same few facts.
@@ -209,7 +217,7 @@ class TimeoutRetryPolicy(Value):
     It never sleeps past its deadline: when the pause would end after it, it gives up at once.
     """
 
-    timeout: float = attrs.field(default=1.0, converter=to_seconds("timeout"), validator=more_than(0))
+    timeout: float = attrs.field(default=1.0, converter=as_seconds, validator=more_than(0))
 
     def decide(self, context: Any) -> RetryDecision:
         """Would the next attempt begin in time?"""
@@ -357,11 +365,15 @@ class ExceptionClassifierRetryPolicy(Value):
         return "default", policy
 
 
+def _as_policies(given: Iterable[RetryPolicy]) -> tuple[RetryPolicy, ...]:
+    return tuple(given) if isinstance(given, Iterable) else given
+
+
 @attrs.frozen(eq=False, repr=False)
 class CompositeRetryPolicy(Value):
     """Several policies as one: all must agree (pessimistic, the default), or any of them (`optimistic=True`)."""
 
-    policies: tuple[RetryPolicy, ...] = attrs.field(converter=lambda given: tuple(given) if isinstance(given, Iterable) else given)
+    policies: tuple[RetryPolicy, ...] = attrs.field(converter=_as_policies)
     optimistic: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
 
     @policies.validator

@@ -34,7 +34,8 @@ class Step:
     __slots__ = ()
 
     def __repr__(self) -> str:
-        fields = (f"{name}={getattr(self, name)!r}" for name in self.__slots__)
+        names: tuple[str, ...] = self.__slots__
+        fields = (f"{name}={getattr(self, name)!r}" for name in names)
         return f"{type(self).__name__}({', '.join(fields)})"
 
 
@@ -42,12 +43,13 @@ class Simple(Step):
     """A step that has no data but its name."""
 
     __slots__ = ("name",)
+    name: str
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __repr__(self) -> str:
-        return self.name
+        return str(self.name)
 
 
 ATTEMPT: Final = Simple("ATTEMPT")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
 from time import monotonic
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import attrs
 
@@ -16,7 +16,7 @@ from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.budget import BudgetRetryPolicy
 from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cache
 from retrykit.call import Plan
-from retrykit.check import has, more_than, one_of, to_seconds, wrong_type, wrong_value
+from retrykit.check import as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, RetryState, _bound
 from retrykit.driver import Driver, async_drive, drive
@@ -74,9 +74,9 @@ class _Template(Value):
     throw_last: bool = attrs.field(default=False, validator=one_of(True, False))  # noqa: FBT003
     recovery_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
     remember_completed: float | None = attrs.field(
-        default=None, converter=to_seconds("remember_completed"), validator=more_than(0)
+        default=None, converter=as_seconds_or_none, validator=more_than(0)
     )
-    lease: float = attrs.field(default=300.0, converter=to_seconds("lease"), validator=more_than(0))
+    lease: float = attrs.field(default=300.0, converter=as_seconds, validator=more_than(0))
     plan: Plan = attrs.field(init=False, eq=False, repr=False)
     _space: str = attrs.field(init=False, eq=False, repr=False)
     runs_direct: bool = attrs.field(init=False, eq=False, repr=False)
@@ -221,12 +221,12 @@ class RetryTemplate(_Template):
             try:
                 _check_execute(callback, recover, state, transaction)
                 without_frame(first[0])
-                return drive(self.driver(context, callback, (context,), {}, recover), first)
+                return drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
             finally:
                 del first, context, token
         _check_execute(callback, recover, state, transaction)
         context = self.context(state)
-        return drive(self.driver(context, callback, (context,), {}, recover, transaction))
+        return drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
 
     def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> Iterator[Attempt]:
         """The block style: `for attempt in template.attempts(): with attempt as context: ...`.
@@ -271,14 +271,68 @@ class AsyncRetryTemplate(_Template):
 
     __slots__ = ()
 
+    @overload
     async def execute(
         self,
-        callback: Callable[[RetryContext], Awaitable[T] | T],
-        recover: Callable[[RetryContext], Awaitable[R] | R] | None = None,
+        callback: Callable[[RetryContext], Awaitable[T]],
+        recover: None = None,
         *,
         state: RetryState | None = None,
         transaction: Callable[[], Any] | None = None,
-    ) -> T | R:
+    ) -> T: ...
+    @overload
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], Awaitable[T]],
+        recover: Callable[[RetryContext], Awaitable[R]],
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R: ...
+    @overload
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], Awaitable[T]],
+        recover: Callable[[RetryContext], R],
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R: ...
+    @overload
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], T],
+        recover: None = None,
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T: ...
+    @overload
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], T],
+        recover: Callable[[RetryContext], Awaitable[R]],
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R: ...
+    @overload
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], T],
+        recover: Callable[[RetryContext], R],
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> T | R: ...
+    async def execute(
+        self,
+        callback: Callable[[RetryContext], Any],
+        recover: Callable[[RetryContext], Any] | None = None,
+        *,
+        state: RetryState | None = None,
+        transaction: Callable[[], Any] | None = None,
+    ) -> Any:
         """As `RetryTemplate.execute`, awaited."""
         _check_execute(callback, recover, state, transaction)
         if (
@@ -297,16 +351,16 @@ class AsyncRetryTemplate(_Template):
                 first = (error, monotonic())
             else:
                 context.closed = True
-                return value  # type: ignore[return-value]
+                return value
             finally:
                 _unbind(token)
             try:
                 without_frame(first[0])
-                return await async_drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
+                return await async_drive(self.driver(context, callback, (context,), {}, recover), first)
             finally:
                 del first, context, token
         context = self.context(state)
-        return await async_drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
+        return await async_drive(self.driver(context, callback, (context,), {}, recover, transaction))
 
     def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> AsyncIterator[AsyncAttempt]:
         """The block style: `async for attempt in template.attempts(): async with attempt as context: ...`."""

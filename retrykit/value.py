@@ -22,16 +22,20 @@ class Value:
         return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((type(self), _compared(self)))
+        return hash((type(self), *(getattr(self, field.name) for field in _fields(self) if field.eq and field.hash is not False)))
 
     def __repr__(self) -> str:
-        fields = (field for field in attrs.fields(type(self)) if field.repr)
+        fields = (field for field in _fields(self) if field.repr)
         shown = (f"{field.alias}={_text(field, getattr(self, field.name))}" for field in fields)
         return f"{type(self).__qualname__}({', '.join(shown)})"
 
 
+def _fields(value: Any) -> Any:
+    return attrs.fields(type(value))
+
+
 def _compared(value: Any) -> tuple[Any, ...]:
-    fields = (field for field in attrs.fields(type(value)) if field.eq)
+    fields = (field for field in _fields(value) if field.eq)
     return tuple(field.eq_key(getattr(value, field.name)) if field.eq_key else getattr(value, field.name) for field in fields)
 
 
