@@ -138,7 +138,8 @@ class Prediction:
             item.fatal = word.endswith("fatally")
         if failed or fate == "does not commit":
             return "failed"
-        if fate == "in doubt, done" and self.joins:
+        stored = script.redelivered is not False or item.failures or self.remember is not None
+        if fate == "in doubt, done" and self.joins and stored:
             item.settle(self._until())
         return "doubt" if "doubt" in fate else "done"
 
@@ -278,8 +279,7 @@ class Watcher:
             assert old.get("veto") is None or snapshot.get("veto") is not None, "P4: a veto was erased"
         assert snapshot.get("fence", 0) >= old.get("fence", 0), "the fence went back"
         self.low += 0 if in_doubt else sum(not is_noted(error) for error in self.pending)
-        # A reservation that was stored although the store failed may count as an attempt that died.
-        self.high += len(self.pending) if self.pending or not in_doubt else 1
+        self.high += len(self.pending)
         self.pending.clear()
 
     def on_removed(self, key: str, before: Any) -> None:
