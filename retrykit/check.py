@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeGuard, Union
 
 if TYPE_CHECKING:
@@ -152,11 +152,11 @@ def has(*methods: str, optional: bool = False) -> Validator:
     return check
 
 
-def as_types(value: Any) -> tuple[Any, ...]:
+def as_types(value: type[Exception] | Iterable[type[Exception]]) -> tuple[type[Exception], ...]:
     """An attrs converter: one class, or several, as a tuple; what is neither is left to the validator, which knows the field."""
-    if isinstance(value, type) or isinstance(value, str | bytes) or not hasattr(value, "__iter__"):
-        return (value,)
-    return tuple(value)
+    given: Any = value
+    several = hasattr(given, "__iter__") and not isinstance(given, type | str | bytes)
+    return tuple(given) if several else (given,)
 
 
 def are_error_types(_instance: Any, field: Any, value: Any) -> None:

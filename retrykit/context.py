@@ -19,7 +19,7 @@ import attrs
 
 from retrykit.check import wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK
-from retrykit.errors import RetryError
+from retrykit.errors import CodecError, RetryError
 from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, Tally, fade, from_faded, summary
 from retrykit.key import Key, check_key, key_from_json, key_to_json
 from retrykit.value import Value
@@ -353,7 +353,10 @@ class RetryContext:
     def from_snapshot(cls, snapshot: Mapping[str, Any]) -> RetryContext:
         """A context with the facts of a snapshot, to look at. `CodecError` if it is damaged or of a later format."""
         history = History.from_json(snapshot)
-        state = RetryState(key=key_from_json(snapshot.get("key")))
+        try:
+            state = RetryState(key=key_from_json(snapshot.get("key")))
+        except (TypeError, ValueError, KeyError) as error:
+            raise CodecError(reason=f"the snapshot is damaged: its key is {snapshot.get('key')!r:.80}") from error
         context = cls(Detached(str(snapshot.get("name", "retry"))), 0.0, None, state)
         context._history = history
         context.attempt = max(1, history.failures)

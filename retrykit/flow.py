@@ -121,17 +121,21 @@ def close(call: Call, error: BaseException | None) -> Flow:
 def _before_attempt(call: Call) -> Flow:
     """Is another attempt allowed, is it due, is it reserved? The outcome if it is not to be made, None if it is."""
     context = call.context
-    while True:
+    while not context.duplicate:
         if context._history is not None:
             context._history.pause = 0.0
         outcome = (yield from _standing(call)) or (yield from _wait_until_due(call))
         if outcome is not None:
             return outcome
         if call.key is None or (yield from reserve(call)):
-            break
+            return (yield from _pass_the_gate(call))
         yield from recall(call, again=True)
-        if context.duplicate:
-            return ANSWER_NOTHING
+    return ANSWER_NOTHING
+
+
+def _pass_the_gate(call: Call) -> Flow:
+    """Ask the circuit breakers, last of all: what they let through is made."""
+    context = call.context
     refusal = yield from admit(call)
     if refusal is not None:
         yield from withdraw(call)
@@ -266,6 +270,8 @@ def _recovers_later(call: Call) -> bool:
 def _recover(call: Call, decision: RetryDecision) -> Flow:
     """No further attempt is allowed: a substitute outcome, or an error that says so."""
     context = call.context
+    if context.duplicate:
+        return ANSWER_NOTHING
     history = context._facts()
     history.exhausted, context.decision = True, decision
     if call.key is not None:

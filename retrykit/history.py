@@ -370,6 +370,9 @@ class History:
     def from_json(cls, facts: Mapping[str, Any]) -> History:
         """The history that a snapshot tells of. `CodecError` if it is of a later format, or no snapshot at all."""
         check_format(facts)
+        count = facts.get("retry_count")
+        if type(count) is not int or count < 0:
+            raise CodecError(reason=f"the snapshot is damaged: retry_count is {count!r:.80}")
         try:
             return cls._from_json(facts)
         except (KeyError, TypeError, ValueError, AttributeError) as error:

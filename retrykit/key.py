@@ -28,7 +28,7 @@ def check_key(key: Any) -> None:
 
 
 def namespace(name: str) -> str:
-    """The text that every canonical key of a name starts with, before one of `/ # = ( ! @`: names never overlap."""
+    """The text that every canonical key of a name starts with, before one of `/ # = ( ! @ ~`: names never overlap."""
     if not isinstance(name, str):
         raise wrong_type("name", "a str", name)
     if not name or len(name) > MAX_NAME:
@@ -44,7 +44,7 @@ def canonical_key(name: str, key: Key) -> str:
     """The one text under which every store keeps the history of `key` for the templates called `name`.
 
     Different keys have different texts: `orders/m-1` for a str, `orders#7` for an int, `orders=6d2d31` for bytes,
-    `orders(/a,#7)` for a tuple. A text over 512 characters ends in the SHA-256 of the whole.
+    `orders(/a,#7)` for a tuple. Of a text over 512 characters the beginning is kept, after the SHA-256 of the whole.
     """
     return in_namespace(namespace(name), key)
 
@@ -55,19 +55,20 @@ def in_namespace(space: str, key: Key) -> str:
     # A lone surrogate or a NUL is a str to Python and an error to databases.
     if not text.isprintable():
         text = f"{space}!" + "".join(map(_readable, text[len(space) :]))
-    return text if len(text) <= MAX_TEXT else _digested(text)
+    return text if len(text) <= MAX_TEXT else _digested(space, text)
 
 
 def _readable(letter: str) -> str:
     return letter if letter.isprintable() and letter != "%" else _escaped(letter)
 
 
-def _digested(text: str) -> str:
+def _digested(space: str, text: str) -> str:
     # Few programs have keys that long; all of them import this module.
     import hashlib
 
     digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return f"{text[: MAX_TEXT - 72]}~{digest}"
+    # A kind of its own, so that no other key can be made that looks like the outcome.
+    return f"{space}~{digest}{text[len(space) :]}"[:MAX_TEXT]
 
 
 def _text(key: Key) -> str:

@@ -228,6 +228,10 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
     if isinstance(theirs, Exception):
         yield from _not_stored(call, error, theirs)
         return True
+    if theirs is not None and theirs.completed_at is not None:
+        # Somebody else has completed the item: nothing is stored over that, and nothing more is tried.
+        context.duplicate = True
+        return True
     if not take_over(call, stored):
         # Settled, forgotten or evicted meanwhile: nobody can have counted this attempt.
         call.flight = None
@@ -243,7 +247,7 @@ def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
 def keep_veto(call: Call) -> Flow:
     """Store a veto that was spoken in this call, when nothing else is going to be stored."""
     context, key = call.context, call.key or ""
-    while not call.blind and context._history is not None and context._history.own_veto:
+    while not (call.blind or context.duplicate) and context._history is not None and context._history.own_veto:
         saved = yield Save(key, context.snapshot(), call.version)
         if saved is None:
             saved = yield Load(key)

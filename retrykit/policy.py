@@ -37,7 +37,7 @@ class RetryDecision(Value):
 
     `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made from.
     `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids the recovery callback.
-    `reason` may be given as a text, as a tuple (format, *values), or as a function that makes the text: it is worded when it is read, and
+    `reason` may be given as a text, as a tuple `(format, *values)`, or as a function that makes the text: it is worded when it is read, and
     most decisions are never looked at.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from inspect import isawaitable
 from time import monotonic
@@ -50,8 +50,8 @@ def _check_name(_instance: Any, _field: Any, name: Any) -> None:
     namespace(name)
 
 
-def _listeners(given: Any) -> Any:
-    return tuple(given) if isinstance(given, list | tuple) else given
+def _listeners(given: Sequence[RetryListener]) -> tuple[RetryListener, ...]:
+    return tuple(given) if isinstance(given, list | tuple) else given  # type: ignore[return-value] # what is none the validator refuses
 
 
 def _check_listeners(instance: Any, field: Any, listeners: Any) -> None:

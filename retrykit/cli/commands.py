@@ -85,7 +85,11 @@ def demo(*, as_json: bool, **options: Any) -> None:
     Exit status: 0 when every promise was kept, 1 when one was broken, 2 for options that cannot be used, 130 after
     Ctrl-C.
     """
-    report = _report(options, None if as_json else Console())
+    try:
+        report = _report(options, None if as_json else Console())
+    except KeyboardInterrupt:
+        click.echo("interrupted", err=True)
+        sys.exit(INTERRUPTED)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     sys.exit(0 if report.kept else 1)
@@ -105,9 +109,6 @@ def _report(options: Mapping[str, Any], console: Console | None) -> Report:
         raise click.UsageError(str(error)) from error
     except (WorkerFailedError, RetryError) as error:
         raise click.ClickException(str(error)) from error
-    except KeyboardInterrupt:
-        click.echo("interrupted", err=True)
-        sys.exit(INTERRUPTED)
 
 
 @contextmanager

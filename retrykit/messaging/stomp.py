@@ -114,11 +114,16 @@ class _TunedTransport(Transport):  # type: ignore[misc] # stomp.py has no types
         return data
 
     def tune(self, send_timeout: float) -> None:
-        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # stomp.py's own thread takes the socket away when the broker goes in the meantime.
+        live = self.socket
+        if live is None:
+            msg = "the connection was lost while it was being made"
+            raise ConnectionError(msg)
+        live.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         if sys.platform != "win32":
             # A broker that reads no more would block a send for ever.
             limit = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6))
-            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+            live.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
 class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py has no types

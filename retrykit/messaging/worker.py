@@ -92,6 +92,6 @@ class Worker:
             self.broker.name,
             delivered,
             context.attempt,
-            error.__cause__ or error,
+            str(error.__cause__ or "") or error,
             exc_info=None if expected else error,
         )

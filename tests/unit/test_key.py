@@ -47,11 +47,18 @@ def test_a_canonical_text_is_printable_and_bounded(key):
     assert len(text) <= 600
 
 
-def test_a_long_key_ends_in_a_digest_of_the_whole():
+def test_a_long_key_begins_with_a_digest_of_the_whole():
     one, other = "x" * 600, "x" * 599 + "y"
     assert canonical_key("n", one) != canonical_key("n", other)
     assert len(canonical_key("n", one)) <= 600
-    assert canonical_key("n", one).startswith("n/xxx")
+    assert canonical_key("n", one).startswith("n~")
+    assert "/xxx" in canonical_key("n", one)
+
+
+def test_no_short_key_looks_like_a_digested_one():
+    digested = canonical_key("n", "a" * 600)
+    assert canonical_key("n", digested.removeprefix("n/")) != digested
+    assert canonical_key("n", digested.removeprefix("n~")) != digested
 
 
 @given(KEYS)

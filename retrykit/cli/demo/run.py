@@ -182,8 +182,13 @@ def _queue(url: str | None) -> Iterator[Queue]:
     if url is not None:
         yield Queue(url)
         return
-    with StompServer.process(profile="activemq") as server:
+    server = StompServer.process(profile="activemq")
+    try:
+        server.start()
         yield Queue(server.url + QUEUE, lambda: server.depth(QUEUE))
+    finally:
+        # Also when Ctrl-C came while it was starting.
+        server.stop()
 
 
 @contextmanager
