@@ -13,7 +13,7 @@ from typing import Any
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retrykit
@@ -49,6 +49,11 @@ from retrykit.check import is_finite, shown
 from retrykit.decorators import BreakerOptions, RetryableOptions
 
 
+def given_few(**strategies: Any) -> Any:
+    """A few dozen examples an argument: there are hundreds of arguments."""
+    return lambda test: settings(max_examples=40)(given(**strategies)(test))
+
+
 ANYTHING = st.one_of(
     st.none(),
     st.booleans(),
@@ -63,11 +68,13 @@ ANYTHING = st.one_of(
     st.lists(st.none(), max_size=2).map(tuple),
     st.sets(st.integers(), max_size=2),
     st.dictionaries(st.integers(), st.integers(), max_size=2),
-    st.sampled_from([int, str, OSError, KeyboardInterrupt, RetryListener, SystemClock, SimpleRetryPolicy, RetryTemplate]),
+    st.sampled_from(
+        [int, str, OSError, KeyboardInterrupt, RetryListener, SystemClock, SimpleRetryPolicy, RetryTemplate]
+    ),
     st.builds(object),
     st.builds(OSError),
     st.builds(iter, st.just(())),
-    st.builds(lambda: (part for part in (1, 2))),
+    st.builds(lambda: (part for part in (None,))),
     st.sampled_from([len, print, (lambda: None)]),
     st.sampled_from([SystemClock(), SimpleRetryPolicy(), NoBackOffPolicy(), MapRetryContextCache(), RetryListener()]),
 )
@@ -115,7 +122,9 @@ def whole(bound: int) -> Kind:
 
 
 def among(*values: Any) -> Kind:
-    return Kind(lambda value: any(type(value) is type(one) and value == one for one in values), st.sampled_from([0, 1, "x"]))
+    return Kind(
+        lambda value: any(type(value) is type(one) and value == one for one in values), st.sampled_from([0, 1, "x"])
+    )
 
 
 def having(*methods: str) -> Kind:
@@ -130,7 +139,8 @@ def _are_exceptions(value: Any) -> bool:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         return False
     return _is_empty(value) or (
-        isinstance(value, list | tuple | set | dict) and all(isinstance(one, type) and _are_exceptions(one) for one in value)
+        isinstance(value, list | tuple | set | dict)
+        and all(isinstance(one, type) and _are_exceptions(one) for one in value)
     )
 
 
@@ -145,8 +155,10 @@ def _is_key(value: Any) -> bool:
 
 
 def _is_jitter(value: Any) -> bool:
-    return value is None or value in ("full", "equal", "decorrelated") if isinstance(value, str | None) else (
-        _is_number(value) and 0 <= value <= 1
+    return (
+        value is None or value in ("full", "equal", "decorrelated")
+        if isinstance(value, str | None)
+        else (_is_number(value) and 0 <= value <= 1)
     )
 
 
@@ -168,8 +180,10 @@ POLICIES = Kind(
     st.lists(st.sampled_from([SimpleRetryPolicy(), SimpleRetryPolicy, 3]), max_size=3),
 )
 CLASSIFIED = Kind(
-    lambda value: isinstance(value, Mapping)
-    and all(_are_exceptions(key) and isinstance(key, type) and POLICY.right(one) for key, one in value.items()),
+    lambda value: (
+        isinstance(value, Mapping)
+        and all(_are_exceptions(key) and isinstance(key, type) and POLICY.right(one) for key, one in value.items())
+    ),
     st.dictionaries(
         st.sampled_from([OSError, KeyboardInterrupt, "OSError"]), st.sampled_from([SimpleRetryPolicy(), 3]), max_size=2
     ),
@@ -307,11 +321,11 @@ def _texts(value: Any) -> list[str]:
     if isinstance(value, timedelta):
         parts.append(value.total_seconds())
     elif isinstance(value, Mapping):
-        parts += [*value, *value.values()]
+        parts += [*value, *value.values(), tuple(value)]
     elif isinstance(value, list | tuple | set | str | bytes):
         parts += [*value, tuple(value)]
     elif isinstance(value, Iterable) and not isinstance(value, type):
-        parts += [1, ()]  # what the generator above yields; an exhausted iterator
+        parts += [None, ()]  # what the generator above yields; an exhausted iterator
     if _is_number(value):
         parts.append(float(value))
     return [shown(part) for part in parts]
@@ -337,22 +351,14 @@ ARGUMENTS = [(kind, argument) for kind, arguments in CONSTRUCTORS.items() for ar
 
 
 @pytest.mark.parametrize(("kind", "argument"), ARGUMENTS, ids=[f"{kind.__name__}-{name}" for kind, name in ARGUMENTS])
-@given(data=st.data())
+@given_few(data=st.data())
 def test_a_constructor_refuses_a_wrong_value(kind, argument, data):
     value = data.draw(CONSTRUCTORS[kind][argument].wrong())
     refused(argument, value, lambda: kind(**(NEEDED.get(kind, {}) | {argument: value})))
 
 
-@pytest.mark.parametrize(("kind", "argument"), ARGUMENTS, ids=[f"{kind.__name__}-{name}" for kind, name in ARGUMENTS])
-@given(data=st.data())
-def test_a_constructor_takes_every_right_value(kind, argument, data):
-    value = data.draw((ANYTHING | CONSTRUCTORS[kind][argument].near).filter(CONSTRUCTORS[kind][argument].right))
-    made = kind(**(NEEDED.get(kind, {}) | {argument: value}))
-    assert repr(made) or True
-
-
 @pytest.mark.parametrize("name", sorted(WITHOUT_ARGUMENTS))
-@given(value=ANYTHING)
+@given_few(value=ANYTHING)
 def test_what_takes_no_argument_refuses_one(name, value):
     with pytest.raises(TypeError):
         getattr(retrykit, name)(value)
@@ -366,7 +372,7 @@ def test_a_protocol_is_no_value(name):
 
 @pytest.mark.parametrize("option", RETRYABLE)
 @pytest.mark.parametrize("is_async", [False, True], ids=["function", "coroutine function"])
-@given(data=st.data())
+@given_few(data=st.data())
 def test_retryable_refuses_a_wrong_option_before_anything_runs(option, is_async, data):
     async def coroutine_function():
         raise AssertionError("ran")
@@ -376,25 +382,25 @@ def test_retryable_refuses_a_wrong_option_before_anything_runs(option, is_async,
 
     value = data.draw(RETRYABLE[option].wrong())
     refused(option, value, lambda: retryable(**{option: value})(coroutine_function if is_async else function))
-    decorated = retryable(function)
+    decorated, value = retryable(function), data.draw(RETRYABLE[option].wrong())
     refused(option, value, lambda: decorated.with_options(**{option: value}))
 
 
 @pytest.mark.parametrize("option", BREAKER)
-@given(data=st.data())
+@given_few(data=st.data())
 def test_circuit_breaker_refuses_a_wrong_option(option, data):
     value = data.draw(BREAKER[option].wrong())
     refused(option, value, lambda: circuit_breaker(**{option: value}))
 
 
 @pytest.mark.parametrize("decorator", [retryable, circuit_breaker], ids=lambda one: one.__name__)
-@given(value=ANYTHING.filter(lambda value: not callable(value) and value is not None))
+@given_few(value=ANYTHING.filter(lambda value: not callable(value) and value is not None))
 def test_a_decorator_refuses_what_is_no_function(decorator, value):
     refused("function", value, lambda: decorator(value))
     refused("function", value, lambda: decorator()(value))
 
 
-@given(name=st.text(min_size=1).filter(lambda name: name not in RETRYABLE and name not in BREAKER))
+@given_few(name=st.text(min_size=1).filter(lambda name: name not in RETRYABLE and name not in BREAKER))
 def test_an_option_that_there_is_not_is_refused_by_name(name):
     for decorator in (retryable, circuit_breaker):
         with pytest.raises(TypeError) as caught:
@@ -412,7 +418,7 @@ EXECUTE = {
 
 @pytest.mark.parametrize("argument", EXECUTE)
 @pytest.mark.parametrize("state", [None, RetryState(key="k")], ids=["stateless", "stateful"])
-@given(data=st.data())
+@given_few(data=st.data())
 def test_execute_refuses_a_wrong_argument_before_anything_runs(argument, state, data):
     def callback(context):
         raise AssertionError("ran") if argument != "recover" else OSError
@@ -424,14 +430,14 @@ def test_execute_refuses_a_wrong_argument_before_anything_runs(argument, state, 
 
 
 @pytest.mark.parametrize("argument", ["state", "transaction"])
-@given(data=st.data())
+@given_few(data=st.data())
 def test_attempts_refuses_a_wrong_argument_at_once(argument, data):
     value = data.draw(EXECUTE[argument].wrong())
     refused(argument, value, lambda: RetryTemplate().attempts(**{argument: value}))
     refused(argument, value, lambda: AsyncRetryTemplate().attempts(**{argument: value}))
 
 
-@given(key=Kind(_is_key).wrong())
+@given_few(key=Kind(_is_key).wrong())
 def test_the_operators_verbs_refuse_what_is_no_key(key):
     template = RetryTemplate()
     for verb in (template.history, template.forget, template.withdraw_veto, template.key_of):
@@ -439,24 +445,20 @@ def test_the_operators_verbs_refuse_what_is_no_key(key):
     refused("key", key, lambda: template.veto(key, "reason"))
 
 
-@given(reason=ANYTHING.filter(lambda value: not isinstance(value, str)))
+@given_few(reason=ANYTHING.filter(lambda value: not isinstance(value, str)))
 def test_a_veto_refuses_a_reason_that_is_no_text(reason):
     refused("reason", reason, lambda: RetryTemplate().veto("k", reason))
     refused("reason", reason, lambda: RetryContext(RetryTemplate(), 0.0).veto(reason))
-    refused("reason", reason, lambda: RetryTemplate().execute(lambda _: retrykit.veto(reason), lambda c: _raise(c)))
+    refused("reason", reason, lambda: RetryTemplate().execute(lambda _: retrykit.veto(reason)))
 
 
-def _raise(context: RetryContext) -> None:
-    raise AssertionError(context)
-
-
-@given(types=ANYTHING.filter(lambda value: not callable(value) and not isinstance(value, Iterable)))
+@given_few(types=ANYTHING.filter(lambda value: not callable(value) and not isinstance(value, Iterable)))
 def test_recover_refuses_what_is_no_exception_class(types):
     fetch = retryable(lambda: None)
     refused("error_types", types, lambda: fetch.recover(types))
 
 
-@given(snapshot=ANYTHING)
+@given_few(snapshot=ANYTHING)
 def test_a_context_is_made_of_nothing_but_a_snapshot(snapshot):
     with pytest.raises(CodecError):
         RetryContext.from_snapshot(snapshot)
