@@ -200,11 +200,13 @@ _OF_TEMPLATE = ("name", "context_cache", "listeners", "clock")
 
 
 def _checked(given: dict[str, Any]) -> _Options:
+    """The options, all of them known. Iterators among those given become tuples: every variant reads them."""
     known = {field.name for field in attrs.fields(_Options)}
     for option in given:
         if option not in known:
             msg = f"{option}: no option of a retryable function; there are {', '.join(sorted(known))}"
             raise TypeError(msg)
+    given |= {option: error_types(option, given[option]) for option in ("retry_for", "no_retry_for") if option in given}
     return _Options(**given)
 
 
@@ -226,7 +228,8 @@ def _template(function: Any, options: _Options, given: dict[str, Any], *, awaite
     fields.setdefault(
         "name", f"{function.__module__}.{function.__qualname__}"[-80:] if hasattr(function, "__qualname__") else "retry"
     )
-    return kind(retry_policy=options.retry_policy or _policy(options), back_off_policy=options.back_off, **fields)
+    policy = _policy(options) if options.retry_policy is None else options.retry_policy
+    return kind(retry_policy=policy, back_off_policy=options.back_off, **fields)
 
 
 def _given_template(function: Any, template: Any, given: dict[str, Any], *, awaited: bool) -> Any:
@@ -260,7 +263,8 @@ def _check_function(function: Any) -> None:
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         msg = (
             f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing"
-            " that could fail and be retried; make a function that does one step retryable, or the one that consumes the whole generator"
+            " that could fail and be retried; make a function that does one step retryable, or the one that consumes the"
+            " whole generator"
         )
         raise TypeError(msg)
 

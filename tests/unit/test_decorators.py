@@ -372,6 +372,12 @@ def test_a_bad_option_is_refused_by_name_before_anything_runs(options, error, ar
     assert calls == []
 
 
+def test_an_iterator_of_classes_serves_every_function_and_variant():
+    decorate = retryable(retry_for=(one for one in [OSError]))
+    for function in (decorate(print), decorate(len), decorate(len).with_options(max_attempts=7)):
+        assert function.template.retry_policy.retry_for == (OSError,)
+
+
 # -- recoveries
 
 
