@@ -62,45 +62,30 @@ class Plan:
 class Call:
     """One call as the flow sees it: facts that the driver gives, and what the flow has learned of the store."""
 
-    __slots__ = (
-        "admitted",
-        "begun",
-        "blind",
-        "context",
-        "fault",
-        "flight",
-        "key",
-        "owner",
-        "plan",
-        "recovers",
-        "seen",
-        "settled",
-        "state",
-        "transactional",
-        "version",
-    )
+    key: str | None = None
+    owner: str = ""
+    transactional: bool = False
+    recovers: Callable[[BaseException | None], bool] | None = None
+    first: Failure | None = None
+    """How the first attempt failed, if it was made before the flow began."""
+    admitted: bool = False
+    """Circuit breakers have let the present attempt through."""
+    version: int | None = None
+    """The version of the history in the store, as far as it is known."""
+    flight: int | None = None
+    """The fence under which the present attempt is reserved there."""
+    seen: bool = False
+    """There was a history in the store."""
+    blind: bool = False
+    """The store cannot be read (because of `fault`), so nothing is stored over what cannot be seen."""
+    fault: Exception | None = None
+    settled: bool = False
+    """The history was brought to its end within the work's own transaction."""
 
     def __init__(self, plan: Plan, context: RetryContext) -> None:
         self.plan = plan
         self.context = context
         self.state: RetryState | None = context._state
-        self.key: str | None = None
-        self.owner = ""
-        self.transactional = False
-        self.recovers: Callable[[BaseException | None], bool] | None = None
-        # The first attempt was made before the flow began: its failure is the first answer.
-        self.begun = False
-        # Circuit breakers have let the present attempt through.
-        self.admitted = False
-        # What is known of the store: the version of the history there, the fence of our flight in it, whether there was one at all.
-        self.version: int | None = None
-        self.flight: int | None = None
-        self.seen = False
-        # It cannot be read (because of this fault), so nothing is stored over what cannot be seen.
-        self.blind = False
-        self.fault: Exception | None = None
-        # The history was brought to its end within the work's own transaction.
-        self.settled = False
 
 
 def raising(error_type: type[RetryError], call: Call, cause: BaseException | None, **facts: Any) -> Raise:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
@@ -69,6 +69,7 @@ def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollba
     return True
 
 
+_set = object.__setattr__
 _JOURNALS: Final = ("redelivered", "always", "never")
 
 
@@ -92,9 +93,6 @@ class RetryState(Value):
     recover_on_redelivery: bool = True
     journal: Literal["redelivered", "always", "never"] = "redelivered"
 
-    asks_nothing: ClassVar[bool]
-    """Whether the store has nothing to say before the first attempt, and nothing to be told if it succeeds."""
-
     def __init__(
         self,
         *,
@@ -105,41 +103,41 @@ class RetryState(Value):
         recover_on_redelivery: bool = True,
         journal: Literal["redelivered", "always", "never"] = "redelivered",
     ) -> None:
-        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for what is wrong.
+        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for what is wrong;
+        # and what is not stored here is a default of the class.
         if key is not None and type(key) is not str:
             check_key(key)
         if redelivered is not None and redelivered is not True and redelivered is not False:
             raise wrong_type("redelivered", "True, False or None", redelivered)
-        if fresh is not False and fresh is not True:
-            raise wrong_type("fresh", "True or False", fresh)
-        if rollback_for is not always and not callable(rollback_for):
+        _set(self, "key", key)
+        if redelivered is not None:
+            _set(self, "redelivered", redelivered)
+        if (
+            fresh is not False
+            or rollback_for is not always
+            or recover_on_redelivery is not True
+            or journal != "redelivered"
+        ):
+            self._set_rare(fresh, rollback_for, recover_on_redelivery, journal)
+
+    def _set_rare(self, fresh: Any, rollback_for: Any, recover_on_redelivery: Any, journal: Any) -> None:
+        """Check and store what few states have."""
+        for name, value in (("fresh", fresh), ("recover_on_redelivery", recover_on_redelivery)):
+            if value is not True and value is not False:
+                raise wrong_type(name, "True or False", value)
+            _set(self, name, value)
+        if not callable(rollback_for):
             raise wrong_type("rollback_for", "callable", rollback_for)
-        if recover_on_redelivery is not True and recover_on_redelivery is not False:
-            raise wrong_type("recover_on_redelivery", "True or False", recover_on_redelivery)
         if journal not in _JOURNALS:
             raise (wrong_value if isinstance(journal, str) else wrong_type)("journal", f"one of {_JOURNALS}", journal)
-        # What is not stored here is a default of the class.
-        fields = self.__dict__
-        fields["key"] = key
-        if redelivered is not None:
-            fields["redelivered"] = redelivered
-        if fresh:
-            fields["fresh"] = True
-        if rollback_for is not always:
-            fields["rollback_for"] = rollback_for
-        if not recover_on_redelivery:
-            fields["recover_on_redelivery"] = False
-        if journal != "redelivered":
-            fields["journal"] = journal
-        if key is None or (redelivered is False and not fresh and journal != "always"):
-            fields["asks_nothing"] = True
+        _set(self, "rollback_for", rollback_for)
+        _set(self, "journal", journal)
 
 
 for _field in attrs.fields(RetryState):
     if _field.default is not attrs.NOTHING:
         # A function in a class would become a method of its instances.
         setattr(RetryState, _field.name, staticmethod(always) if _field.default is always else _field.default)
-RetryState.asks_nothing = False
 
 
 class RetryContext:
@@ -151,8 +149,10 @@ class RetryContext:
 
     # Contexts are made on every call and most are never read: only what nearly every call stores is set when one is made.
     _wall: float | None = None
+    _now: float = 0.0
     duplicate: bool = False
     transaction: Any = None
+    decision: RetryDecision | None = None
 
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template
@@ -160,9 +160,7 @@ class RetryContext:
         self._outer = outer
         self._state = state
         self._history: History | None = None
-        self._now = started
         self.attempt = 1
-        self.decision: RetryDecision | None = None
         self.closed = False
 
     def __repr__(self) -> str:
@@ -375,7 +373,10 @@ class RetryContext:
         """The instant that a monotonic time stands for. The distance of the two clocks is read once a call, so a jump cannot tear it."""
         if self._wall is None:
             clock: Clock = self._template.clock
-            self._wall = clock.time() - clock.monotonic()
+            try:
+                self._wall = clock.time() - clock.monotonic()
+            except Exception:  # noqa: BLE001 - a clock's fault changes no outcome; the machine's own will do
+                self._wall = SYSTEM_CLOCK.time() - SYSTEM_CLOCK.monotonic()
         return self._wall + monotonic
 
     def _close(self) -> None:
@@ -423,4 +424,8 @@ def instant(seconds: float) -> datetime:
     """Seconds since the epoch as an aware UTC datetime."""
     from datetime import UTC, datetime  # noqa: PLC0415 - few ask for an instant, and importing it costs as much as all the rest
 
-    return datetime.fromtimestamp(seconds, UTC)
+    try:
+        return datetime.fromtimestamp(seconds, UTC)
+    except (ValueError, OverflowError, OSError):
+        # Beyond the calendar, before or after it: a back-off may be that patient.
+        return datetime.max.replace(tzinfo=UTC) if seconds > 0 else datetime.min.replace(tzinfo=UTC)

@@ -46,7 +46,10 @@ class Driver(Call):
     It does each thing once and the same way for both loops: where something may be asynchronous it returns the awaitable.
     """
 
-    __slots__ = ("arguments", "binding", "function", "keywords", "manager", "opening", "recover", "template", "transaction", "value", "view")
+    manager: Any = None
+    opening: Any = None
+    view: Any = None
+    value: Any = None
 
     def __init__(
         self,
@@ -58,18 +61,18 @@ class Driver(Call):
         recover: Callable[[RetryContext], Any] | None = None,
         transaction: Callable[[], Any] | None = None,
     ) -> None:
-        Call.__init__(self, template.plan, context)
+        # What `Call.__init__` does, without the call: one of these is made at every first failure.
+        self.plan = template.plan
+        self.context = context
+        self.state = context._state
         self.template = template
         self.binding: Any = context
         self.function = function
         self.arguments = arguments
         self.keywords = keywords
+        self.first: tuple[Exception, float] | None = None
         self.recover = recover
         self.transaction = transaction
-        self.manager: Any = None
-        self.opening: Any = None
-        self.view: Any = None
-        self.value: Any = None
         if recover is not None:
             self.recovers = getattr(recover, "handles", _always)
         if transaction is not None:
@@ -170,7 +173,6 @@ class Driver(Call):
             self.context._history = None
         else:
             self.context._close()
-        self.arguments = self.keywords = self.value = self.function = self.binding = None  # type: ignore[assignment]
 
 
 async def _dropped(awaitable: Any) -> None:
@@ -243,18 +245,16 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
     """Run a call to its outcome. `first`: how the first attempt failed, if it has been made already."""
     binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.begun = first is not None
+    driver.first = first
     flow: Any = run(driver)
     send: Any = flow.send
     step: Any = None
     answer: Any = None
+    over = False
     try:
         while True:
             step = send(answer)
             if step is ATTEMPT:
-                if first is not None:
-                    answer, first = first, None
-                    continue
                 token = _bind(binding)
                 try:
                     driver.value = function(*arguments, **keywords)
@@ -268,17 +268,18 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
             elif step is ANSWER_NOTHING:
                 return None
             elif type(step) is Raise:
+                over = True
                 raise own_frame_off(step.error)
             else:
                 answer = _perform(driver, step)
     except BaseException as error:
-        if not isinstance(error, Exception):
+        if not over:
             _abort(driver, error)
         raise
     finally:
         # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only gc can find.
-        answer = first = step = flow = send = binding = None
         driver.done()
+        answer = first = step = flow = send = binding = driver = None  # type: ignore[assignment]
 
 
 def _perform(driver: Driver, step: Any) -> Any:
@@ -337,18 +338,16 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
     """As `drive`, awaiting what can be awaited: attempts, recoveries, pauses, stores, listeners and transactions."""
     binding, now = driver.binding, driver.plan.now or driver.guarded_now
     function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.begun = first is not None
+    driver.first = first
     flow: Any = run(driver)
     send: Any = flow.send
     step: Any = None
     answer: Any = None
+    over = False
     try:
         while True:
             step = send(answer)
             if step is ATTEMPT:
-                if first is not None:
-                    answer, first = first, None
-                    continue
                 token = _bind(binding)
                 try:
                     value = function(*arguments, **keywords)
@@ -363,16 +362,17 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
             elif step is ANSWER_NOTHING:
                 return None
             elif type(step) is Raise:
+                over = True
                 raise own_frame_off(step.error)
             else:
                 answer = await _async_perform(driver, step)
     except BaseException as error:
-        if not isinstance(error, Exception):
+        if not over:
             await _async_abort(driver, error)
         raise
     finally:
-        answer = first = step = flow = send = value = binding = None
         driver.done()
+        answer = first = step = flow = send = value = binding = driver = None  # type: ignore[assignment]
 
 
 async def _async_perform(driver: Driver, step: Any) -> Any:

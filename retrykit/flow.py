@@ -32,6 +32,8 @@ Where a decision cannot be made, because a policy itself raises, the answer is n
 
 from __future__ import annotations
 
+from typing import Any
+
 from retrykit.call import Call, Failure, Flow, raising
 from retrykit.circuit import admit, record
 from retrykit.decision import allowed, fail_quietly, rethrows, tries_recovery_again
@@ -71,13 +73,15 @@ def run(call: Call) -> Flow:
     """
     plan, context = call.plan, call.context
     stateful, quiet = call.state is not None, plan.quiet and call.key is None
-    made = quiet or call.begun
-    outcome = None if made else (yield from _open(call))
+    first, call.first = call.first, None
+    outcome: Any = None if quiet or first is not None else (yield from _open(call))
     while outcome is None:
-        if not made and (outcome := (yield from _before_attempt(call))) is not None:
+        if first is not None:
+            failure, first = first, None
+        elif not quiet and (outcome := (yield from _before_attempt(call))) is not None:
             break
-        made = quiet
-        failure = (yield from _transaction(call, ATTEMPT)) if call.transactional else (yield ATTEMPT)
+        else:
+            failure = (yield from _transaction(call, ATTEMPT)) if call.transactional else (yield ATTEMPT)
         if failure is None:
             outcome = RETURN if quiet else (yield from _succeed(call))
             break

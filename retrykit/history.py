@@ -277,51 +277,32 @@ class History:
     proposes, in seconds, while a decision is made. `own_veto`: the veto was spoken in this call, and is not stored yet.
     """
 
-    __slots__ = (
-        "_attributes",
-        "_tallies",
-        "completed_at",
-        "crashes",
-        "errors",
-        "exhausted",
-        "expires_at",
-        "failures",
-        "fence",
-        "first_failed_at",
-        "in_flight",
-        "last_delay",
-        "last_error",
-        "last_failed_at",
-        "live",
-        "not_before",
-        "own_veto",
-        "pause",
-        "reason",
-        "recovered",
-        "recovery_failures",
-        "started_at",
-        "veto",
-    )
+    # One is made at every first failure, and most end with the call: only what every failure stores is set when one is made.
+    crashes: int = 0
+    recovery_failures: int = 0
+    started_at: float | None = None
+    first_failed_at: float | None = None
+    last_failed_at: float | None = None
+    not_before: float | None = None
+    last_delay: float | None = None
+    completed_at: float | None = None
+    expires_at: float | None = None
+    veto: str | None = None
+    own_veto: bool = False
+    errors: tuple[ErrorSummary, ...] = ()
+    in_flight: tuple[Flight, ...] = ()
+    exhausted: bool = False
+    recovered: bool = False
+    reason: str = ""
+    pause: float = 0.0
+    _attributes: Attributes | None = None
+    _tallies: dict[str, Tally] | None = None
 
     def __init__(self, **facts: Any) -> None:
-        self.failures = self.crashes = self.fence = self.recovery_failures = 0
-        self.started_at: float | None = None
-        self.first_failed_at: float | None = None
-        self.last_failed_at: float | None = None
-        self.not_before: float | None = None
-        self.last_delay: float | None = None
-        self.completed_at: float | None = None
-        self.expires_at: float | None = None
-        self.veto: str | None = None
+        self.failures: int = 0
+        self.fence: int = 0
         self.last_error: Any = None
         self.live: list[tuple[int, Any, float]] | None = None
-        self.errors: tuple[ErrorSummary, ...] = ()
-        self.in_flight: tuple[Flight, ...] = ()
-        self.exhausted = self.recovered = self.own_veto = False
-        self.reason = ""
-        self.pause = 0.0
-        self._attributes: Attributes | None = None
-        self._tallies: dict[str, Tally] | None = None
         for fact, value in facts.items():
             setattr(self, fact, value)
 

@@ -134,6 +134,12 @@ class _Template(Value):
         """A new context for a call of this template."""
         return RetryContext(self, self._now(), _bound.get(), state)
 
+    def _asks_nothing(self, state: RetryState) -> bool:
+        """Whether the store has nothing to say before the first attempt, and nothing to be told if it succeeds."""
+        if self.remember_completed is not None:
+            return False
+        return (state.redelivered is False and not state.fresh and state.journal != "always") or state.key is None
+
     def _block(self, state: RetryState | None, transaction: Any) -> Driver:
         return self.driver(self.context(state), _always, (), {}, None, transaction)
 
@@ -203,7 +209,7 @@ class RetryTemplate(_Template):
         if (
             self.runs_direct
             and transaction is None
-            and (state is None or (type(state) is RetryState and state.asks_nothing and self.remember_completed is None))
+            and (state is None or (state.__class__ is RetryState and self._asks_nothing(state)))
             and (recover is None or callable(recover))
             and _short_cut
         ):
@@ -338,7 +344,7 @@ class AsyncRetryTemplate(_Template):
         if (
             self.runs_direct
             and transaction is None
-            and (state is None or (state.asks_nothing and self.remember_completed is None))
+            and (state is None or self._asks_nothing(state))
             and _short_cut
         ):
             context = RetryContext(self, monotonic(), None, state)

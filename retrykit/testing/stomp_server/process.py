@@ -70,7 +70,7 @@ class StompServerProcess(Controls):
         )
         try:
             self.port = self._read()["port"]
-        except (RuntimeError, TimeoutError):
+        except BaseException:
             self.kill()
             raise
 
