@@ -154,8 +154,10 @@ def async_attempts(driver: Driver) -> AsyncIterator[AsyncAttempt]:
 
 
 class _AsyncAttempts:
-    """No generator: every loop whose last failure goes on is left in the middle, and asynchronous generators that are left
-    must be closed by somebody.
+    """An iterator that need not be closed.
+
+    No generator: every loop whose last failure goes on is left in the middle, and asynchronous generators that are
+    left must be closed by somebody.
     """
 
     def __init__(self, driver: Driver) -> None:

@@ -1,4 +1,7 @@
-"""The facts of one call that the flow works on: its template's plan, its context, and what has been learned of the store."""
+"""The facts of one call that the flow works on.
+
+Its template's plan, its context, and what has been learned of the store.
+"""
 
 from __future__ import annotations
 

@@ -1,12 +1,13 @@
 """One call's view of its item: how often it failed, with what, what was decided; and how client code finds it.
 
-A context is three stores until something happens: everything that a history remembers is kept in a `History` that is made when a failure,
-a stored snapshot or the user's own attributes need it. A decorated function does not even make the context: it binds a *frame*, a list
-`[template, started, outer]`, and `current_context()` turns that into a context when somebody asks. After a failure there is a context, but
-still nobody else may have it: then the frame is `[context]`, and is marked when somebody asks. What nobody has seen need not be tidied up.
+A context is three stores until something happens: everything that a history remembers is kept in a `History` that is
+made when a failure, a stored snapshot or the user's own attributes need it. A decorated function does not even make the
+context: it binds a *frame*, a list `[template, started, outer]`, and `current_context()` turns that into a context when
+somebody asks. After a failure there is a context, but still nobody else may have it: then the frame is `[context]`, and
+is marked when somebody asks. What nobody has seen need not be tidied up.
 
-The binding is a context variable, set and reset around each attempt: threads started through `contextvars.copy_context` and tasks inherit
-it, and after the call it is what it was before.
+The binding is a context variable, set and reset around each attempt: threads started through `contextvars.copy_context`
+and tasks inherit it, and after the call it is what it was before.
 """
 
 from __future__ import annotations
@@ -34,17 +35,23 @@ _bound: ContextVar[Any] = ContextVar("retrykit.context", default=None)
 
 
 def current_context() -> RetryContext | None:
-    """The context of the innermost attempt that is running around the caller, at any depth; None outside of every attempt."""
+    """The context of the innermost attempt that is running around the caller, at any depth.
+
+    None outside of every attempt.
+    """
     return context_in(_bound.get())
 
 
 def context_in(bound: Any) -> RetryContext | None:
-    """The context that a binding stands for: itself, or the one that its frame is turned into when it is first asked for."""
+    """The context that a binding stands for.
+
+    Itself, or the one that its frame is turned into when it is first asked for.
+    """
     if type(bound) is not list:
         # A RetryContext; or nothing: None, or what a token says of a variable that was not set.
         return None if bound is Token.MISSING else bound
     if isinstance(bound[0], RetryContext):
-        bound.append(True)  # noqa: FBT003 - the mark of one that was asked for
+        bound.append(True)
         return bound[0]
     if len(bound) == 3:  # noqa: PLR2004 - template, started, outer
         # Two threads may ask at once: the first append wins, for both.
@@ -55,7 +62,8 @@ def context_in(bound: Any) -> RetryContext | None:
 def veto(reason: str = "vetoed by the client code") -> None:
     """Forbid further attempts of the operation that is running around the caller; the present attempt goes on.
 
-    Raises `RetryError` outside of every attempt. The veto is kept with the item's history, across deliveries and restarts.
+    Raises `RetryError` outside of every attempt. The veto is kept with the item's history, across deliveries and
+    restarts.
     """
     context = current_context()
     if context is None:
@@ -77,13 +85,14 @@ _JOURNALS: Final = ("redelivered", "always", "never")
 class RetryState(Value):
     """What makes a call stateful: which item it is about, and what its source says of it.
 
-    `key` names the item across deliveries; None means that there is nothing to remember (each failure is still rethrown).
-    `redelivered`: True looks the history up and counts an attempt that never ended as a crash; False skips the look-up, so give it only for
-    a source that never forgets; None (unknown) looks it up. `fresh` starts the history of an old key anew.
-    `rollback_for(error)`: False means try again in place instead of rethrowing. `recover_on_redelivery`: True (Spring's rule) rethrows the
-    last failure as well and recovers at the next delivery; False recovers in the same call: right when the session is ours.
-    `journal`: "redelivered" stores "attempt n was started" before an attempt unless the source says that it is the first delivery,
-    "always" in any case, "never" not at all (then neither crashes nor attempts that run at the same time are counted before they fail).
+    `key` names the item across deliveries; None means that there is nothing to remember (each failure is still
+    rethrown). `redelivered`: True looks the history up and counts an attempt that never ended as a crash; False skips
+    the look-up, so give it only for a source that never forgets; None (unknown) looks it up. `fresh` starts the history
+    of an old key anew. `rollback_for(error)`: False means try again in place instead of rethrowing.
+    `recover_on_redelivery`: True (Spring's rule) rethrows the last failure as well and recovers at the next delivery;
+    False recovers in the same call: right when the session is ours. `journal`: "redelivered" stores "attempt n was
+    started" before an attempt unless the source says that it is the first delivery, "always" in any case, "never" not
+    at all (then neither crashes nor attempts that run at the same time are counted before they fail).
     """
 
     key: Key | None
@@ -103,8 +112,8 @@ class RetryState(Value):
         recover_on_redelivery: bool = True,
         journal: Literal["redelivered", "always", "never"] = "redelivered",
     ) -> None:
-        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for what is wrong;
-        # and what is not stored here is a default of the class.
+        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for
+        # what is wrong; and what is not stored here is a default of the class.
         if key is not None and type(key) is not str:
             check_key(key)
         if redelivered is not None and redelivered is not True and redelivered is not False:
@@ -143,11 +152,12 @@ for _field in attrs.fields(RetryState):
 class RetryContext:
     """What is known of the operation while it runs; given to callbacks, recoveries and listeners.
 
-    It belongs to one call. When the call is over it keeps descriptions of the errors instead of the live exceptions, which would pin every
-    frame that they passed through.
+    It belongs to one call. When the call is over it keeps descriptions of the errors instead of the live exceptions,
+    which would pin every frame that they passed through.
     """
 
-    # Contexts are made on every call and most are never read: only what nearly every call stores is set when one is made.
+    # Contexts are made on every call and most are never read: only what nearly every call stores is set when one is
+    # made.
     _wall: float | None = None
     _now: float = 0.0
     duplicate: bool = False
@@ -195,7 +205,8 @@ class RetryContext:
     def fence(self) -> int:
         """A number that grows with every attempt of the key, in every process: guard your own writes with it.
 
-        It begins with the microseconds of the clock, so that it grows on when a history was settled and the key comes again.
+        It begins with the microseconds of the clock, so that it grows on when a history was settled and the key comes
+        again.
         """
         if self.key is None:
             return self.attempt
@@ -293,7 +304,10 @@ class RetryContext:
 
     @property
     def pause(self) -> float:
-        """Seconds that would be waited before the next attempt, proposed by the back-off: policies with a deadline look at it."""
+        """Seconds that would be waited before the next attempt, proposed by the back-off.
+
+        Policies with a deadline look at it.
+        """
         history = self._history
         return 0.0 if history is None else history.pause
 
@@ -324,7 +338,10 @@ class RetryContext:
         return history is not None and history.recovered
 
     def veto(self, reason: str = "vetoed") -> None:
-        """Forbid further attempts, also in later deliveries and other processes. The present attempt goes on and may still succeed."""
+        """Forbid further attempts, also in later deliveries and other processes.
+
+        The present attempt goes on and may still succeed.
+        """
         if not isinstance(reason, str):
             raise wrong_type("reason", "a str", reason)
         history = self._facts()
@@ -370,7 +387,10 @@ class RetryContext:
         return history
 
     def _wall_of(self, monotonic: float) -> float:
-        """The instant that a monotonic time stands for. The distance of the two clocks is read once a call, so a jump cannot tear it."""
+        """The instant that a monotonic time stands for.
+
+        The distance of the two clocks is read once a call, so a jump cannot tear it.
+        """
         if self._wall is None:
             clock: Clock = self._template.clock
             try:
@@ -422,7 +442,7 @@ def first_fence(now: float) -> int:
 
 def instant(seconds: float) -> datetime:
     """Seconds since the epoch as an aware UTC datetime."""
-    from datetime import UTC, datetime  # noqa: PLC0415 - few ask for an instant, and importing it costs as much as all the rest
+    from datetime import UTC, datetime
 
     try:
         return datetime.fromtimestamp(seconds, UTC)

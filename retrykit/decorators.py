@@ -191,7 +191,7 @@ class _Options:
     clock: Any = None
     key: Callable[..., Any] | None = attrs.field(default=None, validator=is_callable_or_none)
     redelivered: Callable[..., bool | None] | None = attrs.field(default=None, validator=is_callable_or_none)
-    recover_on_redelivery: bool = attrs.field(default=True, validator=one_of(True, False))  # noqa: FBT003
+    recover_on_redelivery: bool = attrs.field(default=True, validator=one_of(True, False))
     transaction: Callable[[], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
 
 
@@ -263,8 +263,8 @@ def _check_function(function: Any) -> None:
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         msg = (
             f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing"
-            " that could fail and be retried; make a function that does one step retryable, or the one that consumes the"
-            " whole generator"
+            " that could fail and be retried; make a function that does one step retryable, or the one that consumes"
+            " the whole generator"
         )
         raise TypeError(msg)
 

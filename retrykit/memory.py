@@ -1,6 +1,8 @@
-"""The flow's dealings with the store: recalling, reserving, storing a failure, settling. See the essay in `retrykit.flow` for the why.
+"""The flow's dealings with the store: recalling, reserving, storing a failure, settling. See the essay in
+`retrykit.flow` for the why.
 
-Every write is a compare-and-set. When it finds that somebody else was first, their facts are read and ours are applied to them.
+Every write is a compare-and-set. When it finds that somebody else was first, their facts are read and ours are applied
+to them.
 """
 
 from __future__ import annotations
@@ -40,11 +42,18 @@ def recall(call: Call, *, again: bool = False) -> Flow:
 
 
 def _keep_own(theirs: History, mine: History) -> None:
-    """What this call itself has said or seen, and nobody has stored: its veto, and the live exception behind a stored description."""
+    """What this call itself has said or seen, and nobody has stored.
+
+    Its veto, and the live exception behind a stored description.
+    """
     if mine.own_veto:
         theirs.veto, theirs.own_veto = mine.veto, True
     last = mine.last_error
-    if isinstance(last, BaseException) and not isinstance(last, StoredError) and theirs.last_error == StoredError.of(last):
+    if (
+        isinstance(last, BaseException)
+        and not isinstance(last, StoredError)
+        and theirs.last_error == StoredError.of(last)
+    ):
         theirs.last_error = last
 
 
@@ -81,7 +90,10 @@ def _read(call: Call, history: History) -> Flow:
 
 
 def _forget_own_flights(call: Call, history: History) -> None:
-    """A flight of this call that it does not know of was stored by a write that seemed to fail: it is no attempt of its own."""
+    """A flight of this call that it does not know of was stored by a write that seemed to fail.
+
+    It is no attempt of its own.
+    """
     own = (flight for flight in history.in_flight if flight.owner == call.owner and flight.fence != call.flight)
     for flight in own:
         history.land(flight.fence)
@@ -103,7 +115,10 @@ def _crashed(history: History, flight: Flight, now: float) -> None:
 
 
 def take_over(call: Call, stored: Any) -> bool:
-    """Go on with the history that somebody else stored, keeping the user's attributes of this call. Whether there was one."""
+    """Go on with the history that somebody else stored, keeping the user's attributes of this call.
+
+    Whether there was one.
+    """
     context = call.context
     mine, theirs = context._facts(), history_of(stored)
     if isinstance(theirs, Exception):
@@ -186,7 +201,10 @@ def withdraw(call: Call) -> Flow:
 
 
 def store_failure(call: Call, error: Exception) -> Flow:
-    """Count the failure in the stored history, whatever others store at the same time; the decision that follows from it."""
+    """Count the failure in the stored history, whatever others store at the same time.
+
+    The decision that follows from it.
+    """
     context = call.context
     now = yield NOW
     while True:
@@ -209,7 +227,10 @@ def store_failure(call: Call, error: Exception) -> Flow:
 
 
 def _try_to_store(call: Call, error: Exception) -> Flow:
-    """One compare-and-set of the history. False: somebody else was first, and theirs was read; True: it is stored, or cannot be."""
+    """One compare-and-set of the history.
+
+    False: somebody else was first, and theirs was read; True: it is stored, or cannot be.
+    """
     context, key = call.context, call.key or ""
     try:
         snapshot = context.snapshot()
@@ -302,7 +323,10 @@ def settle(call: Call) -> Flow:
 
 
 def settle_within(call: Call) -> Flow:
-    """Settle the history inside the work's own transaction, if the cache can join it. The outcome if somebody else had it."""
+    """Settle the history inside the work's own transaction, if the cache can join it.
+
+    The outcome if somebody else had it.
+    """
     if not _has_to_settle(call) or (yield JOIN) is not True:
         return None
     while True:

@@ -1,7 +1,7 @@
 """Whether an operation may be tried again, and why: pure questions about what a context remembers.
 
-A policy changes nothing: asking twice gives the same answer. What it needs to know is in the context, derived from the recorded failures
-and JSON-able, so that every policy works with every cache and in every process.
+A policy changes nothing: asking twice gives the same answer. What it needs to know is in the context, derived from the
+recorded failures and JSON-able, so that every policy works with every cache and in every process.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 class RetryDecision(Value):
     """Will it be retried, when, and why (not)? Listeners, logs and operators all show this one object.
 
-    `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made from.
-    `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids the recovery callback.
-    `reason` may be given as a text, as a tuple `(format, *values)`, or as a function that makes the text: it is worded when it is read, and
-    most decisions are never looked at.
+    `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made
+    from. `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids
+    the recovery callback. `reason` may be given as a text, as a tuple `(format, *values)`, or as a function that makes
+    the text: it is worded when it is read, and most decisions are never looked at.
     """
 
     retry: bool
@@ -57,7 +57,9 @@ class RetryDecision(Value):
         return str(reason[0]).format(*reason[1:]) if isinstance(reason, tuple) else reason()
 
     def __str__(self) -> str:
-        verdict = f"retry in {self.delay:g} s" if self.retry and self.delay else "retry at once" if self.retry else "give up"
+        verdict = (
+            f"retry in {self.delay:g} s" if self.retry and self.delay else "retry at once" if self.retry else "give up"
+        )
         return f"{verdict} ({self.reason})"
 
     def __getstate__(self) -> dict[str, Any]:
@@ -107,27 +109,36 @@ def is_crash(error: BaseException | None) -> bool:
 
 @attrs.frozen(eq=False, repr=False)
 class SimpleRetryPolicy(Value):
-    """Up to `max_attempts` attempts, the first included, for the failures that are classified as retryable. Spring's default policy.
+    """Up to `max_attempts` attempts, the first included, for the failures that are classified as retryable. Spring's
+    default policy.
 
-    `max_attempts=None`: no limit. The class nearest to the failure's own decides among `retry_for` and `no_retry_for`; `Exception` in
-    `retry_for` (the default) stands for every failure not named. `traverse_causes`: a failure that is not named is classified by its
-    causes. `default`: what holds for a failure named in neither; None derives it from `Exception` in `retry_for`.
-    `not_recoverable`: failures after which the recovery callback must not run.
+    `max_attempts=None`: no limit. The class nearest to the failure's own decides among `retry_for` and `no_retry_for`;
+    `Exception` in `retry_for` (the default) stands for every failure not named. `traverse_causes`: a failure that is
+    not named is classified by its causes. `default`: what holds for a failure named in neither; None derives it from
+    `Exception` in `retry_for`. `not_recoverable`: failures after which the recovery callback must not run.
     """
 
     max_attempts: int | None = attrs.field(default=3, validator=whole(1, optional=True))
-    retry_for: tuple[type[Exception], ...] = attrs.field(default=(Exception,), converter=as_types, validator=are_error_types)
-    no_retry_for: tuple[type[Exception], ...] = attrs.field(default=(), converter=as_types, validator=are_error_types, kw_only=True)
-    traverse_causes: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
-    not_recoverable: tuple[type[Exception], ...] = attrs.field(default=(), converter=as_types, validator=are_error_types, kw_only=True)
-    default: bool | None = attrs.field(default=None, validator=one_of(True, False, None), kw_only=True)  # noqa: FBT003
+    retry_for: tuple[type[Exception], ...] = attrs.field(
+        default=(Exception,), converter=as_types, validator=are_error_types
+    )
+    no_retry_for: tuple[type[Exception], ...] = attrs.field(
+        default=(), converter=as_types, validator=are_error_types, kw_only=True
+    )
+    traverse_causes: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)
+    not_recoverable: tuple[type[Exception], ...] = attrs.field(
+        default=(), converter=as_types, validator=are_error_types, kw_only=True
+    )
+    default: bool | None = attrs.field(default=None, validator=one_of(True, False, None), kw_only=True)
 
     # Decisions and classifications that were made before: both are values, made again and again of the same few facts.
     _consents: dict[int, RetryDecision] = attrs.field(init=False, factory=dict, eq=False, repr=False)
     _verdicts: dict[type, bool] = attrs.field(init=False, factory=dict, eq=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _evolved_simple, ({field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init},)
+        return _evolved_simple, (
+            {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init},
+        )
 
     def decide(self, context: Any) -> RetryDecision:
         """Attempts left, and the last failure retryable?"""
@@ -141,7 +152,9 @@ class SimpleRetryPolicy(Value):
         return self._refuse(count, error)
 
     def _consent(self, count: int) -> RetryDecision:
-        decision = RetryDecision(True, 0.0, ("SimpleRetryPolicy: attempt {} of {} failed", count, _limit(self.max_attempts)))
+        decision = RetryDecision(
+            True, 0.0, ("SimpleRetryPolicy: attempt {} of {} failed", count, _limit(self.max_attempts))
+        )
         if count < REMEMBERED:
             self._consents[count] = decision
         return decision
@@ -225,7 +238,11 @@ class TimeoutRetryPolicy(Value):
         return RetryDecision(
             elapsed + pause <= timeout,
             0.0,
-            lambda: f"TimeoutRetryPolicy: {elapsed:.3f} s" + (f" + pause {pause:.3f} s" if pause else "") + f" of {timeout:g} s",
+            lambda: (
+                f"TimeoutRetryPolicy: {elapsed:.3f} s"
+                + (f" + pause {pause:.3f} s" if pause else "")
+                + f" of {timeout:g} s"
+            ),
         )
 
 
@@ -233,7 +250,7 @@ class TimeoutRetryPolicy(Value):
 class AlwaysRetryPolicy(Value):
     """Every failure is retried, without end: for transient failures that are known to pass, and for tests."""
 
-    def decide(self, context: Any) -> RetryDecision:  # noqa: ARG002 - nothing about it matters
+    def decide(self, context: Any) -> RetryDecision:
         """Yes."""
         return RetryDecision(True, 0.0, "AlwaysRetryPolicy")
 
@@ -306,7 +323,8 @@ def branch_of(context: Any) -> str:
 
 @attrs.frozen(eq=False, repr=False)
 class ExceptionClassifierRetryPolicy(Value):
-    """Each failure is decided by the policy of the nearest of its classes, which counts only its own: "A up to 3, B up to 3".
+    """Each failure is decided by the policy of the nearest of its classes, which counts only its own: "A up to 3, B up
+    to 3".
 
     `policies` maps exception classes to policies; `default` decides what is not named (never, unless given).
     """
@@ -374,7 +392,7 @@ class CompositeRetryPolicy(Value):
     """Several policies as one: all must agree (pessimistic, the default), or any of them (`optimistic=True`)."""
 
     policies: tuple[RetryPolicy, ...] = attrs.field(converter=_as_policies)
-    optimistic: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)  # noqa: FBT003
+    optimistic: bool = attrs.field(default=False, validator=one_of(True, False), kw_only=True)
 
     @policies.validator
     def _check(self, field: Any, policies: Any) -> None:

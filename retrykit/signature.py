@@ -1,8 +1,9 @@
 """A wrapper with the parameters of the function it wraps, compiled once for each shape of parameters.
 
-A wrapper that takes `*args, **kwargs` packs and unpacks them on every call, which costs more than everything else that a successful attempt
-needs. And it takes any arguments: a wrong call would fail inside the attempt, and be retried. One that has the function's own parameters is
-as fast as a plain call, and a wrong call raises `TypeError` at once. (attrs and dataclasses compile their `__init__` for the same reasons.)
+A wrapper that takes `*args, **kwargs` packs and unpacks them on every call, which costs more than everything else that
+a successful attempt needs. And it takes any arguments: a wrong call would fail inside the attempt, and be retried. One
+that has the function's own parameters is as fast as a plain call, and a wrong call raises `TypeError` at once. (attrs
+and dataclasses compile their `__init__` for the same reasons.)
 """
 
 from __future__ import annotations
@@ -45,9 +46,14 @@ def make(_rk_drive, _rk_start):
 
 
 def direct_wrapper(function: Any, template: Any, drive: Any, start: Any, *, awaited: bool) -> Any:
-    """The function, called at once in a frame of its own; when it raises, `drive(start(args, kwargs, frame, failure), (failure, time))`."""
+    """The function, called at once in a frame of its own.
+
+    When it raises, `drive(start(args, kwargs, frame, failure), (failure, time))`.
+    """
     make = _made(_DIRECT, function, awaited)
-    return _with_defaults(make(function, template, _bound.set, _bound.reset, _bound.get, monotonic, drive, start), function)
+    return _with_defaults(
+        make(function, template, _bound.set, _bound.reset, _bound.get, monotonic, drive, start), function
+    )
 
 
 def driven_wrapper(function: Any, drive: Any, start: Any, *, awaited: bool) -> Any:
@@ -88,7 +94,13 @@ def _shape_of(function: Any) -> tuple[str, str, str]:
 
 
 @functools.cache
-def _factory(template: str, parameters: str, arguments: str, packed: str, awaited: bool) -> Any:  # noqa: FBT001 - a part of the cache's key
+def _factory(  # noqa: PLR0917 - the parts of the cache's key
+    template: str,
+    parameters: str,
+    arguments: str,
+    packed: str,
+    awaited: bool,  # noqa: FBT001
+) -> Any:
     source = template.format(
         parameters=parameters,
         arguments=arguments,

@@ -1,4 +1,5 @@
-"""What the flow asks of its drivers: data-only steps. Each says what is to be done; the driver does it and sends back what came of it.
+"""What the flow asks of its drivers: data-only steps. Each says what is to be done; the driver does it and sends back
+what came of it.
 
 | step | done by the driver | sent back |
 |---|---|---|
@@ -19,7 +20,8 @@
 | `Give(budget)` | deposit | None |
 | `Report(what, fault)` | log a fault that nobody else will hear of | None |
 
-The last step is the outcome: `RETURN` (the value of the last attempt or recovery), `ANSWER_NOTHING` (a duplicate: None), or `Raise(error)`.
+The last step is the outcome: `RETURN` (the value of the last attempt or recovery), `ANSWER_NOTHING` (a duplicate:
+None), or `Raise(error)`.
 """
 
 from __future__ import annotations

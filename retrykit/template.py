@@ -37,7 +37,10 @@ _short_cut = True
 
 @contextmanager
 def short_cut(allowed: bool) -> Iterator[None]:  # noqa: FBT001 - read as short_cut(False)
-    """Switch the short cut for attempts that need no flow on or off, in the whole process: the conformance suite runs with both."""
+    """Switch the short cut for attempts that need no flow on or off, in the whole process.
+
+    The conformance suite runs with both.
+    """
     global _short_cut  # noqa: PLW0603 - a switch of the process, for tests
     before, _short_cut = _short_cut, allowed
     try:
@@ -71,11 +74,9 @@ class _Template(Value):
     context_cache: Any = attrs.field(factory=MapRetryContextCache, validator=is_cache, eq=identity)
     listeners: tuple[RetryListener, ...] = attrs.field(default=(), converter=_listeners, validator=_check_listeners)
     clock: Clock = attrs.field(default=SYSTEM_CLOCK, validator=has("time", "monotonic", "sleep", "async_sleep"))
-    throw_last: bool = attrs.field(default=False, validator=one_of(True, False))  # noqa: FBT003
+    throw_last: bool = attrs.field(default=False, validator=one_of(True, False))
     recovery_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
-    remember_completed: float | None = attrs.field(
-        default=None, converter=as_seconds_or_none, validator=more_than(0)
-    )
+    remember_completed: float | None = attrs.field(default=None, converter=as_seconds_or_none, validator=more_than(0))
     lease: float = attrs.field(default=300.0, converter=as_seconds, validator=more_than(0))
     plan: Plan = attrs.field(init=False, eq=False, repr=False)
     _space: str = attrs.field(init=False, eq=False, repr=False)
@@ -96,10 +97,14 @@ class _Template(Value):
             listeners=self.listeners,
             reversed_listeners=self.listeners[::-1],
             breakers=tuple(part for part in parts if isinstance(part, CircuitBreakerRetryPolicy)),
-            budgets=tuple({id(part.budget): part.budget for part in parts if isinstance(part, BudgetRetryPolicy)}.values()),
+            budgets=tuple(
+                {id(part.budget): part.budget for part in parts if isinstance(part, BudgetRetryPolicy)}.values()
+            ),
             breaker_key=f"{namespace(self.name)}@breaker",
             now=monotonic if type(self.clock) is SystemClock else None,
-            quiet=not (self.listeners or any(isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy) for part in parts)),
+            quiet=not (
+                self.listeners or any(isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy) for part in parts)
+            ),
             pauses=not isinstance(self.back_off_policy, NoBackOffPolicy),
             tallied=hasattr(self.retry_policy, "tally"),
             throw_last=self.throw_last,
@@ -143,7 +148,7 @@ class _Template(Value):
     def _block(self, state: RetryState | None, transaction: Any) -> Driver:
         return self.driver(self.context(state), _always, (), {}, None, transaction)
 
-    def driver(
+    def driver(  # noqa: PLR0917 - as in `Driver`
         self, context: RetryContext, function: Any, arguments: Any, keywords: Any, recover: Any, transaction: Any = None
     ) -> Driver:
         """One call on its way."""
@@ -174,16 +179,19 @@ def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) ->
 
 
 class RetryTemplate(_Template):
-    """Executes operations that may fail, again and again as its policies say, with a memory that survives the roll-back.
+    """Executes operations that may fail, again and again as its policies say, with a memory that survives the
+    roll-back.
 
-    `name` namespaces the histories: templates with different names never see each other's. `retry_policy`: whether again (default: 3 attempts);
-    `back_off_policy`: when (default: at once); `context_cache`: where histories are kept (default: in memory); `listeners` are told.
-    `throw_last`: an exhausted stateful call without recovery raises the last failure instead of `ExhaustedRetryError`.
-    `recovery_policy`: how often a failing recovery is tried (default: 3 times), then `RecoveryFailedError`.
-    `remember_completed`: seconds for which a completion mark answers later duplicates of a key; None keeps none.
-    `lease`: seconds for which an attempt of a process that nobody here can see is believed to be running.
+    `name` namespaces the histories: templates with different names never see each other's. `retry_policy`: whether
+    again (default: 3 attempts); `back_off_policy`: when (default: at once); `context_cache`: where histories are kept
+    (default: in memory); `listeners` are told. `throw_last`: an exhausted stateful call without recovery raises the
+    last failure instead of `ExhaustedRetryError`. `recovery_policy`: how often a failing recovery is tried (default: 3
+    times), then `RecoveryFailedError`. `remember_completed`: seconds for which a completion mark answers later
+    duplicates of a key; None keeps none. `lease`: seconds for which an attempt of a process that nobody here can see is
+    believed to be running.
 
-    Immutable: `attrs.evolve(template, name="other")` makes the variant. Thread-safe. A pickled template leaves histories in memory behind.
+    Immutable: `attrs.evolve(template, name="other")` makes the variant. Thread-safe. A pickled template leaves
+    histories in memory behind.
     """
 
     __slots__ = ()
@@ -196,15 +204,17 @@ class RetryTemplate(_Template):
         state: RetryState | None = None,
         transaction: Callable[[], Any] | None = None,
     ) -> T | R:
-        """Call `callback(context)`, again if it fails and the policy allows; its value, or that of `recover(context)` when nothing else is left.
+        """Call `callback(context)`, again if it fails and the policy allows; its value, or that of `recover(context)`
+        when nothing else is left.
 
-        With a `state` each failure is rethrown, as the same object, so that the caller's session rolls back and the item comes again; the
-        history remembers. `transaction`: any callable that gives a context manager; it is entered for each attempt (its value is
-        `context.transaction`), left after it, and a commit that fails is a failed attempt. None is returned for a delivery of an item whose
-        completion is remembered (`context.duplicate`).
+        With a `state` each failure is rethrown, as the same object, so that the caller's session rolls back and the
+        item comes again; the history remembers. `transaction`: any callable that gives a context manager; it is entered
+        for each attempt (its value is `context.transaction`), left after it, and a commit that fails is a failed
+        attempt. None is returned for a delivery of an item whose completion is remembered (`context.duplicate`).
 
-        Raises the user's own last exception when a stateless call is exhausted; `ExhaustedRetryError` from it when a stateful one is;
-        `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say. `TypeError` for bad arguments, before anything ran.
+        Raises the user's own last exception when a stateless call is exhausted; `ExhaustedRetryError` from it when a
+        stateful one is; `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say.
+        `TypeError` for bad arguments, before anything ran.
         """
         if (
             self.runs_direct
@@ -234,11 +244,13 @@ class RetryTemplate(_Template):
         context = self.context(state)
         return drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
 
-    def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> Iterator[Attempt]:
+    def attempts(
+        self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None
+    ) -> Iterator[Attempt]:
         """The block style: `for attempt in template.attempts(): with attempt as context: ...`.
 
-        A failure inside the `with` is swallowed if it is tried again, else it leaves the block as it is. The loop ends after a success.
-        Stateful as in `execute` with a `state`; recovery is what follows an `except` around the loop.
+        A failure inside the `with` is swallowed if it is tried again, else it leaves the block as it is. The loop ends
+        after a success. Stateful as in `execute` with a `state`; recovery is what follows an `except` around the loop.
         """
         _check_execute(_always, None, state, transaction)
         return attempts(self._block(state, transaction))
@@ -271,8 +283,8 @@ class RetryTemplate(_Template):
 class AsyncRetryTemplate(_Template):
     """`RetryTemplate` for coroutines, on asyncio and trio: the same fields, the same `execute`, awaited.
 
-    Callbacks and recoveries may be coroutine functions or plain ones, transactions async or plain context managers; caches and listeners
-    may be asynchronous too.
+    Callbacks and recoveries may be coroutine functions or plain ones, transactions async or plain context managers;
+    caches and listeners may be asynchronous too.
     """
 
     __slots__ = ()
@@ -341,12 +353,7 @@ class AsyncRetryTemplate(_Template):
     ) -> Any:
         """As `RetryTemplate.execute`, awaited."""
         _check_execute(callback, recover, state, transaction)
-        if (
-            self.runs_direct
-            and transaction is None
-            and (state is None or self._asks_nothing(state))
-            and _short_cut
-        ):
+        if self.runs_direct and transaction is None and (state is None or self._asks_nothing(state)) and _short_cut:
             context = RetryContext(self, monotonic(), None, state)
             token = context._outer = _bind(context)
             try:
@@ -368,7 +375,9 @@ class AsyncRetryTemplate(_Template):
         context = self.context(state)
         return await async_drive(self.driver(context, callback, (context,), {}, recover, transaction))
 
-    def attempts(self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None) -> AsyncIterator[AsyncAttempt]:
+    def attempts(
+        self, *, state: RetryState | None = None, transaction: Callable[[], Any] | None = None
+    ) -> AsyncIterator[AsyncAttempt]:
         """The block style: `async for attempt in template.attempts(): async with attempt as context: ...`."""
         _check_execute(_always, None, state, transaction)
         return async_attempts(self._block(state, transaction))

@@ -1,7 +1,7 @@
 """What the public values have in common: equality, hash and repr over their attrs fields, written once.
 
-attrs can generate all three for each class, but compiles them when the class is made: for thirty classes that is most of what `import retrykit`
-would cost.
+attrs can generate all three for each class, but compiles them when the class is made: for thirty classes that is most
+of what `import retrykit` would cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,12 @@ class Value:
         return _compared(self) == _compared(other) if type(other) is type(self) else NotImplemented
 
     def __hash__(self) -> int:
-        return hash((type(self), *(getattr(self, field.name) for field in _fields(self) if field.eq and field.hash is not False)))
+        return hash(
+            (
+                type(self),
+                *(getattr(self, field.name) for field in _fields(self) if field.eq and field.hash is not False),
+            )
+        )
 
     def __repr__(self) -> str:
         fields = (field for field in _fields(self) if field.repr)
@@ -36,7 +41,9 @@ def _fields(value: Any) -> Any:
 
 def _compared(value: Any) -> tuple[Any, ...]:
     fields = (field for field in _fields(value) if field.eq)
-    return tuple(field.eq_key(getattr(value, field.name)) if field.eq_key else getattr(value, field.name) for field in fields)
+    return tuple(
+        field.eq_key(getattr(value, field.name)) if field.eq_key else getattr(value, field.name) for field in fields
+    )
 
 
 def _text(field: Any, value: Any) -> str:
