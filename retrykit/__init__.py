@@ -1,7 +1,10 @@
 """Retry that survives the rollback: see `RetryTemplate`, `retryable` and `RetryState`.
 
-The table of contents. A name's module is imported when the name is first asked for (PEP 562), so a program pays for what it uses.
+The table of contents. A name's module is imported when the name is first asked for (PEP 562), so a program pays for
+what it uses.
 """
+
+from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
@@ -143,7 +146,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module  # noqa: PLC0415 - not a name of ours
+    from importlib import import_module
 
     if name not in _HOMES:
         msg = f"module {__name__!r} has no attribute {name!r}"

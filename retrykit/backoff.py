@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkab
 import attrs
 
 from retrykit.check import (
-    is_timedelta,
     Seconds,
     as_seconds,
     at_least,
     has,
     is_callable,
+    is_timedelta,
     more_than,
     seconds,
     whole,

@@ -45,7 +45,10 @@ def seconds(name: str, value: object) -> float:
 
 
 def is_timedelta(value: object) -> TypeGuard[timedelta]:
-    """Whether the value is a timedelta. There is none before somebody has imported datetime, which costs more than this whole module."""
+    """Whether the value is a timedelta.
+
+    There is none before somebody has imported datetime, which costs more than this whole module.
+    """
     datetime = sys.modules.get("datetime")
     return datetime is not None and isinstance(value, datetime.timedelta)
 
@@ -153,7 +156,10 @@ def has(*methods: str, optional: bool = False) -> Validator:
 
 
 def as_types(value: type[Exception] | Iterable[type[Exception]]) -> tuple[type[Exception], ...]:
-    """An attrs converter: one class, or several, as a tuple; what is neither is left to the validator, which knows the field."""
+    """An attrs converter.
+
+    One class, or several, as a tuple; what is neither is left to the validator, which knows the field.
+    """
     given: Any = value
     several = hasattr(given, "__iter__") and not isinstance(given, type | str | bytes)
     return tuple(given) if several else (given,)

@@ -7,6 +7,7 @@ import time
 from typing import Protocol, runtime_checkable
 
 import attrs
+
 from retrykit.value import Value
 
 

@@ -1,4 +1,7 @@
-"""Performing what the flow asks for: one performer of steps, and two loops around it, one that calls and one that awaits."""
+"""Performing what the flow asks for.
+
+One performer of steps, and two loops around it, one that calls and one that awaits.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,8 @@ from inspect import isawaitable, iscoroutine
 from time import time
 from typing import Any
 
-from retrykit.context import RetryContext, _bound
 from retrykit.call import Call
+from retrykit.context import RetryContext, _bound
 from retrykit.flow import abort, run
 from retrykit.owner import end, is_gone
 from retrykit.steps import (
@@ -18,7 +21,6 @@ from retrykit.steps import (
     ATTEMPT,
     BEGIN,
     COMMIT,
-    JOIN,
     NOW,
     RECOVER,
     RETURN,
@@ -41,9 +43,11 @@ _unbind = _bound.reset
 
 
 class Driver(Call):
-    """A call, and what performing it needs: the functions, the open transaction, the value so far. `perform` does what a step says.
+    """A call, and what performing it needs: the functions, the open transaction, the value so far. `perform` does what
+    a step says.
 
-    It does each thing once and the same way for both loops: where something may be asynchronous it returns the awaitable.
+    It does each thing once and the same way for both loops: where something may be asynchronous it returns the
+    awaitable.
     """
 
     manager: Any = None
@@ -51,7 +55,7 @@ class Driver(Call):
     view: Any = None
     value: Any = None
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - made at every first failure: keywords would cost more than the rest
         self,
         template: Any,
         context: RetryContext,
@@ -197,9 +201,9 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Remove: Driver.remove,
     RollBack: lambda driver, step: driver.leave(step.error),
     Notify: Driver.notify,
-    Probe: lambda driver, step: is_gone(step.owner),
-    Take: lambda driver, step: step.budget.take(),
-    Give: lambda driver, step: step.budget.deposit(),
+    Probe: lambda _, step: is_gone(step.owner),
+    Take: lambda _, step: step.budget.take(),
+    Give: lambda _, step: step.budget.deposit(),
     Report: lambda driver, step: log_fault(driver, step.what, step.fault),
 }
 
@@ -227,10 +231,12 @@ def _described(step: Any) -> str:
 
 def log_fault(call: Call, what: str, fault: BaseException) -> None:
     """A fault that changes no outcome is not hidden either."""
-    import logging  # noqa: PLC0415 - `import retrykit` must not cost what logging costs
+    import logging
 
     logger = logging.getLogger("retrykit")
-    logger.error("%s key=%r: fault in %s, the operation goes on", call.plan.name, call.context.key, what, exc_info=fault)
+    logger.error(
+        "%s key=%r: fault in %s, the operation goes on", call.plan.name, call.context.key, what, exc_info=fault
+    )
 
 
 def own_frame_off(error: BaseException) -> BaseException:
@@ -269,7 +275,7 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
                 return None
             elif type(step) is Raise:
                 over = True
-                raise own_frame_off(step.error)
+                raise own_frame_off(step.error)  # noqa: TRY301 - the outcome: what the `except` below lets pass
             else:
                 answer = _perform(driver, step)
     except BaseException as error:
@@ -277,7 +283,8 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
             _abort(driver, error)
         raise
     finally:
-        # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only gc can find.
+        # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only
+        # gc can find.
         driver.done()
         answer = first = step = flow = send = binding = driver = None  # type: ignore[assignment]
 
@@ -363,7 +370,7 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
                 return None
             elif type(step) is Raise:
                 over = True
-                raise own_frame_off(step.error)
+                raise own_frame_off(step.error)  # noqa: TRY301 - the outcome: what the `except` below lets pass
             else:
                 answer = await _async_perform(driver, step)
     except BaseException as error:
@@ -414,7 +421,10 @@ async def _async_abort(driver: Driver, error: BaseException) -> None:
 
 
 def _shielded() -> Any:
-    """Where tidying up may await although its task is cancelled: asyncio cancels once, trio at every checkpoint unless it is shielded."""
+    """Where tidying up may await although its task is cancelled.
+
+    Asyncio cancels once, trio at every checkpoint unless it is shielded.
+    """
     trio = sys.modules.get("trio")
     in_trio = trio is not None and trio.lowlevel.in_trio_run()
     return trio.CancelScope(shield=True) if trio is not None and in_trio else nullcontext()

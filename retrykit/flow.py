@@ -1,33 +1,40 @@
 """THE algorithm: in which order things happen to an operation that may fail, and when it is tried again.
 
-Everything that retrykit does, it does by driving this one generator: the sync and the async template, decorators, the block style, consumers.
-The flow performs nothing. It yields steps (`retrykit.steps`) and is sent what came of them; a *driver* performs them, and does not know why.
-So there is one order of effects, it can be read from top to bottom, and it can be tested without a clock, a store or a thread.
+Everything that retrykit does, it does by driving this one generator: the sync and the async template, decorators, the
+block style, consumers. The flow performs nothing. It yields steps (`retrykit.steps`) and is sent what came of them; a
+*driver* performs them, and does not know why. So there is one order of effects, it can be read from top to bottom, and
+it can be tested without a clock, a store or a thread.
 
 Why it is as it is:
 
-*The failure is stored before anyone hears of it.* A consumer's failure makes its session roll back, and after that everybody has forgotten
-it, except the history. So the order after a failure is: roll back, count, store, decide, tell the listeners, rethrow. (The decision is made
-just before the write, so that the due time goes with it; deciding is a pure question, it changes nothing if the write then fails.)
+*The failure is stored before anyone hears of it.* A consumer's failure makes its session roll back, and after that
+everybody has forgotten it, except the history. So the order after a failure is: roll back, count, store, decide, tell
+the listeners, rethrow. (The decision is made just before the write, so that the due time goes with it; deciding is a
+pure question, it changes nothing if the write then fails.)
 
-*The history is dropped only when the outcome is sure*: after the commit, or in it (when the cache is in the same database, `JOIN`), and after
-a recovery that succeeded. Dropping it when the callback returns would make a failing commit attempt 1 for ever.
+*The history is dropped only when the outcome is sure*: after the commit, or in it (when the cache is in the same
+database, `JOIN`), and after a recovery that succeeded. Dropping it when the callback returns would make a failing
+commit attempt 1 for ever.
 
-*An attempt is reserved before it is made.* An attempt that kills its process never reports; two processes that got the same item would both
-believe in attempt 1. So "attempt n is running" is stored first (a *flight*), unless the source says that this is the first delivery. A flight
-counts against the limit while its owner lives, and as a failed attempt when its owner is gone. Every store is a compare-and-set: when somebody
-else was faster, their facts are read and ours are applied to them, so the count is exact under any interleaving.
+*An attempt is reserved before it is made.* An attempt that kills its process never reports; two processes that got the
+same item would both believe in attempt 1. So "attempt n is running" is stored first (a *flight*), unless the source
+says that this is the first delivery. A flight counts against the limit while its owner lives, and as a failed attempt
+when its owner is gone. Every store is a compare-and-set: when somebody else was faster, their facts are read and ours
+are applied to them, so the count is exact under any interleaving.
 
-*A recovery is reserved too*, so that it happens once. If an exhausted history has vanished when it is to be recovered, somebody else has
-brought the item to its end in the meantime, and the delivery is answered as a duplicate. (A history that vanishes *before an attempt* may
-also have been evicted or forgotten: then the attempt is made, because to run twice is better than to lose.)
+*A recovery is reserved too*, so that it happens once. If an exhausted history has vanished when it is to be recovered,
+somebody else has brought the item to its end in the meantime, and the delivery is answered as a duplicate. (A history
+that vanishes *before an attempt* may also have been evicted or forgotten: then the attempt is made, because to run
+twice is better than to lose.)
 
-*Pauses are spent before any transaction is begun*, and before the reservation: a process that dies waiting has made no attempt.
+*Pauses are spent before any transaction is begun*, and before the reservation: a process that dies waiting has made no
+attempt.
 
-*Faults of stores, listeners and clocks change no outcome*: they come back as answers, are reported, and the flow goes on with less knowledge.
-Where a decision cannot be made, because a policy itself raises, the answer is no.
+*Faults of stores, listeners and clocks change no outcome*: they come back as answers, are reported, and the flow goes
+on with less knowledge. Where a decision cannot be made, because a policy itself raises, the answer is no.
 
-*Cancellation ends the main flow where it is*; `abort` then puts things straight: roll back, withdraw the reservation, tell the listeners.
+*Cancellation ends the main flow where it is*; `abort` then puts things straight: roll back, withdraw the reservation,
+tell the listeners.
 """
 
 from __future__ import annotations
@@ -45,7 +52,7 @@ from retrykit.errors import (
     RecoveryFailedError,
     TerminatedRetryError,
 )
-from retrykit.memory import recall, reserve, keep_veto, settle, settle_within, store_failure, take_off, withdraw
+from retrykit.memory import keep_veto, recall, reserve, settle, settle_within, store_failure, take_off, withdraw
 from retrykit.policy import Branch, RetryDecision
 from retrykit.steps import (
     ANSWER_NOTHING,
@@ -69,7 +76,8 @@ from retrykit.steps import (
 def run(call: Call) -> Flow:
     """A whole call: opened, attempted until an outcome is reached, closed. The last step is the outcome.
 
-    `quiet` calls have nothing to load, to store and nobody to tell: they are most calls, and go through the same lines without asking.
+    `quiet` calls have nothing to load, to store and nobody to tell: they are most calls, and go through the same lines
+    without asking.
     """
     plan, context = call.plan, call.context
     stateful, quiet = call.state is not None, plan.quiet and call.key is None
@@ -344,7 +352,10 @@ def _recovery(call: Call) -> Flow:
 
 
 def abort(call: Call, error: BaseException, *, opened: bool) -> Flow:
-    """The call was cancelled or the interpreter is exiting: nothing counts, nothing stays reserved, the listeners are told."""
+    """The call was cancelled or the interpreter is exiting.
+
+    Nothing counts, nothing stays reserved, the listeners are told.
+    """
     if opened:
         yield RollBack(error)
     if call.admitted:

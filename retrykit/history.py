@@ -1,18 +1,18 @@
 """What is remembered of a key between deliveries, and its JSON form.
 
-A history is facts only: how often the item failed, with what, when it is due again, which attempts are running. Nobody decides here.
-Its JSON form is all that a context cache ever sees; no object of the program survives in it, so any process of any version can read it.
+A history is facts only: how often the item failed, with what, when it is due again, which attempts are running. Nobody
+decides here. Its JSON form is all that a context cache ever sees; no object of the program survives in it, so any
+process of any version can read it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import attrs
 
 from retrykit.errors import CodecError
-from retrykit.value import Value
 
 FORMAT: Final = 1
 MAX_ERRORS: Final = 10
@@ -43,7 +43,8 @@ def next_cause(error: BaseException) -> BaseException | None:
 
 
 class StoredError(Exception):
-    """An exception as a history keeps it: its type's name, message, rendered traceback and causes, but none of its frames.
+    """An exception as a history keeps it: its type's name, message, rendered traceback and causes, but none of its
+    frames.
 
     `classes` are the names of its type and all its bases, so that policies classify it as they would the live one.
     """
@@ -129,7 +130,9 @@ def from_faded(faded: Faded) -> StoredError:
     """The description of an error that has faded."""
     error_type, message, cause = faded
     classes = tuple(type_name(base) for base in error_type.__mro__[:-1])
-    return StoredError(type_name(error_type), message, classes=classes, cause=cause if isinstance(cause, StoredError) else None)
+    return StoredError(
+        type_name(error_type), message, classes=classes, cause=cause if isinstance(cause, StoredError) else None
+    )
 
 
 def stored(error: Any) -> StoredError:
@@ -147,7 +150,7 @@ def summary(error: Any) -> tuple[str, str]:
 
 def render(error: BaseException) -> str:
     """The traceback of `error` as text, its end kept when it is too long: that is where it happened."""
-    import traceback  # noqa: PLC0415 - needed only when a failure is stored
+    import traceback
 
     try:
         text = "".join(traceback.format_exception(error))
@@ -233,7 +236,9 @@ class Attributes(dict[str, Any]):
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Keep several; all are checked before any is kept."""
-        checked = {checked_attribute_name(name): checked_json(name, value) for name, value in dict(*args, **kwargs).items()}
+        checked = {
+            checked_attribute_name(name): checked_json(name, value) for name, value in dict(*args, **kwargs).items()
+        }
         super().update(checked)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
@@ -242,7 +247,7 @@ class Attributes(dict[str, Any]):
             self[name] = default
         return self[name]
 
-    def __ior__(self, other: Any) -> Attributes:  # type: ignore[override, misc]
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override, misc]
         self.update(other)
         return self
 
@@ -257,7 +262,7 @@ def checked_attribute_name(name: object) -> str:
 
 def checked_json(name: object, value: Any) -> Any:
     """`value` if JSON carries it unchanged, else `CodecError` naming the attribute."""
-    import json  # noqa: PLC0415 - needed only by those who keep attributes
+    import json
 
     try:
         same = json.loads(json.dumps(value, allow_nan=False)) == value
@@ -273,11 +278,13 @@ def checked_json(name: object, value: Any) -> Any:
 class History:
     """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
 
-    `live` are the failures of the present call that have not been put into words: (number, error, monotonic time). `pause` is what the back-off
-    proposes, in seconds, while a decision is made. `own_veto`: the veto was spoken in this call, and is not stored yet.
+    `live` are the failures of the present call that have not been put into words: (number, error, monotonic time).
+    `pause` is what the back-off proposes, in seconds, while a decision is made. `own_veto`: the veto was spoken in this
+    call, and is not stored yet.
     """
 
-    # One is made at every first failure, and most end with the call: only what every failure stores is set when one is made.
+    # One is made at every first failure, and most end with the call: only what every failure stores is set when one is
+    # made.
     crashes: int = 0
     recovery_failures: int = 0
     started_at: float | None = None
@@ -333,7 +340,7 @@ class History:
         facts: dict[str, Any] = {"format": FORMAT, "name": name, "key": key, "retry_count": self.failures}
         for fact in _PLAIN:
             value = getattr(self, fact)
-            if value is not None and value != 0 and value != "":  # noqa: PLC1901 - 0.0 and False are empty too
+            if value:
                 facts[fact] = value
         if self.last_error is not None:
             facts["last_error"] = error_to_json(stored(self.last_error))

@@ -9,7 +9,6 @@ import functools
 import itertools
 import os
 
-
 _numbers = itertools.count(1)
 _running: set[int] = set()
 
@@ -70,7 +69,7 @@ def is_gone(owner: str) -> bool:
     process, _, number = owner.rpartition("/")
     if process == this_process():
         return not number.isdigit() or int(number) not in _running
-    machine, pid, start = (process.rsplit("/", 2) + ["", ""])[:3]
+    machine, pid, start = [*process.rsplit("/", 2), "", ""][:3]
     if machine != _machine() or not pid.isdigit() or not start:
         return False
     return _start_of(int(pid)) != start
