@@ -323,12 +323,16 @@ def _texts(value: Any) -> list[str]:
     elif isinstance(value, Mapping):
         parts += [*value, *value.values(), tuple(value)]
     elif isinstance(value, list | tuple | set | str | bytes):
-        parts += [*value, tuple(value)]
+        parts += [*value, tuple(value), tuple(map(_in_seconds, value))]
     elif isinstance(value, Iterable) and not isinstance(value, type):
         parts += [None, ()]  # what the generator above yields; an exhausted iterator
     if _is_number(value):
         parts.append(float(value))
     return [shown(part) for part in parts]
+
+
+def _in_seconds(value: Any) -> Any:
+    return value.total_seconds() if isinstance(value, timedelta) else float(value) if _is_number(value) else value
 
 
 def test_every_public_name_is_in_the_table():

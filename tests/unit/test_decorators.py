@@ -25,6 +25,7 @@ from retrykit import (
     current_context,
     retryable,
 )
+from retrykit.decorators import AsyncRetryable, Retryable, RetryableOfClass
 from retrykit.history import StoredError
 from retrykit.template import short_cut
 from tests.doubles import Ears, ManualClock, Transaction
@@ -683,3 +684,11 @@ def test_a_listener_and_a_given_clock_take_the_whole_flow_with_the_same_outcome(
                     return (url, current_context().attempt, current_context().retry_count)
 
                 assert fetch("u") == ("u", 3, 2)
+
+
+@pytest.mark.parametrize("kind", [Retryable, AsyncRetryable, RetryableOfClass], ids=lambda kind: kind.__name__)
+def test_what_type_checkers_see_of_a_decorated_function_does_not_run(kind):
+    seen = kind()
+    for use in (seen, seen.recover, seen.with_options, lambda: seen.__get__(None, object)):
+        with pytest.raises(NotImplementedError):
+            use()
