@@ -80,7 +80,3 @@ class BudgetRetryPolicy(Value):
         return RetryDecision(
             tokens >= 1, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left"
         )
-
-    def refusal(self) -> RetryDecision:
-        """The decision when the last token went to somebody else."""
-        return RetryDecision(retry=False, reason="BudgetRetryPolicy: the last token was taken by another call")

@@ -564,3 +564,18 @@ def test_listeners_see_the_context_open_and_closed():
 
     RetryTemplate(listeners=[Watching()]).execute(Fails())
     assert seen == [False, True]
+
+
+def test_a_stored_error_that_is_raised_again_keeps_its_own_type():
+    stored = StoredError.of(ConnectionError("peer"))
+    seen = []
+
+    def attempt(context):
+        seen[:] = [context]
+        if context.attempt == 1:
+            raise stored
+
+    RetryTemplate().execute(attempt)
+    context = seen[0]
+    assert [(error.type, error.message) for error in context.errors] == [("builtins.ConnectionError", "peer")]
+    assert context.last_error == stored

@@ -99,3 +99,10 @@ def test_a_name_has_1_to_80_characters(name):
 def test_a_name_is_text(name):
     with pytest.raises(TypeError, match="name: must be a str"):
         namespace(name)
+
+
+def test_a_kind_of_text_is_text():
+    class Identity(str):
+        __slots__ = ()
+
+    assert canonical_key("orders", Identity("m-1")) == canonical_key("orders", "m-1")

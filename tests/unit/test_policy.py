@@ -369,3 +369,10 @@ def test_nearest_takes_the_class_that_is_nearest():
 def test_bad_values_are_refused_at_once(kind, argument, value, error):
     with pytest.raises(error, match=rf"^{argument}: must be"):
         kind(**{argument: value})
+
+
+def test_a_composite_in_a_composite_counts_as_its_members_would():
+    inner = CompositeRetryPolicy([MaxAttemptsRetryPolicy(2), TimeoutRetryPolicy(5)])
+    assert run(CompositeRetryPolicy([inner]), OSError(), OSError(), OSError())[0] == 2
+    assert not CompositeRetryPolicy([inner]).decide(after(1, elapsed=6.0)).retry
+    assert run(ExceptionClassifierRetryPolicy({OSError: CompositeRetryPolicy([inner])}), OSError(), OSError())[0] == 2

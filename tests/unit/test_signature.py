@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import retrykit
 from retrykit import retryable
 from tests.doubles import pickled
 
@@ -173,3 +174,9 @@ def test_a_traceback_through_the_wrapper_shows_its_line():
         fetch("u")
     shown = "".join(traceback.format_exception(caught.value))
     assert "<retrykit wrapper (url)>" in shown
+
+
+def test_the_package_lists_its_names_and_has_no_others():
+    assert set(retrykit.__all__) <= set(dir(retrykit))
+    with pytest.raises(AttributeError, match="has no attribute 'retryabel'"):
+        _ = retrykit.retryabel

@@ -931,3 +931,28 @@ def test_without_a_journal_nothing_is_reserved(way):
         fences.append(template.context_cache.load("retry/m-1").snapshot["fence"])
     assert fences[0] < fences[1]
     assert "in_flight" not in template.context_cache.load("retry/m-1").snapshot
+
+
+def test_a_recovery_may_have_a_deadline():
+    template = RetryTemplate(retry_policy=NeverRetryPolicy(), recovery_policy=TimeoutRetryPolicy(60))
+    assert template.execute(Fails(ERROR), Fails(ValueError(), value="parked")) == "parked"
+
+
+def test_p9_a_second_interruption_does_not_stop_the_tidying_up(way):
+    ears = Ears()
+    first, second = Exits("first"), Exits("second")
+    transaction = (Transaction if way is Sync else AsyncTransaction)([], rollback=second)
+    with pytest.raises(Exits, match="first"):
+        way.run(way.kind(listeners=[ears]), Fails(first), transaction=transaction)
+    assert ears.log[-1] == ("close", first)
+
+
+def test_p9_the_transaction_of_a_cancelled_task_is_rolled_back():
+    log = []
+
+    async def attempt(context):
+        raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        OnAsyncio.run(AsyncRetryTemplate(), attempt, transaction=AsyncTransaction(log))
+    assert log == ["begin", "roll back"]
