@@ -1,8 +1,9 @@
-"""A process that has everything loaded and does nothing but fork: each child makes deliveries and may be killed at any step.
+"""A process that has everything loaded and does nothing but fork: children make deliveries, and are killed at any step.
 
-`python -m tests.fault.nursery` reads one JSON order a line and answers each with one JSON line. An order is a list of child orders, whose
-children run at the same time; each child is answered by what it announced, how it ended and what its deliveries gave.
-Starting an interpreter for each of some hundred children would take minutes; forking one that has no threads takes milliseconds.
+`python -m tests.fault.nursery`
+reads a list of orders a line, starts a child for each, all at the same time, and answers with a
+line: what each child announced, how it ended and what its deliveries gave. Starting an interpreter for each of some
+hundred children would take minutes; forking one that has no threads takes milliseconds.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ class HastyClock:
 
 
 class Base:
-    """The databases of one test: opened once, before any child is there, so that children need not make tables and compile statements."""
+    """The databases of one test: opened before there are children, so that none makes tables and compiles."""
 
     known: ClassVar[dict[tuple[str, str], Base]] = {}
 
@@ -198,9 +199,11 @@ class Child:
         self.announce("recovered")
         return "substitute"
 
-    def deliver(self, redelivered: bool | None) -> str:  # noqa: FBT001 - what the source says of the delivery
+    def deliver(self, redelivered: bool | None) -> str:
         order = self.order
-        state = RetryState(key=order["key"], redelivered=redelivered, recover_on_redelivery=order.get("recover_later", False))
+        state = RetryState(
+            key=order["key"], redelivered=redelivered, recover_on_redelivery=order.get("recover_later", False)
+        )
         try:
             outcome = self.template.execute(
                 self.attempt,

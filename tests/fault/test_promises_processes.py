@@ -91,7 +91,7 @@ class Item:
         return self.place.count(effects, self.key) + self.place.count(parked, self.key)
 
     def deliver_until_settled(self, last=None, **options):
-        """To a fresh process, again and again until it has settled the message, or was killed before it took the step number `last`."""
+        """To a fresh process, until it has settled the message, or was killed at its step number `last`."""
         flags = self.flags if not self.heard else self.flags[1:] * 2
         order = {**self.order, "redelivered": flags, "attempts": self.attempts, "last": last, **options}
         (child,) = self.nursery(order)
@@ -108,9 +108,11 @@ class Item:
         return sum(pair == ("fails", "save done") for pair in itertools.pairwise(steps))
 
     def unjournaled_deaths(self):
-        """Attempts that died and of which the store could not know: the first, without an entry and not counted before the death."""
+        """Attempts that died, of which the store could not know: the first, without an entry, not counted before."""
         steps = self.heard[0]["steps"]
-        return int(self.flags[0] is False and self.heard[0]["status"] != 0 and "attempt" in steps and "save done" not in steps)
+        return int(
+            self.flags[0] is False and self.heard[0]["status"] != 0 and "attempt" in steps and "save done" not in steps
+        )
 
 
 def check_order(steps):
@@ -121,7 +123,7 @@ def check_order(steps):
         assert not (is_open and step == "pause"), "P7: a pause while the transaction was open"
         if step in ("attempt", "fails"):
             stored = False
-        stored = stored or step in ("save done",)
+        stored = stored or step == "save done"
         assert step != "on_error" or stored, "P1: the listeners heard of a failure before it was stored"
     for step in ("remove", "joined remove"):
         if step in steps:
@@ -139,7 +141,7 @@ FLAGS = {"first, again": [False, True], "unknown, again": [None, True], "unknown
 
 @pytest.mark.parametrize("flags", FLAGS)
 @pytest.mark.parametrize("case", CASES)
-def test_P2_P5_P7_a_consumer_may_be_killed_between_any_two_steps(nursery, place, case, flags):
+def test_p2_p5_p7_a_consumer_may_be_killed_between_any_two_steps(nursery, place, case, flags):
     options = {"remember": 3600, "pause": 5, **CASES[case]}
     plain = Item(nursery, place, "plain", FLAGS[flags], **options)
     plain.deliver_until_settled()
@@ -147,19 +149,21 @@ def test_P2_P5_P7_a_consumer_may_be_killed_between_any_two_steps(nursery, place,
         item = Item(nursery, place, str(last), FLAGS[flags], **options)
         item.deliver_until_settled(last)
         if not item.effects:
-            assert (place.failures(item.key) or 0) >= item.stored_failures(), "P2: failures were forgotten before the outcome was sure"
+            assert (place.failures(item.key) or 0) >= item.stored_failures(), "P2: failures were forgotten too early"
         if last % 3 == 0:
             # Whoever gets it next dies too.
             item.deliver_until_settled(last // 2)
         child = item.deliver_until_settled(duplicate=True)
         assert item.attempts <= MAX_ATTEMPTS + item.unjournaled_deaths(), "P5: too many attempts"
         assert item.effects == 1, "the effects were not exactly once"
-        assert place.count(parked, item.key) == 0 or item.attempts >= MAX_ATTEMPTS - item.deaths, "it was parked too early"
+        assert place.count(parked, item.key) == 0 or item.attempts >= MAX_ATTEMPTS - item.deaths, (
+            "it was parked too early"
+        )
         assert child["outcomes"][-1] == "duplicate", "a late duplicate was not recognized"
 
 
 @pytest.mark.parametrize("place", [True], indirect=True, ids=["in another database"])
-def test_P2_P5_nothing_is_lost_when_the_history_is_in_another_database(nursery, place):
+def test_p2_p5_nothing_is_lost_when_the_history_is_in_another_database(nursery, place):
     plain = Item(nursery, place, "plain", [None, True], fails=1)
     plain.deliver_until_settled()
     for last in range(len(plain.heard[0]["steps"])):
@@ -167,18 +171,25 @@ def test_P2_P5_nothing_is_lost_when_the_history_is_in_another_database(nursery, 
         item.deliver_until_settled(last)
         item.deliver_until_settled()
         assert item.attempts <= MAX_ATTEMPTS
-        # Between the commit of the work and the settling of the history lies a moment in which a death does the work again.
+        # A death between the commit of the work and the settling of the history does the work again.
         assert 1 <= item.effects <= 2
 
 
 def crowd(place, key, redelivered, **options):
     """Four processes of eight threads each, all at one key."""
-    order = {"work": place.work, "history": place.history, "key": key, "redelivered": [redelivered] * 2, "threads": 8, **options}
+    order = {
+        "work": place.work,
+        "history": place.history,
+        "key": key,
+        "redelivered": [redelivered] * 2,
+        "threads": 8,
+        **options,
+    }
     return [order] * 4
 
 
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_the_count_is_exact_while_four_processes_of_eight_threads_fail_on_one_key(nursery, place, redelivered):
+def test_p5_the_count_is_exact_while_four_processes_of_eight_threads_fail_on_one_key(nursery, place, redelivered):
     options = {"fails": 10**6, "recovers": False, "transactional": False, "max_attempts": 10_000, "deliveries": 2}
     children = nursery(*crowd(place, "m", redelivered, **options))
     assert all(child["status"] == 0 for child in children)
@@ -189,7 +200,7 @@ def test_P5_the_count_is_exact_while_four_processes_of_eight_threads_fail_on_one
 
 
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_the_limit_holds_while_four_processes_of_eight_threads_are_at_one_key(nursery, place, redelivered):
+def test_p5_the_limit_holds_while_four_processes_of_eight_threads_are_at_one_key(nursery, place, redelivered):
     options = {"fails": 10**6, "max_attempts": 5, "deliveries": 2, "remember": 3600}
     children = nursery(*crowd(place, "m", redelivered, **options))
     assert all(child["status"] == 0 for child in children)
@@ -202,7 +213,7 @@ def test_P5_the_limit_holds_while_four_processes_of_eight_threads_are_at_one_key
 
 
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_the_work_is_done_once_while_four_processes_of_eight_threads_are_at_one_key(nursery, place, redelivered):
+def test_p5_the_work_is_done_once_while_four_processes_of_eight_threads_are_at_one_key(nursery, place, redelivered):
     options = {"fails": 0, "max_attempts": 1_000, "deliveries": 1, "remember": 3600}
     children = nursery(*crowd(place, "m", redelivered, **options))
     assert all(child["status"] == 0 for child in children)

@@ -1,6 +1,7 @@
-"""The promises, held by a machine that drives templates beside a short model: faults at every step, sync, asyncio and trio.
+"""The promises, kept by templates that a machine drives beside a short model, with faults at every step.
 
-`World` is what the templates run in, `Prediction` says what must happen while the store works, `Watcher` what may never happen.
+In threads, on asyncio and on trio. `World` is what the templates run in, `Prediction` says what must happen while the
+store works, `Watcher` what may never happen.
 """
 
 from __future__ import annotations
@@ -33,14 +34,36 @@ NAMES = ("orders", "orders.eu")
 KEYS = ("m-1", 7)
 HARMLESS = ("open", "on_success", "on_error", "on_recover", "close", "time", "monotonic")
 
-works = st.sampled_from(("ok", "fails", "fails", "fails", "fails fatally", "vetoes and fails", "vetoes ok", "is cancelled", "vetoes, is cancelled"))
+works = st.sampled_from(
+    (
+        "ok",
+        "fails",
+        "fails",
+        "fails",
+        "fails fatally",
+        "vetoes and fails",
+        "vetoes ok",
+        "is cancelled",
+        "vetoes, is cancelled",
+    )
+)
 recoveries = st.sampled_from(("ok", "fails", "is cancelled", "vetoes and fails"))
 transactions = st.sampled_from(
-    ("commits", "commits", "does not begin", "does not commit", "does not roll back", "in doubt, done", "in doubt, not done")
+    (
+        "commits",
+        "commits",
+        "does not begin",
+        "does not commit",
+        "does not roll back",
+        "in doubt, done",
+        "in doubt, not done",
+    )
 )
 # A clock that cannot be read the first time has a test of its own: what it falls back on is not this world's time.
 harmless_faults = st.dictionaries(
-    st.tuples(st.sampled_from(HARMLESS), st.integers(0, 4)).filter(lambda place: place not in {("time", 0), ("monotonic", 0)}),
+    st.tuples(st.sampled_from(HARMLESS), st.integers(0, 4)).filter(
+        lambda place: place not in {("time", 0), ("monotonic", 0)}
+    ),
     st.just("raises"),
     max_size=3,
 )
@@ -48,9 +71,15 @@ store_faults = st.dictionaries(
     st.tuples(st.sampled_from(("save", "save", "remove")), st.integers(0, 4)),
     st.sampled_from(("raises", "raises", "raises when it is done", "fails", "vetoes", "settles", "completes")),
     max_size=3,
-) | st.dictionaries(st.tuples(st.sampled_from(("load", "save", "remove")), st.integers(0, 4)), st.just("raises"), max_size=3)
-deaths = st.dictionaries(st.tuples(st.just("death"), st.integers(0, 14)), st.sampled_from(("here", "elsewhere")), min_size=1, max_size=1)
-listener_vetoes = st.dictionaries(st.tuples(st.sampled_from(("open", "on_error")), st.integers(0, 2)), st.just("vetoes"), max_size=1)
+) | st.dictionaries(
+    st.tuples(st.sampled_from(("load", "save", "remove")), st.integers(0, 4)), st.just("raises"), max_size=3
+)
+deaths = st.dictionaries(
+    st.tuples(st.just("death"), st.integers(0, 14)), st.sampled_from(("here", "elsewhere")), min_size=1, max_size=1
+)
+listener_vetoes = st.dictionaries(
+    st.tuples(st.sampled_from(("open", "on_error")), st.integers(0, 2)), st.just("vetoes"), max_size=1
+)
 
 
 @st.composite
@@ -121,7 +150,15 @@ class Machine:
         self.watcher.begin(item, script, self.rules.limit, canonical_key(script.name, script.key))
         predicted = attrs.evolve(item)
         rules = self.rules
-        prediction = Prediction(predicted, script, rules.limit, self.now(), rules.remember, rules.joins and script.transactional, rules.delay)
+        prediction = Prediction(
+            predicted,
+            script,
+            rules.limit,
+            self.now(),
+            rules.remember,
+            rules.joins and script.transactional,
+            rules.delay,
+        )
         expected = prediction.outcome()
         outcome = self.world.deliver(script)
         stored = self.stored(script.name, script.key)
@@ -141,20 +178,30 @@ class Machine:
             assert self.watcher.events == expected
             return
         untimed = [event for event in self.watcher.events if isinstance(event, str)]
-        assert untimed == [event for event in expected if isinstance(event, str)], "P11: a clock's fault changed what was done"
+        assert untimed == [event for event in expected if isinstance(event, str)], (
+            "P11: a clock's fault changed what was done"
+        )
         longest = max((event[1] for event in self.watcher.events if not isinstance(event, str)), default=0.0)
         allowed = max((event[1] for event in expected if not isinstance(event, str)), default=0.0)
         assert longest <= max(8.0, allowed), "P11: a clock's fault made a pause of it"
 
     def check_outcome(self, outcome: tuple[str, Any], *, calm: bool) -> None:
-        """Whatever failed besides the work: the caller gets the work's outcome, or one of our errors chained to the work's."""
+        """Whatever else failed: the caller gets the work's outcome, or one of our errors chained to it."""
         kind, value = outcome
         world = self.world
         if kind == "cancelled":
             assert self.watcher.cancelled
-            assert world.cancelled is None or value is world.cancelled, "P9: another exception than the one that cancelled"
+            assert world.cancelled is None or value is world.cancelled, (
+                "P9: another exception than the one that cancelled"
+            )
         if kind == "error" and not any(value is failure for failure in world.failures):
-            ours = (ExhaustedRetryError, TerminatedRetryError, RecoveryFailedError, BackOffInterruptedError, CommitInDoubtError)
+            ours = (
+                ExhaustedRetryError,
+                TerminatedRetryError,
+                RecoveryFailedError,
+                BackOffInterruptedError,
+                CommitInDoubtError,
+            )
             assert type(value) in (*ours, AttemptsInFlightError), "P11: a fault became the outcome"
             if calm and world.failures and isinstance(value, ExhaustedRetryError):
                 assert value.__cause__ is world.failures[-1], "P8: our error is not chained to the last failure"

@@ -40,7 +40,6 @@ from retrykit.steps import (
     Save,
     Take,
 )
-
 from tests.property.model import is_noted
 
 LIMIT = 3
@@ -174,7 +173,9 @@ class Interpreter:
         is_mark = "completed_at" in step.snapshot
         if "breaker" not in step.snapshot:
             assert not is_mark or self.confirmed or step.joined, "P2: a completion mark without an outcome"
-            assert step.joined or not self.is_open, "the failure was stored inside of the transaction that is rolled back"
+            assert step.joined or not self.is_open, (
+                "the failure was stored inside of the transaction that is rolled back"
+            )
         return self.change(step, lambda: StoredContext(step.snapshot, self.version))
 
     def on_remove(self, step: Any) -> Any:
@@ -186,7 +187,11 @@ class Interpreter:
 
     def change(self, step: Any, act: Any) -> Any:
         found = self.stored.get(step.key)
-        fate = self.choose("done", "done", "done", "fault") if self.lost > 5 else self.choose("done", "done", "lost", "fault")
+        fate = (
+            self.choose("done", "done", "done", "fault")
+            if self.lost > 5
+            else self.choose("done", "done", "lost", "fault")
+        )
         if fate == "fault":
             return StoreFault("save")
         self.version += 1
@@ -211,7 +216,9 @@ class Interpreter:
 
     def check_stored(self) -> None:
         keyless = self.call.key is None
-        assert keyless or self.unstored is None or is_noted(self.unstored), "P1: somebody heard of a failure before it was stored"
+        assert keyless or self.unstored is None or is_noted(self.unstored), (
+            "P1: somebody heard of a failure before it was stored"
+        )
 
     # -- the others
 
@@ -260,12 +267,12 @@ def calls(draw: Any) -> Any:
             key=st.sampled_from(("m", None)),
             redelivered=st.sampled_from((None, True, False)),
             fresh=st.booleans(),
-            rollback_for=st.just(lambda error: not in_place),
+            rollback_for=st.just(lambda _: not in_place),
             recover_on_redelivery=st.booleans(),
             journal=st.sampled_from(("redelivered", "always", "never")),
         )
     )
-    recover = draw(st.sampled_from((None, lambda context: None)))
+    recover = draw(st.sampled_from((None, lambda _: None)))
     transaction = draw(st.sampled_from((None, lambda: None)))
     context = template.context(state)
     driver = template.driver(context, None, (), {}, recover, transaction)
@@ -305,7 +312,7 @@ def test_the_flow_ends_and_keeps_the_order_of_effects_whatever_it_is_answered(da
 
 @given(st.data(), calls(), st.integers(0, 40))
 @settings(max_examples=150)
-def test_P9_a_flow_that_is_cancelled_anywhere_is_put_straight(data, made, stop):
+def test_p9_a_flow_that_is_cancelled_anywhere_is_put_straight(data, made, stop):
     template, call = made
     interpreter = Interpreter(data.draw, call)
     if stepped(interpreter, run(call), stop) is not None:

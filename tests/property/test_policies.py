@@ -1,4 +1,4 @@
-"""Policies and back-offs are pure questions, about facts that JSON carries: asked twice, or by another process, they answer the same."""
+"""Policies and back-offs are pure questions about facts that JSON carries: whoever asks gets the same answer."""
 
 from __future__ import annotations
 
@@ -49,7 +49,18 @@ class Throttled(ConnectionError):
     retry_after = 3
 
 
-ERRORS = (ConnectionError, ConnectionResetError, Throttled, TimeoutError, OSError, LookupError, KeyError, ValueError, RuntimeError, Exception)
+ERRORS = (
+    ConnectionError,
+    ConnectionResetError,
+    Throttled,
+    TimeoutError,
+    OSError,
+    LookupError,
+    KeyError,
+    ValueError,
+    RuntimeError,
+    Exception,
+)
 error_types = st.sampled_from(ERRORS)
 some_types = st.lists(error_types, max_size=3).map(tuple)
 limits = st.none() | st.integers(1, 5)
@@ -86,7 +97,9 @@ def composed(inner: Any) -> Any:
 
 
 policies = st.recursive(plain, composed, max_leaves=5)
-timed = st.builds(TimeoutRetryPolicy, st.floats(0.001, 100)) | st.builds(BudgetRetryPolicy, st.builds(RetryBudget, st.just(0.5), st.just(2.0)))
+timed = st.builds(TimeoutRetryPolicy, st.floats(0.001, 100)) | st.builds(
+    BudgetRetryPolicy, st.builds(RetryBudget, st.just(0.5), st.just(2.0))
+)
 
 
 @st.composite
@@ -223,7 +236,7 @@ def test_random_intervals_lie_between_their_bounds(bounds, failure):
 @example(timedelta(seconds=-1), 1.0)
 @example(float("nan"), 1.0)
 def test_a_hint_is_followed_within_its_bounds_or_not_at_all(hint, most):
-    policy = ErrorHintBackOffPolicy(FixedBackOffPolicy(0.5), hint=lambda error: hint, max_interval=most)
+    policy = ErrorHintBackOffPolicy(FixedBackOffPolicy(0.5), hint=lambda _: hint, max_interval=most)
     assume(not isinstance(hint, str))
     delay = policy.delay(failed(1, error=ValueError()))
     assert 0 <= delay <= max(most, 0.5)
@@ -239,9 +252,11 @@ print([p.delay(SimpleNamespace(name="n", key=key, retry_count=n, last_delay=0.2,
 """
 
 
-def test_P13_seeded_jitter_is_the_same_in_every_process():
+def test_p13_seeded_jitter_is_the_same_in_every_process():
     printed = {
-        subprocess.run([sys.executable, "-c", SEEDED], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}).stdout
+        subprocess.run(
+            [sys.executable, "-c", SEEDED], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": seed}
+        ).stdout
         for seed in ("1", "2")
     }
     assert len(printed) == 1
@@ -252,13 +267,19 @@ def test_P13_seeded_jitter_is_the_same_in_every_process():
 # -- snapshots
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=5),
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**53), 2**53)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=5,
 )
 instants = st.none() | st.floats(0, 4e9)
 keys = st.recursive(
-    st.text(max_size=8) | st.integers() | st.binary(max_size=8), lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=6
+    st.text(max_size=8) | st.integers() | st.binary(max_size=8),
+    lambda inner: st.lists(inner, max_size=3).map(tuple),
+    max_leaves=6,
 )
 any_text = st.text(st.characters(exclude_categories=()), max_size=8)
 
@@ -266,7 +287,13 @@ any_text = st.text(st.characters(exclude_categories=()), max_size=8)
 @st.composite
 def stored_errors(draw: Any) -> StoredError:
     cause = draw(st.none() | st.builds(StoredError, st.text(min_size=1, max_size=5), st.text(max_size=5)))
-    return StoredError(draw(st.text(min_size=1, max_size=5)), draw(st.text(max_size=5)), classes=("a", "b"), traceback="trace", cause=cause)
+    return StoredError(
+        draw(st.text(min_size=1, max_size=5)),
+        draw(st.text(max_size=5)),
+        classes=("a", "b"),
+        traceback="trace",
+        cause=cause,
+    )
 
 
 @st.composite
@@ -281,8 +308,24 @@ def histories(draw: Any) -> History:
         not_before=draw(instants),
         last_delay=draw(instants),
         last_error=draw(st.none() | stored_errors()),
-        errors=tuple(draw(st.lists(st.builds(ErrorSummary, st.integers(1, 9), st.text(max_size=3), st.text(max_size=3), instants), max_size=3))),
-        in_flight=tuple(draw(st.lists(st.builds(Flight, st.integers(1, 9), st.text(max_size=3), st.floats(0, 9), st.floats(0, 9), st.booleans()), max_size=2))),
+        errors=tuple(
+            draw(
+                st.lists(
+                    st.builds(ErrorSummary, st.integers(1, 9), st.text(max_size=3), st.text(max_size=3), instants),
+                    max_size=3,
+                )
+            )
+        ),
+        in_flight=tuple(
+            draw(
+                st.lists(
+                    st.builds(
+                        Flight, st.integers(1, 9), st.text(max_size=3), st.floats(0, 9), st.floats(0, 9), st.booleans()
+                    ),
+                    max_size=2,
+                )
+            )
+        ),
         veto=draw(st.none() | st.text(min_size=1, max_size=5)),
         exhausted=draw(st.booleans()),
         recovered=draw(st.booleans()),
@@ -290,7 +333,9 @@ def histories(draw: Any) -> History:
         reason=draw(st.text(max_size=5)),
         completed_at=draw(instants),
         expires_at=draw(instants),
-        _tallies=draw(st.dictionaries(st.text(max_size=3), st.builds(Tally, st.integers(0, 9), st.floats(0, 9)), max_size=2)),
+        _tallies=draw(
+            st.dictionaries(st.text(max_size=3), st.builds(Tally, st.integers(0, 9), st.floats(0, 9)), max_size=2)
+        ),
     )
 
 
@@ -311,7 +356,13 @@ def test_a_snapshot_of_a_later_format_is_refused(later, history):
         RetryContext.from_snapshot({**history.to_json("asked", "m"), "format": later})
 
 
-@given(histories(), st.sampled_from(sorted(History(failures=1).to_json("asked", "m")) + ["last_error", "errors", "in_flight", "tallies"]), json_values)
+@given(
+    histories(),
+    st.sampled_from(
+        [*sorted(History(failures=1).to_json("asked", "m")), "last_error", "errors", "in_flight", "tallies"]
+    ),
+    json_values,
+)
 @example(History(failures=1), "retry_count", "many")
 @example(History(failures=1), "key", {"bytes": 7})
 @example(History(failures=1), "key", [None, 1.5])
@@ -340,13 +391,16 @@ def test_a_damaged_snapshot_gives_a_codec_error_or_a_context_and_nothing_else(hi
 @example(("a", "x" * 600), ("a", canonical_key("a", "x" * 600).removeprefix("a/")))
 @example(("a", "x" * 600), ("a", "x" * 601))
 @example(("é", "x"), ("%C3%A9", "x"))
-def test_P12_different_names_or_keys_have_different_canonical_texts(one, other):
+def test_p12_different_names_or_keys_have_different_canonical_texts(one, other):
     same = one == other and repr(one) == repr(other)
     texts = canonical_key(*one), canonical_key(*other)
     assert (texts[0] == texts[1]) is same
 
 
-@given(any_text.filter(bool) | st.just("n" * 80), keys | any_text | st.text(min_size=500, max_size=700) | st.binary(max_size=2_000))
+@given(
+    any_text.filter(bool) | st.just("n" * 80),
+    keys | any_text | st.text(min_size=500, max_size=700) | st.binary(max_size=2_000),
+)
 @example("é" * 80, "\ud800" * 300)
 def test_a_canonical_text_is_bounded_printable_and_stays_the_same(name, key):
     text = canonical_key(name, key)

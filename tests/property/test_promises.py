@@ -39,7 +39,9 @@ from tests.property.world import Failed, Script
 
 @contextmanager
 def machine(**rules):
-    made = Machine(Rules(**{"limit": 3, "back_off": NoBackOffPolicy(), "remember": None, "joins": False, "awaits": True, **rules}))
+    made = Machine(
+        Rules(**{"limit": 3, "back_off": NoBackOffPolicy(), "remember": None, "joins": False, "awaits": True, **rules})
+    )
     try:
         yield made
     finally:
@@ -62,35 +64,43 @@ RUNNERS = ("sync", "asyncio", "trio")
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("redelivered", [None, False])
-def test_P9_a_cancelled_attempt_is_rolled_back_withdrawn_and_closed(runner, redelivered):
+def test_p9_a_cancelled_attempt_is_rolled_back_withdrawn_and_closed(runner, redelivered):
     script = Script(runner=runner, redelivered=redelivered, transactional=True, works=("is cancelled",))
     made = delivered(script, attrs.evolve(script, works=("ok",)))
     assert made.stored("orders", "m-1") is None
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_P9_a_transaction_that_did_not_begin_is_not_left_when_the_pause_is_cancelled(runner):
-    script = Script(runner=runner, transactional=True, in_place=True, transactions=("does not begin",), pause="is cancelled")
+def test_p9_a_transaction_that_did_not_begin_is_not_left_when_the_pause_is_cancelled(runner):
+    script = Script(
+        runner=runner, transactional=True, in_place=True, transactions=("does not begin",), pause="is cancelled"
+    )
     delivered(script, back_off=FixedBackOffPolicy(5.0))
 
 
 @pytest.mark.parametrize("redelivered", [None, True, False])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_P4_a_veto_in_an_attempt_that_is_cancelled_or_in_doubt_is_kept(runner, redelivered):
+def test_p4_a_veto_in_an_attempt_that_is_cancelled_or_in_doubt_is_kept(runner, redelivered):
     cancelled = Script(runner=runner, redelivered=redelivered, works=("vetoes, is cancelled",))
     assert delivered(cancelled).stored("orders", "m-1").snapshot["veto"] == "by the work"
-    doubtful = Script(runner=runner, redelivered=redelivered, works=("vetoes ok",), transactional=True, transactions=("in doubt, not done",))
+    doubtful = Script(
+        runner=runner,
+        redelivered=redelivered,
+        works=("vetoes ok",),
+        transactional=True,
+        transactions=("in doubt, not done",),
+    )
     assert delivered(doubtful).stored("orders", "m-1").snapshot["veto"] == "by the work"
 
 
 @pytest.mark.parametrize("event", ["open", "on_error"])
 @pytest.mark.parametrize("redelivered", [None, False])
-def test_P4_a_veto_by_a_listener_is_kept(event, redelivered):
+def test_p4_a_veto_by_a_listener_is_kept(event, redelivered):
     made = delivered(Script(redelivered=redelivered, works=("fails",), faults={(event, 0): "vetoes"}))
     assert made.stored("orders", "m-1").snapshot["veto"] == f"by {event}"
 
 
-def test_P4_a_veto_that_was_withdrawn_during_the_recovery_stays_withdrawn():
+def test_p4_a_veto_that_was_withdrawn_during_the_recovery_stays_withdrawn():
     template = RetryTemplate(name="orders")
     template.veto("m", "by an operator")
 
@@ -99,29 +109,36 @@ def test_P4_a_veto_that_was_withdrawn_during_the_recovery_stays_withdrawn():
         raise Failed
 
     with pytest.raises(RecoveryFailedError):
-        template.execute(lambda context: None, recover, state=RetryState(key="m"))
+        template.execute(lambda _: None, recover, state=RetryState(key="m"))
     assert not template.history("m").vetoed
-    assert template.execute(lambda context: "work", state=RetryState(key="m", redelivered=True)) == "work"
+    assert template.execute(lambda _: "work", state=RetryState(key="m", redelivered=True)) == "work"
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_a_failure_whose_history_vanished_meanwhile_is_counted_as_the_first(runner, redelivered):
+def test_p5_a_failure_whose_history_vanished_meanwhile_is_counted_as_the_first(runner, redelivered):
     script = Script(runner=runner, redelivered=redelivered, works=("fails",), faults={("save", 1): "settles"})
     assert delivered(script).stored("orders", "m-1").snapshot["retry_count"] == 1
 
 
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_a_reservation_that_was_stored_by_a_write_that_seemed_to_fail_is_no_second_failure(redelivered):
-    script = Script(redelivered=redelivered, works=("fails", "fails"), in_place=True, faults={("save", 0): "raises when it is done"})
+def test_p5_a_reservation_that_was_stored_by_a_write_that_seemed_to_fail_is_no_second_failure(redelivered):
+    script = Script(
+        redelivered=redelivered, works=("fails", "fails"), in_place=True, faults={("save", 0): "raises when it is done"}
+    )
     assert delivered(script, limit=2).stored("orders", "m-1").snapshot["retry_count"] == 2
 
 
 @pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("limit", [1, 3])
-def test_P2_an_item_that_somebody_else_completed_meanwhile_is_neither_tried_again_nor_recovered(in_place, limit):
+def test_p2_an_item_that_somebody_else_completed_meanwhile_is_neither_tried_again_nor_recovered(in_place, limit):
     script = Script(
-        redelivered=True, works=("fails",), recoveries=("ok",), in_place=in_place, recover_now=True, faults={("save", 1): "completes"}
+        redelivered=True,
+        works=("fails",),
+        recoveries=("ok",),
+        in_place=in_place,
+        recover_now=True,
+        faults={("save", 1): "completes"},
     )
     made = delivered(script, remember=60.0, limit=limit)
     assert "recovery" not in made.watcher.events
@@ -130,7 +147,7 @@ def test_P2_an_item_that_somebody_else_completed_meanwhile_is_neither_tried_agai
 
 
 @pytest.mark.parametrize("works", [("fails", "fails", "fails"), ("fails", "fails fatally")])
-def test_P3_a_recovery_that_fails_never_runs_the_callback_again(works):
+def test_p3_a_recovery_that_fails_never_runs_the_callback_again(works):
     first = [Script(works=(work,)) for work in works]
     later = Script(redelivered=True, works=("ok",), recoveries=("fails",))
     made = delivered(*first, later, later, attrs.evolve(later, recoveries=("is cancelled",)), later)
@@ -170,7 +187,7 @@ def fail(context):
 
 
 @pytest.mark.parametrize("broken", [("time",), ("monotonic",), ("time", "monotonic")])
-def test_P11_a_clock_that_cannot_be_read_changes_neither_outcome_nor_count(broken):
+def test_p11_a_clock_that_cannot_be_read_changes_neither_outcome_nor_count(broken):
     cache = MapRetryContextCache()
     good = RetryTemplate(context_cache=cache, back_off_policy=FixedBackOffPolicy(5), clock=BrokenClock())
     bad = attrs.evolve(good, clock=BrokenClock(*broken))
@@ -181,11 +198,11 @@ def test_P11_a_clock_that_cannot_be_read_changes_neither_outcome_nor_count(broke
     assert all(0 < pause < 6 for pause in (*good.clock.pauses, *bad.clock.pauses))
     assert good.history("m").retry_count == 3
     assert abs(good.history("m").last_failed_at.timestamp() - time.time()) < 3600
-    assert bad.execute(fail, lambda context: "substitute", state=state) == "substitute"
+    assert bad.execute(fail, lambda _: "substitute", state=state) == "substitute"
 
 
 @pytest.mark.parametrize("broken", [("time",), ("monotonic",), ("time", "monotonic")])
-def test_P11_a_clock_that_cannot_be_read_changes_no_stateless_outcome(broken):
+def test_p11_a_clock_that_cannot_be_read_changes_no_stateless_outcome(broken):
     clock = BrokenClock(*broken)
     policies = {"retry_policy": SimpleRetryPolicy(3), "back_off_policy": FixedBackOffPolicy(0.5)}
     heard = []
@@ -217,7 +234,7 @@ class StutteringClock(BrokenClock):
 
 
 @pytest.mark.parametrize("when", [1, 2, 3])
-def test_P11_a_clock_that_cannot_be_read_once_does_not_bring_a_deadline_nearer(when):
+def test_p11_a_clock_that_cannot_be_read_once_does_not_bring_a_deadline_nearer(when):
     template = RetryTemplate(retry_policy=TimeoutRetryPolicy(60), clock=StutteringClock(when))
     outcomes = iter([Failed(), Failed(), None])
 
@@ -229,7 +246,7 @@ def test_P11_a_clock_that_cannot_be_read_once_does_not_bring_a_deadline_nearer(w
     assert template.execute(work) == "work"
 
 
-def test_P11_a_wall_clock_that_is_set_back_makes_no_pause_longer_than_the_back_off_asked_for():
+def test_p11_a_wall_clock_that_is_set_back_makes_no_pause_longer_than_the_back_off_asked_for():
     with machine(back_off=FixedBackOffPolicy(5.0)) as made:
         made.deliver(Script(works=("fails",)))
         made.jump(-86_400)
@@ -238,7 +255,7 @@ def test_P11_a_wall_clock_that_is_set_back_makes_no_pause_longer_than_the_back_o
 
 
 @pytest.mark.parametrize("delay", [1e12, float(2**62)])
-def test_P11_a_pause_beyond_the_calendar_hides_no_business_error(delay):
+def test_p11_a_pause_beyond_the_calendar_hides_no_business_error(delay):
     template = RetryTemplate(back_off_policy=FixedBackOffPolicy(delay), clock=BrokenClock())
     with pytest.raises(Failed):
         template.execute(fail, state=RetryState(key="m"))
@@ -249,8 +266,11 @@ def test_P11_a_pause_beyond_the_calendar_hides_no_business_error(delay):
 # -- a full cache
 
 
-@given(st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(["fails", "fails", "ok"])), max_size=25), st.integers(1, 4))
-def test_P6_a_full_cache_never_makes_a_known_key_forget_and_never_hides_the_error(deliveries, capacity):
+@given(
+    st.lists(st.tuples(st.sampled_from("abcdef"), st.sampled_from(["fails", "fails", "ok"])), max_size=25),
+    st.integers(1, 4),
+)
+def test_p6_a_full_cache_never_makes_a_known_key_forget_and_never_hides_the_error(deliveries, capacity):
     cache = MapRetryContextCache(capacity)
     template = RetryTemplate(context_cache=cache, retry_policy=SimpleRetryPolicy(100))
     known = {}
@@ -278,7 +298,7 @@ def test_P6_a_full_cache_never_makes_a_known_key_forget_and_never_hides_the_erro
     assert stored == known
 
 
-def test_P12_templates_of_different_names_share_a_cache_and_no_history():
+def test_p12_templates_of_different_names_share_a_cache_and_no_history():
     cache = MapRetryContextCache()
     one, other = (RetryTemplate(name=name, context_cache=cache) for name in ("orders", "orders/eu"))
     with pytest.raises(Failed):
@@ -301,19 +321,19 @@ def frames_of(error):
 
 
 def sync_template(fail):
-    RetryTemplate().execute(lambda context: fail())
+    RetryTemplate().execute(lambda _: fail())
 
 
 def sync_template_with_listeners(fail):
-    RetryTemplate(listeners=(RetryListener(),)).execute(lambda context: fail())
+    RetryTemplate(listeners=(RetryListener(),)).execute(lambda _: fail())
 
 
 def stateful(fail):
-    RetryTemplate().execute(lambda context: fail(), state=RetryState(key="m"))
+    RetryTemplate().execute(lambda _: fail(), state=RetryState(key="m"))
 
 
 def stateful_first(fail):
-    RetryTemplate().execute(lambda context: fail(), state=RetryState(key="m", redelivered=False))
+    RetryTemplate().execute(lambda _: fail(), state=RetryState(key="m", redelivered=False))
 
 
 def decorated(fail):
@@ -385,7 +405,7 @@ PATHS = (
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_P8_the_users_exception_arrives_as_the_same_object_with_its_frames_and_at_most_two_of_ours(path):
+def test_p8_the_users_exception_arrives_as_the_same_object_with_its_frames_and_at_most_two_of_ours(path):
     made = []
 
     def innermost():
@@ -403,7 +423,7 @@ def test_P8_the_users_exception_arrives_as_the_same_object_with_its_frames_and_a
     assert names[-1] == "innermost"
 
 
-def test_P8_our_errors_are_chained_to_the_last_failure():
+def test_p8_our_errors_are_chained_to_the_last_failure():
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(1), recovery_policy=SimpleRetryPolicy(1))
     made = []
 
@@ -433,8 +453,14 @@ def garbage():
         gc.set_debug(gc.DEBUG_SAVEALL)
         gc.collect()
         gc.set_debug(0)
-        left = [thing for thing in gc.garbage if type(thing).__module__.startswith("retrykit") or isinstance(thing, Failed)]
-        left += [thing for thing in gc.garbage if type(thing).__name__ in ("frame", "generator") and "/retrykit/" in repr(thing)]
+        left = [
+            thing for thing in gc.garbage if type(thing).__module__.startswith("retrykit") or isinstance(thing, Failed)
+        ]
+        left += [
+            thing
+            for thing in gc.garbage
+            if type(thing).__name__ in ("frame", "generator") and "/retrykit/" in repr(thing)
+        ]
         gc.garbage.clear()
         return [repr(thing) for thing in left]
 
@@ -459,7 +485,11 @@ def test_no_call_leaves_cyclic_garbage(garbage, path, fails):
         with suppress(Failed):
             path(raise_failed if fails else lambda: None)
     # A decorated function and its attributes know each other: they are not a call's.
-    assert [thing for thing in garbage() if "decorated" not in path.__name__ or "Handlers" not in thing and "Template(" not in thing] == []
+    assert [
+        thing
+        for thing in garbage()
+        if "decorated" not in path.__name__ or ("Handlers" not in thing and "Template(" not in thing)
+    ] == []
 
 
 def calls_of(template):
@@ -484,7 +514,7 @@ def calls_of(template):
         "stateless": lambda: template.execute(work),
         "once": lambda: template.execute(once),
         "stateful": lambda: template.execute(work, state=state),
-        "recovered": lambda: template.execute(work, lambda context: None),
+        "recovered": lambda: template.execute(work, lambda _: None),
         "decorated": decorated,
         "block": in_block,
     }
@@ -507,13 +537,15 @@ def test_no_asynchronous_call_leaves_cyclic_garbage(garbage, run, name):
 # -- the bound context
 
 
-def test_P10_threads_and_tasks_that_inherit_the_context_see_it_and_leave_it_alone():
+def test_p10_threads_and_tasks_that_inherit_the_context_see_it_and_leave_it_alone():
     seen = {}
 
     def work(context):
         def elsewhere():
             seen["thread"] = current_context()
-            RetryTemplate(name="inner").execute(lambda inner: seen.setdefault("inner", (inner.parent, current_context() is inner)))
+            RetryTemplate(name="inner").execute(
+                lambda inner: seen.setdefault("inner", (inner.parent, current_context() is inner))
+            )
             seen["after"] = current_context()
 
         copied = contextvars.copy_context()
@@ -531,7 +563,7 @@ def test_P10_threads_and_tasks_that_inherit_the_context_see_it_and_leave_it_alon
 
 
 @pytest.mark.parametrize("run", [lambda main: asyncio.run(main()), trio.run], ids=["asyncio", "trio"])
-def test_P10_tasks_that_run_at_the_same_time_see_each_their_own_context(run):
+def test_p10_tasks_that_run_at_the_same_time_see_each_their_own_context(run):  # noqa: C901 - two event loops
     template = AsyncRetryTemplate()
     wrong = []
 
@@ -566,7 +598,7 @@ def test_P10_tasks_that_run_at_the_same_time_see_each_their_own_context(run):
     assert wrong == []
 
 
-def test_P10_nested_calls_restore_the_context_around_them_whatever_they_end_with():
+def test_p10_nested_calls_restore_the_context_around_them_whatever_they_end_with():
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(2))
 
     @retryable(max_attempts=2)
@@ -580,7 +612,7 @@ def test_P10_nested_calls_restore_the_context_around_them_whatever_they_end_with
                 inner(error)
             assert current_context() is context
             with pytest.raises(error):
-                template.execute(lambda context, error=error: inner(error))
+                template.execute(lambda _, error=error: inner(error))
             assert current_context() is context
         return "work"
 
@@ -588,7 +620,7 @@ def test_P10_nested_calls_restore_the_context_around_them_whatever_they_end_with
     assert current_context() is None
 
 
-def test_P10_a_generator_that_is_left_in_a_block_keeps_no_context_bound():
+def test_p10_a_generator_that_is_left_in_a_block_keeps_no_context_bound():
     def numbers():
         for attempt in RetryTemplate().attempts():
             with attempt:
@@ -604,7 +636,7 @@ def test_P10_a_generator_that_is_left_in_a_block_keeps_no_context_bound():
 
 
 @pytest.mark.parametrize("redelivered", [None, True])
-def test_P5_the_count_is_exact_while_thirty_two_threads_fail_on_one_key(redelivered, quick_switches):
+def test_p5_the_count_is_exact_while_thirty_two_threads_fail_on_one_key(redelivered, quick_switches):
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(10_000))
     attempts = in_threads(32, 5, template, redelivered)
     assert attempts == 160
@@ -613,7 +645,7 @@ def test_P5_the_count_is_exact_while_thirty_two_threads_fail_on_one_key(redelive
 
 @pytest.mark.parametrize("redelivered", [None, True])
 @pytest.mark.parametrize("limit", [1, 3, 7])
-def test_P5_the_limit_holds_while_thirty_two_threads_fail_on_one_key(redelivered, limit, quick_switches):
+def test_p5_the_limit_holds_while_thirty_two_threads_fail_on_one_key(redelivered, limit, quick_switches):
     template = RetryTemplate(retry_policy=SimpleRetryPolicy(limit))
     assert 1 <= in_threads(32, 3, template, redelivered) <= limit
 
@@ -651,10 +683,12 @@ def in_threads(threads, deliveries, template, redelivered):
     return len(attempts)
 
 
-def test_P13_the_same_clock_and_seed_store_the_same_bytes():
-    scripts = [Script(works=("fails",), key=key) for key in ("a", 7)] + [Script(key="a", redelivered=True, works=("fails fatally",))]
+def test_p13_the_same_clock_and_seed_store_the_same_bytes():
+    scripts = [Script(works=("fails",), key=key) for key in ("a", 7)] + [
+        Script(key="a", redelivered=True, works=("fails fatally",))
+    ]
     assert delivered(*scripts).world.trace == delivered(*scripts).world.trace
 
 
-def test_P13_a_duration_given_as_timedelta_is_the_same():
+def test_p13_a_duration_given_as_timedelta_is_the_same():
     assert FixedBackOffPolicy(timedelta(seconds=2)) == FixedBackOffPolicy(2.0)

@@ -1,6 +1,6 @@
-"""A small world for templates to run in: clock, store, transactions, listeners and work, each of which fails when a script says so.
+"""A small world for templates to run in, in which everything fails when a script says so.
 
-Everything that happens is written down in one trace, and each event is shown to a `watcher` as it happens.
+Clock, store, transactions, listeners and the work itself. What happens is written down in a trace; each event is shown to a `watcher` as it happens.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import functools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import attrs
 import trio
@@ -74,8 +73,8 @@ class Died(BaseException):
 class Script:
     """One delivery: how it is made, and how everything in its course goes.
 
-    `works`, `recoveries`, `transactions`: one word after the other, each time it is its turn; the last work and recovery repeat, further
-    transactions commit. `faults`: (place, how many times it was passed before) -> what happens there.
+    `works`, `recoveries`, `transactions`: one word after the other, each time it is its turn; the last work and
+    recovery repeat, further transactions commit. `faults`: (place, how often it was passed before) -> what happens.
     """
 
     name: str = "orders"
@@ -126,7 +125,7 @@ class VirtualClock:
 
 
 class Store:
-    """The world's store: real compare-and-set in memory, faults and other processes by script, joined by the world's transactions."""
+    """Real compare-and-set in memory, with faults and other processes by script; the transactions here can join it."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -249,14 +248,14 @@ class Transaction:
         self.staged: list[Callable[[], Any]] = []
         self.fate = "commits"
 
-    def __enter__(self) -> Transaction:
+    def __enter__(self) -> Self:
         self.fate = self.world.turn("transaction", (*self.world.script.transactions, "commits"))
         if self.fate == "does not begin":
             raise self.world.failure(Failed("no transaction"))
         self.world.happens("begin")
         return self
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if error is not None:
             self.world.happens("rolled back")
             if self.fate == "does not roll back":
@@ -292,7 +291,7 @@ class AsyncTransaction(Transaction):
         await self.world.checkpoint()
         return Transaction.__enter__(self)
 
-    async def __aexit__(self, kind: Any, error: Any, trace: Any) -> None:
+    async def __aexit__(self, kind: object, error: object, trace: object) -> None:
         Transaction.__exit__(self, kind, error, trace)
 
 
@@ -422,9 +421,17 @@ class World:
     def somebody_else(self, what: str, key: str) -> None:
         """Another process was faster."""
         found = self.store.real.load(key)
-        snapshot = {"format": 1, "name": self.script.name, "key": self.script.key, "retry_count": 0} if found is None else dict(found.snapshot)
+        snapshot = (
+            {"format": 1, "name": self.script.name, "key": self.script.key, "retry_count": 0}
+            if found is None
+            else dict(found.snapshot)
+        )
         version = None if found is None else found.version
-        if "completed_at" in snapshot or (found is None and what == "settles") or (self.remember is None and what == "completes"):
+        if (
+            "completed_at" in snapshot
+            or (found is None and what == "settles")
+            or (self.remember is None and what == "completes")
+        ):
             return
         match what:
             case "fails":
@@ -509,7 +516,14 @@ class World:
     def deliver(self, script: Script) -> tuple[str, Any]:
         """Run the delivery: ("value", …), ("error", …), ("cancelled", …) or ("died", None)."""
         self.script, self.faults, self.times = script, dict(script.faults), {}
-        self.turns, self.failures, self.recovering, self.dead, self.cancelled, self.stop = {}, [], False, False, None, None
+        self.turns, self.failures, self.recovering, self.dead, self.cancelled, self.stop = (
+            {},
+            [],
+            False,
+            False,
+            None,
+            None,
+        )
         assert current_context() is None
         outcome = _RUNNERS[script.runner](self, self._call(script))
         assert current_context() is None, "P10: a context was left bound"
@@ -526,16 +540,22 @@ class World:
         state = RetryState(
             key=script.key,
             redelivered=script.redelivered,
-            rollback_for=lambda error: not script.in_place,
+            rollback_for=lambda _: not script.in_place,
             recover_on_redelivery=not script.recover_now,
         )
-        recover = None if script.recoveries is None else Recovery(self, self.recovery if script.runner == "sync" else self.async_recovery)
+        recover = (
+            None
+            if script.recoveries is None
+            else Recovery(self, self.recovery if script.runner == "sync" else self.async_recovery)
+        )
         return functools.partial(
             self.template(script).execute,
             self.work if script.runner == "sync" else self.async_work,
             recover,
             state=state,
-            transaction=functools.partial(AsyncTransaction if parts else Transaction, self) if script.transactional else None,
+            transaction=functools.partial(AsyncTransaction if parts else Transaction, self)
+            if script.transactional
+            else None,
         )
 
 
