@@ -176,6 +176,18 @@ def test_an_interrupt_ends_the_children_and_removes_the_files(environment, numbe
     assert list(Path(environment["TMPDIR"]).iterdir()) == []
 
 
+def test_an_interrupt_while_it_starts_leaves_nothing_behind_either(environment):
+    demo = subprocess.Popen(command(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not any("stomp_server" in Path(f"/proc/{pid}/cmdline").read_text() for pid in children_of(demo.pid)):
+        assert demo.poll() is None
+    children = children_of(demo.pid)
+    demo.send_signal(signal.SIGINT)
+    output, errors = demo.communicate(timeout=60)
+    assert (demo.returncode, output, errors) == (130, "", "interrupted\n")
+    assert [pid for pid in children if Path(f"/proc/{pid}").exists()] == []
+    assert list(Path(environment["TMPDIR"]).iterdir()) == []
+
+
 def children_of(pid):
     if not Path("/proc").exists():
         pytest.skip("children are found in /proc")

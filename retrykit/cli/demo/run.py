@@ -15,6 +15,7 @@ import attrs
 
 from retrykit.cli.demo.display import Display
 from retrykit.cli.demo.events import EventReader
+from retrykit.cli.demo.interrupts import held_back
 from retrykit.cli.demo.job import FATE, RUN, Job
 from retrykit.cli.demo.ledger import Ledger
 from retrykit.cli.demo.plan import PlannedMessage
@@ -184,10 +185,10 @@ def _queue(url: str | None) -> Iterator[Queue]:
         return
     server = StompServer.process(profile="activemq")
     try:
-        server.start()
+        with held_back():
+            server.start()
         yield Queue(server.url + QUEUE, lambda: server.depth(QUEUE))
     finally:
-        # Also when Ctrl-C came while it was starting.
         server.stop()
 
 

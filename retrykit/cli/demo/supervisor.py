@@ -12,6 +12,7 @@ from typing import Final, Self
 
 import attrs
 
+from retrykit.cli.demo.interrupts import held_back
 from retrykit.cli.demo.job import Job
 
 WORKER: Final = ("-m", "retrykit.cli.demo.worker")
@@ -56,7 +57,8 @@ class Supervisor:
     def __enter__(self) -> Self:
         try:
             for _ in range(self._count):
-                self._workers.append(self._start())
+                with held_back():
+                    self._workers.append(self._start())
         except BaseException:
             self.stop()
             raise
@@ -76,7 +78,8 @@ class Supervisor:
             self._put_away(worker)
             if status >= 0:
                 raise WorkerFailedError(f"a worker ended with status {status}:\n{_tail(worker.output)}")
-            self._workers[place] = self._start()
+            with held_back():
+                self._workers[place] = self._start()
             yield Death(worker.process.pid, signal.Signals(-status).name)
 
     def stop(self) -> None:
