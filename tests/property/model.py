@@ -235,7 +235,8 @@ class Watcher:
         self.events.append("recovery")
         self._called()
         self.recovering = True
-        self.item.recovered = True
+        # What could neither be read nor stored is not known at the next delivery.
+        self.item.recovered = self.item.recovered or not (self.blind or self.pending)
 
     def _called(self) -> None:
         assert self.blind or not self.completed, "something was called after somebody else had completed the item"

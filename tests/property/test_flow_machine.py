@@ -7,9 +7,11 @@ store works, `Watcher` what may never happen.
 from __future__ import annotations
 
 import json
+import logging
 from typing import Any
 
 import attrs
+import pytest
 from hypothesis import Phase, note, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
@@ -29,6 +31,15 @@ from retrykit.cache import canonical_key
 from retrykit.errors import AttemptsInFlightError, CommitInDoubtError
 from tests.property.model import Item, Prediction, Watcher, flights_of
 from tests.property.world import ELSEWHERE, Failed, Fatal, Script, World, dead_owner, renamed
+
+
+@pytest.fixture(autouse=True)
+def _without_logs():
+    """Faults are logged, by the thousand here."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
 
 NAMES = ("orders", "orders.eu")
 KEYS = ("m-1", 7)

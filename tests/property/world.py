@@ -1,6 +1,7 @@
 """A small world for templates to run in, in which everything fails when a script says so.
 
-Clock, store, transactions, listeners and the work itself. What happens is written down in a trace; each event is shown to a `watcher` as it happens.
+Clock, store, transactions, listeners and the work itself. What happens is written down in a trace, and each event is
+shown to a `watcher` as it happens.
 """
 
 from __future__ import annotations
