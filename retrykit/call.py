@@ -65,6 +65,9 @@ class Plan:
 class Call:
     """One call as the flow sees it: facts that the driver gives, and what the flow has learned of the store."""
 
+    plan: Plan
+    context: RetryContext
+    state: RetryState | None
     key: str | None = None
     owner: str = ""
     transactional: bool = False
@@ -84,11 +87,6 @@ class Call:
     fault: Exception | None = None
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
-
-    def __init__(self, plan: Plan, context: RetryContext) -> None:
-        self.plan = plan
-        self.context = context
-        self.state: RetryState | None = context._state
 
 
 def raising(error_type: type[RetryError], call: Call, cause: BaseException | None, **facts: Any) -> Raise:

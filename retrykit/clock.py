@@ -13,7 +13,7 @@ from retrykit.value import Value
 
 @runtime_checkable
 class Clock(Protocol):
-    """Where a template gets its time from. Tests give their own, such as `retrykit.testing.VirtualClock`."""
+    """Where a template gets its time from. Tests give their own."""
 
     def time(self) -> float:
         """Seconds since the epoch (UTC). May jump: it is compared with instants that other processes stored."""

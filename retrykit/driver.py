@@ -65,7 +65,6 @@ class Driver(Call):
         recover: Callable[[RetryContext], Any] | None = None,
         transaction: Callable[[], Any] | None = None,
     ) -> None:
-        # What `Call.__init__` does, without the call: one of these is made at every first failure.
         self.plan = template.plan
         self.context = context
         self.state = context._state

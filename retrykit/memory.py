@@ -175,26 +175,30 @@ def _begun(call: Call, history: History) -> None:
 
 def withdraw(call: Call) -> Flow:
     """The reserved attempt will not report: it never was one."""
-    context = call.context
-    flight, call.flight = call.flight, None
-    if flight is None:
+    if call.flight is None:
         yield from keep_veto(call)
-    while flight is not None:
-        history = context._facts()
-        history.land(flight)
-        known = history.failures or history.veto or history.attributes or history.in_flight
-        key = call.key or ""
-        step: Step = Save(key, context.snapshot(), call.version) if known else Remove(key, call.version)
-        answer = yield step
-        if isinstance(answer, Exception):
-            yield Report("withdraw", answer)
-            return
-        if answer is not None and answer is not False:
-            call.version = None if answer is True else answer
-            return
-        stored = yield Load(key)
-        if not take_over(call, stored) or context._facts().flight(flight) is None:
-            return
+        return
+    while call.flight is not None and (yield from _try_to_withdraw(call, call.flight)):
+        pass
+    call.flight = None
+
+
+def _try_to_withdraw(call: Call, flight: int) -> Flow:
+    """One compare-and-set of the history without the flight. True: somebody else was first, and theirs still has it."""
+    context, key = call.context, call.key or ""
+    history = context._facts()
+    history.land(flight)
+    known = history.failures or history.veto or history.attributes or history.in_flight
+    step: Step = Save(key, context.snapshot(), call.version) if known else Remove(key, call.version)
+    answer = yield step
+    if isinstance(answer, Exception):
+        yield Report("withdraw", answer)
+        return False
+    if answer is not None and answer is not False:
+        call.version = None if answer is True else answer
+        return False
+    stored = yield Load(key)
+    return take_over(call, stored) and context._facts().flight(flight) is not None
 
 
 # -- storing a failure

@@ -27,7 +27,7 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="retrykit", prog_name="retrykit")
 def retrykit() -> None:
-    r"""Retry that survives the rollback.
+    """Retry that survives the rollback.
 
     retrykit is a Python library: a message that fails is tried again when it is delivered again, up to a limit that
     holds across roll-backs, processes and crashes; then it is parked with its history. See it work:
@@ -35,7 +35,7 @@ def retrykit() -> None:
     \b
         retrykit demo                 200 messages, two workers, ten seconds
         retrykit demo --help          with your own messages, broker, database
-    """
+    """  # noqa: D301 - click wants the control character itself: what follows keeps its lines
 
 
 @retrykit.command()
