@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from typing import Any
 
 import attrs
@@ -386,12 +387,17 @@ class FlowMachine(RuleBasedStateMachine):
         if not hasattr(self, "machine"):
             return
         self.machine.close()
-        if self.broken:
+        # An exception on its way (Hypothesis ends runs by one) would be the context of every error made here.
+        if self.broken or sys.exc_info()[0] is not None:
             return
         again = Machine(self.rules)
         try:
             for name, arguments in self.commands:
                 getattr(again, name)(*arguments)
+            first = [
+                pair for pair in zip(again.world.trace, self.machine.world.trace, strict=False) if len(set(pair)) > 1
+            ][:1]
+            note("\n".join(line for pair in first for line in pair))
             assert again.world.trace == self.machine.world.trace, "P13: the same commands left another trace"
         finally:
             again.close()

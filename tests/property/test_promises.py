@@ -100,6 +100,14 @@ def test_p4_a_veto_by_a_listener_is_kept(event, redelivered):
     assert made.stored("orders", "m-1").snapshot["veto"] == f"by {event}"
 
 
+def test_p4_a_veto_by_a_listener_is_kept_while_other_attempts_are_in_flight():
+    died = Script(redelivered=None, faults={("death", 5): "elsewhere"})
+    vetoed = Script(redelivered=None, faults={("open", 0): "vetoes"})
+    made = delivered(died, vetoed, limit=1)
+    assert made.watcher.events == []
+    assert made.stored("orders", "m-1").snapshot["veto"] == "by open"
+
+
 def test_p4_a_veto_that_was_withdrawn_during_the_recovery_stays_withdrawn():
     template = RetryTemplate(name="orders")
     template.veto("m", "by an operator")
