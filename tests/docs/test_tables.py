@@ -1,4 +1,4 @@
-"""Tables in the documentation say what the code does: defaults, promises, the command line, rules of the conformance adapter."""
+"""Tables in the documentation say what the code does: defaults, promises, the command line, rules of conformance."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from retrykit import BackOffPolicy, RetryPolicy
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-PARTS = [
-    name
-    for name in retrykit.__all__
-    if name.endswith(("RetryPolicy", "BackOffPolicy", "RetryBudget")) and getattr(retrykit, name) not in (RetryPolicy, BackOffPolicy)
-]
+PROTOCOLS = (RetryPolicy, BackOffPolicy)
+KINDS = ("RetryPolicy", "BackOffPolicy", "RetryBudget")
+PARTS = [name for name in retrykit.__all__ if name.endswith(KINDS) and getattr(retrykit, name) not in PROTOCOLS]
 PROMISES = [f"P{number}" for number in range(1, 14)]
 
 
