@@ -185,7 +185,7 @@ class Watcher:
         self.opened = self.closed = 0
         self.confirmed = False
         self.recovering = self.cancelled = self.blind = self.completed = False
-        self.ran = 0
+        self.ran = self.failed = 0
         self.vetoes: set[str] = set()
         self.events: list[Any] = []
 
@@ -249,6 +249,7 @@ class Watcher:
 
     def on_failed(self, error: Exception) -> None:
         self.pending.append(error)
+        self.failed += 1
 
     def on_cancelled(self) -> None:
         self.cancelled = True
@@ -304,7 +305,9 @@ class Watcher:
         elif what == "completes":
             self.completed = True
         else:
-            self.low = self.high = self.item.fence = 0
+            self.low = self.item.fence = 0
+            # What the call itself has seen fail it may still count.
+            self.high = self.failed
             self.item.uncounted += self.item.ran
             self.item.recovered = False
             self.item.veto = None
