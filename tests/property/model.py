@@ -185,7 +185,8 @@ class Watcher:
         self.opened = self.closed = 0
         self.confirmed = False
         self.recovering = self.cancelled = self.blind = self.completed = False
-        self.ran = self.failed = 0
+        self.ran = 0
+        self.failed: list[Exception] = []
         self.vetoes: set[str] = set()
         self.events: list[Any] = []
 
@@ -226,7 +227,8 @@ class Watcher:
         assert self.blind or not self.item.recovered, "P3: the callback ran after a recovery had failed"
         self.item.ran += 1
         self.ran += 1
-        assert self.blind or self.item.ran <= self.limit + self.item.uncounted, "P5: the callback ran too often"
+        allowed = self.limit + self.item.uncounted + sum(map(is_noted, self.failed))
+        assert self.blind or self.item.ran <= allowed, "P5: the callback ran too often"
         # An attempt that could not be reserved has no fence of its own.
         assert self.blind or fence >= self.item.fence, "the fence went back"
         self.item.fence = max(fence, self.item.fence)
@@ -249,7 +251,7 @@ class Watcher:
 
     def on_failed(self, error: Exception) -> None:
         self.pending.append(error)
-        self.failed += 1
+        self.failed.append(error)
 
     def on_cancelled(self) -> None:
         self.cancelled = True
@@ -307,7 +309,7 @@ class Watcher:
         else:
             self.low = self.item.fence = 0
             # What the call itself has seen fail it may still count.
-            self.high = self.failed
+            self.high = len(self.failed)
             self.item.uncounted += self.item.ran
             self.item.recovered = False
             self.item.veto = None
