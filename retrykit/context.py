@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
 
 import attrs
 
@@ -77,8 +77,8 @@ def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollba
     return True
 
 
-_set = object.__setattr__
-_JOURNALS: Final = ("redelivered", "always", "never")
+_FIRST: Final = "redelivered"
+_JOURNALS: Final = (_FIRST, "always", "never")
 
 
 @attrs.frozen(kw_only=True, slots=False, init=False, eq=False, repr=False)
@@ -114,33 +114,31 @@ class RetryState(Value):
     ) -> None:
         # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for
         # what is wrong; and what is not stored here is a default of the class.
-        if key is not None and type(key) is not str:
+        if type(key) is not str and key is not None:
             check_key(key)
-        if redelivered is not None and redelivered is not True and redelivered is not False:
+        fields = self.__dict__
+        fields["key"] = key
+        if redelivered is False or redelivered is True:
+            fields["redelivered"] = redelivered
+        elif redelivered is not None:
             raise wrong_type("redelivered", "True, False or None", redelivered)
-        _set(self, "key", key)
-        if redelivered is not None:
-            _set(self, "redelivered", redelivered)
-        if (
-            fresh is not False
-            or rollback_for is not always
-            or recover_on_redelivery is not True
-            or journal != "redelivered"
-        ):
+        if fresh is not False or rollback_for is not always or recover_on_redelivery is not True or journal != _FIRST:
             self._set_rare(fresh, rollback_for, recover_on_redelivery, journal)
+
+    plain: ClassVar[bool] = True
+    """Whether the store is not asked anything before a first delivery."""
 
     def _set_rare(self, fresh: Any, rollback_for: Any, recover_on_redelivery: Any, journal: Any) -> None:
         """Check and store what few states have."""
         for name, value in (("fresh", fresh), ("recover_on_redelivery", recover_on_redelivery)):
             if value is not True and value is not False:
                 raise wrong_type(name, "True or False", value)
-            _set(self, name, value)
+            self.__dict__[name] = value
         if not callable(rollback_for):
             raise wrong_type("rollback_for", "callable", rollback_for)
         if journal not in _JOURNALS:
             raise (wrong_value if isinstance(journal, str) else wrong_type)("journal", f"one of {_JOURNALS}", journal)
-        _set(self, "rollback_for", rollback_for)
-        _set(self, "journal", journal)
+        self.__dict__.update(rollback_for=rollback_for, journal=journal, plain=not fresh and journal != "always")
 
 
 for _field in attrs.fields(RetryState):

@@ -6,7 +6,7 @@ from typing import Any
 
 import attrs
 
-from retrykit.call import Call, Failure
+from retrykit.call import Call
 from retrykit.context import RetryContext, RetryState, instant
 from retrykit.history import MAX_ERRORS, History, Tally
 from retrykit.policy import RetryDecision, tallies_of
@@ -14,15 +14,13 @@ from retrykit.policy import RetryDecision, tallies_of
 
 def allowed(call: Call, context: Any) -> RetryDecision:
     """The decision for the next attempt, from what the history tells; a veto comes before every policy."""
-    history = call.context._history
-    vetoed = history is not None and history.veto is not None
     try:
         decision: RetryDecision = call.plan.policy.decide(context)
     except Exception as fault:  # noqa: BLE001 - a policy may call user code; a decision that cannot be made is a no
         decision = undecided("retry policy", fault)
-    if not vetoed:
+    history = call.context._history
+    if history is None or history.veto is None:
         return decision
-    assert history is not None  # noqa: S101 - for type checkers
     return RetryDecision(False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable)
 
 
@@ -47,9 +45,12 @@ def decide(call: Call) -> RetryDecision:
     return attrs.evolve(decision, delay=delay, next_at=instant(context._wall_of(context._now) + delay))
 
 
-def count(call: Call, history: History, error: Exception, at: float | None) -> None:
+def count(call: Call, error: Exception, at: float | None) -> None:
     """One more failed attempt. `at`: seconds since the epoch, None where nobody will store it."""
     context = call.context
+    history = context._history
+    if history is None:
+        history = context._history = History()
     failures = history.failures = history.failures + 1
     if at is not None:
         history.last_failed_at = at
@@ -67,18 +68,6 @@ def count(call: Call, history: History, error: Exception, at: float | None) -> N
         for branch in tallies_of(call.plan.policy, error, ""):
             tally = history.tallies.setdefault(branch, Tally(0, context.elapsed))
             tally.count += 1
-
-
-def fail_quietly(call: Call, failure: Failure) -> RetryDecision:
-    """Count and decide, where there is nobody to tell and nothing to store: without going back to the driver."""
-    context = call.context
-    error, context._now = failure
-    history = context._history
-    if history is None:
-        history = context._history = History()
-    count(call, history, error, None)
-    decision = context.decision = decide(call) if call.plan.pauses else allowed(call, context)
-    return decision
 
 
 def rethrows(state: RetryState | None, error: Exception) -> bool:

@@ -41,9 +41,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from retrykit.call import Call, Failure, Flow, raising
+from retrykit.call import Call, Flow, raising
 from retrykit.circuit import admit, record
-from retrykit.decision import allowed, fail_quietly, rethrows, tries_recovery_again
+from retrykit.decision import allowed, count, decide, rethrows, tries_recovery_again
 from retrykit.errors import (
     AttemptsInFlightError,
     BackOffInterruptedError,
@@ -96,10 +96,17 @@ def run(call: Call) -> Flow:
         if type(failure) is not tuple:
             outcome = failure
             break
-        decision = fail_quietly(call, failure) if quiet else (yield from _fail(call, failure))
-        rethrow = stateful and rethrows(call.state, failure[0])
+        error, context._now = failure
+        if call.key is None:
+            count(call, error, None)
+            decision = context.decision = decide(call)
+        else:
+            decision = context.decision = yield from store_failure(call, error)
+        if not plan.quiet:
+            decision = context.decision = yield from _tell(call, error, decision)
+        rethrow = stateful and rethrows(call.state, error)
         if rethrow and (decision.retry or _recovers_later(call)):
-            outcome = Raise(failure[0])
+            outcome = Raise(error)
         elif not decision.retry:
             outcome = yield from _recover(call, decision)
         elif decision.delay <= 0 or (outcome := (yield from _pause(call, decision))) is None:
@@ -239,25 +246,20 @@ def _succeed(call: Call) -> Flow:
 # -- failures
 
 
-def _fail(call: Call, failure: Failure) -> Flow:
-    """Count, store, decide, tell: the decision."""
-    plan, context = call.plan, call.context
+def _tell(call: Call, error: Exception, decision: RetryDecision) -> Flow:
+    """Tell those who share in the outcome of an attempt: the decision when all have been heard."""
+    plan = call.plan
     if plan.breakers:
         yield from record(call, "failure")
-    if call.key is None:
-        decision = fail_quietly(call, failure)
-    else:
-        context._now = failure[1]
-        decision = yield from store_failure(call, failure[0])
     for budget in plan.budgets:
         if decision.retry and not (yield Take(budget)):
             decision = RetryDecision(False, 0.0, "BudgetRetryPolicy: the last token was taken by another call")
-    context.decision = decision
-    return (yield from _tell(call, failure[0], decision)) if plan.listeners else decision
+    call.context.decision = decision
+    return (yield from _tell_listeners(call, error, decision)) if plan.listeners else decision
 
 
-def _tell(call: Call, error: Exception, decision: RetryDecision) -> Flow:
-    """Tell the listeners; one of them may veto what was decided, and the veto is stored too."""
+def _tell_listeners(call: Call, error: Exception, decision: RetryDecision) -> Flow:
+    """One of them may veto what was decided, and the veto is stored too."""
     context = call.context
     vetoed = context.vetoed
     for listener in call.plan.reversed_listeners:
@@ -268,8 +270,7 @@ def _tell(call: Call, error: Exception, decision: RetryDecision) -> Flow:
     history.exhausted, history.not_before = True, None
     if call.key is not None:
         yield from keep_veto(call)
-    context.decision = allowed(call, context)
-    return context.decision
+    return allowed(call, context)
 
 
 def _recovers_later(call: Call) -> bool:

@@ -310,8 +310,9 @@ class History:
         self.fence: int = 0
         self.last_error: Any = None
         self.live: list[tuple[int, Any, float]] | None = None
-        for fact, value in facts.items():
-            setattr(self, fact, value)
+        if facts:
+            for fact, value in facts.items():
+                setattr(self, fact, value)
 
     @property
     def attributes(self) -> Attributes:

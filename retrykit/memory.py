@@ -218,7 +218,7 @@ def store_failure(call: Call, error: Exception) -> Flow:
             # Somebody believed this attempt dead and counted it: it is counted once.
             history.last_error = error
         else:
-            count(call, history, error, now)
+            count(call, error, now)
             if call.flight is not None:
                 history.land(call.flight)
         decision = decide(call)

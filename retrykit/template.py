@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from contextlib import contextmanager
 from inspect import isawaitable
 from time import monotonic
+from types import CoroutineType
 from typing import Any, TypeVar, overload
 
 import attrs
@@ -81,11 +82,13 @@ class _Template(Value):
     plan: Plan = attrs.field(init=False, eq=False, repr=False)
     _space: str = attrs.field(init=False, eq=False, repr=False)
     runs_direct: bool = attrs.field(init=False, eq=False, repr=False)
+    forgets: bool = attrs.field(init=False, eq=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "plan", self._make_plan())
         object.__setattr__(self, "_space", namespace(self.name))
         object.__setattr__(self, "runs_direct", self._needs_no_flow())
+        object.__setattr__(self, "forgets", self.remember_completed is None)
 
     def _make_plan(self) -> Plan:
         parts = list(every(self.retry_policy))
@@ -138,12 +141,6 @@ class _Template(Value):
     def context(self, state: RetryState | None = None) -> RetryContext:
         """A new context for a call of this template."""
         return RetryContext(self, self._now(), _bound.get(), state)
-
-    def _asks_nothing(self, state: RetryState) -> bool:
-        """Whether the store has nothing to say before the first attempt, and nothing to be told if it succeeds."""
-        if self.remember_completed is not None:
-            return False
-        return (state.redelivered is False and not state.fresh and state.journal != "always") or state.key is None
 
     def _block(self, state: RetryState | None, transaction: Any) -> Driver:
         return self.driver(self.context(state), _always, (), {}, None, transaction)
@@ -219,7 +216,11 @@ class RetryTemplate(_Template):
         if (
             self.runs_direct
             and transaction is None
-            and (state is None or (state.__class__ is RetryState and self._asks_nothing(state)))
+            # A first delivery, as the source says: the store has nothing to say, and nothing to be told of a success.
+            and (
+                state is None
+                or (state.__class__ is RetryState and state.redelivered is False and state.plain and self.forgets)
+            )
             and (recover is None or callable(recover))
             and _short_cut
         ):
@@ -352,13 +353,22 @@ class AsyncRetryTemplate(_Template):
         transaction: Callable[[], Any] | None = None,
     ) -> Any:
         """As `RetryTemplate.execute`, awaited."""
-        _check_execute(callback, recover, state, transaction)
-        if self.runs_direct and transaction is None and (state is None or self._asks_nothing(state)) and _short_cut:
+        if (
+            self.runs_direct
+            and transaction is None
+            # A first delivery, as the source says: the store has nothing to say, and nothing to be told of a success.
+            and (
+                state is None
+                or (state.__class__ is RetryState and state.redelivered is False and state.plain and self.forgets)
+            )
+            and (recover is None or callable(recover))
+            and _short_cut
+        ):
             context = RetryContext(self, monotonic(), None, state)
             token = context._outer = _bind(context)
             try:
                 value = callback(context)
-                if isawaitable(value):
+                if value.__class__ is CoroutineType or isawaitable(value):
                     value = await value
             except Exception as error:  # noqa: BLE001 - this is where an attempt ends
                 first = (error, monotonic())
@@ -368,10 +378,12 @@ class AsyncRetryTemplate(_Template):
             finally:
                 _unbind(token)
             try:
+                _check_execute(callback, recover, state, transaction)
                 without_frame(first[0])
                 return await async_drive(self.driver(context, callback, (context,), {}, recover), first)
             finally:
                 del first, context, token
+        _check_execute(callback, recover, state, transaction)
         context = self.context(state)
         return await async_drive(self.driver(context, callback, (context,), {}, recover, transaction))
 
