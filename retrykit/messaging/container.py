@@ -18,6 +18,7 @@ from retrykit.check import is_callable_or_none, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with
+from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.worker import Worker
 from retrykit.template import RetryTemplate
@@ -46,11 +47,12 @@ class ListenerContainer:
     (`Session.begin`); what that gives is `context.transaction`. It commits before the message is acknowledged.
     `recover(message, context)` ends a message that may not be tried again (`park("…")`, `republish("…")`,
     `discard("…")`, or your own); without it such a message stays at the broker, and holds up one consumer, with growing
-    pauses and an error in the log, until somebody acts.
+    pauses and an error in the log, until somebody acts. So does one whose recovery fails, and one whose failure cannot
+    be stored (the context cache is full or cannot be reached): none is counted, so it is not recovered either.
 
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
-    again, with the pauses of `reconnect`. A container is used once: `with container: container.wait()`, or
-    `container.run()`.
+    again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
+    `with container: container.wait()`, or `container.run()`.
     """
 
     broker: Broker = attrs.field(validator=_is_broker)
@@ -80,7 +82,8 @@ class ListenerContainer:
         with self._lock:
             if self._threads:
                 raise RuntimeError("this container was started before: a container is used once")
-            self._threads = [self._thread(number) for number in range(1, self.concurrency + 1)]
+            work = self._prepared()
+            self._threads = [self._thread(work, number) for number in range(1, self.concurrency + 1)]
             self._running = len(self._threads)
         for thread in self._threads:
             thread.start()
@@ -158,12 +161,16 @@ class ListenerContainer:
 
     # -- inside
 
-    def _thread(self, number: int) -> threading.Thread:
-        # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
-        return threading.Thread(target=self._work, name=f"retrykit-{self.template.name}-{number}", daemon=True)
+    def _prepared(self) -> Work:
+        call = calls_with(self.handler)
+        return Work(self.template, call, self.recover, self.transaction, self._tally, Patience(self.reconnect))
 
-    def _work(self) -> None:
-        work = Work(self.template, calls_with(self.handler), self.recover, self.transaction, self._tally)
+    def _thread(self, work: Work, number: int) -> threading.Thread:
+        # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
+        name = f"retrykit-{self.template.name}-{number}"
+        return threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
+
+    def _work(self, work: Work) -> None:
         try:
             Worker(self.broker, work, self.reconnect, self._stopping, self._enlist).run()
         except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` and `run` raise it to the owner

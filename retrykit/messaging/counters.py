@@ -29,7 +29,8 @@ class Counters:
     rolled_back: int = 0
     """An attempt failed; the message went back to be delivered again."""
     withheld: int = 0
-    """Given back without a failed attempt: recovery failed or not given, attempts elsewhere, or stopping."""
+    """Given back without a failed attempt that counts: recovery failed or not given, the failure could not be stored,
+    attempts elsewhere, or stopping."""
     in_doubt: int = 0
     """A commit was not confirmed; nothing was counted against the message."""
 

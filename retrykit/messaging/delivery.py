@@ -39,6 +39,7 @@ from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import ConnectionLostError, NoStableIdError
+from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer
 
 if TYPE_CHECKING:
@@ -49,10 +50,6 @@ _log = logging.getLogger("retrykit.messaging")
 
 Handler = Callable[..., Any]
 Transaction = Callable[[], AbstractContextManager[Any]]
-
-
-class WithheldError(Exception):
-    """No attempt could be made or settled; the message went back. The worker takes a pause before its next one."""
 
 
 @attrs.frozen
@@ -93,12 +90,13 @@ class Work:
     recover: Recoverer | None
     transaction: Transaction | None
     tally: Tally
+    patience: Patience
 
     def deliver(self, session: Session, message: Message) -> None:
-        """Take one delivery to its end: settled, or given back.
+        """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
 
-        `CommitInDoubtError` means that the session is of no more use; `WithheldError` that a pause is due;
-        `NoStableIdError` that the message cannot be known again.
+        `CommitInDoubtError` means that the session is of no more use; `NoStableIdError` that the message cannot be
+        known again.
         """
         if message.key is None:
             remedy = "its session must give every message a key"
@@ -113,8 +111,6 @@ class Work:
             delivery.give_back(error)
             if not isinstance(error, Exception):
                 raise
-            if delivery.withheld(error):
-                raise WithheldError from error
 
 
 def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
@@ -161,6 +157,10 @@ class _Delivery:
 
     def run(self) -> None:
         self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
+        if not self.work.patience.wait(self.message.key, self.work.template.clock):
+            self.session.rollback(self.message)
+            self.work.tally.add(withheld=1)
+            return
         self.work.template.execute(
             self.attempt,
             None if self.work.recover is None else self.recovery,
@@ -171,6 +171,7 @@ class _Delivery:
             # The template had the answer already: nothing ran, so no transaction was opened.
             self.session.commit(self.message)
             self.work.tally.add(duplicates=1)
+        self.work.patience.forgive(self.message.key)
 
     def state(self) -> RetryState:
         trusted = self.session.capabilities.trustworthy_flag and self.work.template.remember_completed is None
@@ -215,23 +216,37 @@ class _Delivery:
     def give_back(self, error: BaseException) -> None:
         decision = None if self.context is None else self.context.decision
         delay = 0.0 if decision is None else decision.delay
-        self.session.rollback(self.message, delay)
         if self.withheld(error):
             self.work.tally.add(withheld=1)
-            level = logging.INFO if isinstance(error, BackOffInterruptedError) else logging.ERROR
-            _log.log(
-                level, "message %r goes back without a new attempt: %s (%r)", self.message.key, error, error.__cause__
-            )
+            self.hold(error, delay)
+            delay = 0.0
         else:
             self.work.tally.add(rolled_back=1)
+            self.work.patience.forgive(self.message.key)
             why = "" if decision is None else decision.reason
             _log.info("message %r goes back after a failed attempt: %r (%s)", self.message.key, error, why)
+        self.session.rollback(self.message, delay)
 
     def withheld(self, error: BaseException) -> bool:
         """Whether the next delivery would come to the same: not so after a failed attempt that leaves others."""
-        if self.context is None or self.context.exhausted:
+        if self.context is None or self.context.exhausted or self.context.fault is not None:
             return isinstance(error, Exception)
         return False
+
+    def hold(self, error: BaseException, at_least: float) -> None:
+        """Keep the delivery in hand for a while: every other consumer would get the message at once."""
+        work, key = self.work, self.message.key
+        if isinstance(error, BackOffInterruptedError):
+            _log.info("message %r goes back without a new attempt: %s", key, error)
+            return
+        pause = work.patience.withhold(work.template.name, key, at_least)
+        fault = None if self.context is None else self.context.fault
+        if fault is not None:
+            what = "its failed attempt could not be stored, so none is counted"
+            _log.error("message %r is withheld for %g s: %s: %r (%r)", key, round(pause, 3), what, fault, error)
+        else:
+            _log.error("message %r is withheld for %g s: %s (%r)", key, round(pause, 3), error, error.__cause__)
+        work.patience.wait(key, work.template.clock)
 
 
 class _UnitOfWork:

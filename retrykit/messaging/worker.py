@@ -13,7 +13,7 @@ import attrs
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
-from retrykit.messaging.delivery import WaitingClock, WithheldError, Work
+from retrykit.messaging.delivery import WaitingClock, Work
 from retrykit.messaging.errors import NoStableIdError
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
@@ -86,7 +86,7 @@ class Worker:
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
         # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.
-        expected = isinstance(error, RetryError | WithheldError)
+        expected = isinstance(error, RetryError)
         _log.warning(
             "%s: connection ended after %d deliveries (try %d): %s",
             self.broker.name,

@@ -27,6 +27,7 @@ from retrykit.messaging import (
     republish,
 )
 from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.patience import Patience
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 
@@ -271,6 +272,97 @@ def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
     assert len(handler.calls) == 3
     (left,) = broker.messages()
     assert left.body == b"x"
+
+
+# -- messages that are held up
+
+ONE_PAUSE = FixedBackOffPolicy(3600)
+
+
+def poisoned(message):
+    if message.text == "bad":
+        raise ValueError("it is bad")
+
+
+def full_cache():
+    cache = MapRetryContextCache(capacity=1)
+    cache.save("another", {"name": "another"}, None)
+    return cache
+
+
+def test_a_message_that_nobody_recovers_holds_up_one_consumer_only(broker):
+    broker.publish("bad")
+    for number in range(50):
+        broker.publish(f"{number}")
+    made = container(broker, poisoned, template=template(max_attempts=1), concurrency=2, reconnect=ONE_PAUSE)
+    with made:
+        wait_for(lambda: made.counters.acknowledged == 50)
+    assert (made.counters.withheld, made.counters.generations) == (1, 2)
+    assert [left.text for left in broker.messages()] == ["bad"]
+
+
+@pytest.mark.parametrize(("reconnect", "back_off"), [(3600, 0), (0, 3600)])
+def test_a_failure_that_cannot_be_stored_is_not_repeated_without_a_pause(broker, caplog, reconnect, back_off):
+    broker.publish("bad")
+    made = container(
+        broker,
+        poisoned,
+        template=template(context_cache=full_cache(), back_off_policy=FixedBackOffPolicy(back_off)),
+        reconnect=FixedBackOffPolicy(reconnect),
+        recover=park(PARKED),
+        concurrency=2,
+    )
+    with made:
+        wait_for(lambda: made.counters.withheld == 1)
+        broker.publish("good")
+        wait_for(lambda: made.counters.acknowledged == 1)
+    assert (made.counters.received, made.counters.withheld) == (2, 1)
+    errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert len([text for text in errors if "could not be stored" in text and "3600 s" in text]) == 1
+
+
+def test_a_message_that_was_withheld_is_parked_when_its_failures_can_be_stored_again(broker):
+    broker.publish("bad")
+    cache = full_cache()
+    made = container(broker, poisoned, template=template(context_cache=cache), recover=park(PARKED))
+    with made:
+        wait_for(lambda: made.counters.withheld >= 3)
+        cache.remove("another")
+        assert broker.wait_until_empty(PATIENCE)
+    assert made.counters.parked == 1
+
+
+def test_a_pause_that_a_lost_connection_cuts_short_is_taken_at_the_next_delivery(broker):
+    broker.publish("bad")
+    calls = []
+
+    def handler(message):
+        calls.append(message.text)
+        raise ValueError
+
+    made = container(broker, handler, template=template(context_cache=full_cache()), reconnect=ONE_PAUSE)
+    with made:
+        wait_for(lambda: made.counters.withheld == 1)
+        broker.drop_connections()
+        wait_for(lambda: made.counters.received == 2)
+    assert calls == ["bad"]
+    assert (made.counters.withheld, len(broker.messages())) == (2, 1)
+
+
+def test_the_pauses_of_a_withheld_message_grow_whatever_is_handled_in_between():
+    patience = Patience(ExponentialBackOffPolicy(initial=1.0, multiplier=2.0, max_interval=5.0))
+    grown = [patience.withhold("orders", key, 0.0) for key in ("a", "a", "b", "a", "a", "b")]
+    assert grown == [1.0, 2.0, 1.0, 4.0, 5.0, 2.0]
+    patience.forgive("a")
+    assert patience.withhold("orders", "a", 0.5) == 1.0
+    assert patience.withhold("orders", "a", 30.0) == 30.0
+
+
+def test_what_is_known_of_withheld_messages_is_bounded():
+    patience = Patience(ExponentialBackOffPolicy(initial=1.0, multiplier=2.0))
+    for number in range(10_001):
+        patience.withhold("orders", number, 0.0)
+    assert [patience.withhold("orders", key, 0.0) for key in (0, 10_000)] == [1.0, 2.0]
 
 
 # -- duplicates and doubts
@@ -645,7 +737,7 @@ def test_a_worker_whose_database_cannot_be_reached_pauses(broker):
         return database.begin()
 
     counters = consume(broker, failing(0), transaction=begin).counters
-    assert (counters.withheld, counters.acknowledged, counters.generations) == (1, 1, 2)
+    assert (counters.withheld, counters.acknowledged, counters.generations) == (1, 1, 1)
 
 
 def test_a_virtual_clock_spends_the_pauses(broker):
