@@ -17,7 +17,7 @@ from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_of
 from retrykit.check import is_callable_or_none, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
-from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with
+from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with, refuse_coroutines
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.worker import Worker
@@ -74,6 +74,7 @@ class ListenerContainer:
 
     def __attrs_post_init__(self) -> None:
         calls_with(self.handler)  # refuses what is no handler, before anything runs
+        refuse_coroutines("recover", self.recover)
 
     # -- lifetime
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 import signal
 import threading
@@ -34,6 +36,7 @@ from retrykit.template import RetryTemplate
 ORDERS = "/queue/orders"
 PARKED = "/queue/orders.parked"
 PATIENCE = 20.0
+ONE_PAUSE = FixedBackOffPolicy(3600)
 QUICK = ExponentialBackOffPolicy(initial=0.001, max_interval=0.01)
 
 
@@ -112,6 +115,64 @@ def test_a_handler_may_take_the_context_too(broker):
     seen = []
     consume(broker, lambda message, context: seen.append((message.text, context.attempt, context.key)))
     assert seen == [("1", 1, (ORDERS, "m-1"))]
+
+
+def test_a_handler_may_take_the_context_by_its_name(broker):
+    broker.publish("1")
+    seen = []
+
+    def by_name(message, *, context):
+        seen.append((message.text, context.attempt))
+
+    def any_number(*messages, context=None, **_others):
+        seen.append((messages[0].text, context.attempt))
+
+    consume(broker, by_name)
+    broker.publish("2")
+    consume(broker, any_number)
+    assert seen == [("1", 1), ("2", 1)]
+
+
+@pytest.mark.parametrize("make", ["coroutine", "generator", "asynchronous_generator", "future"])
+def test_a_handler_whose_work_has_not_run_has_failed(broker, make):
+    ran = []
+
+    async def work(message):
+        ran.append(message)
+
+    def steps(message):
+        ran.append((yield))
+
+    async def asynchronous_steps(message):
+        ran.append(message)
+        yield
+
+    def future(_message):
+        return asyncio.Future(loop=loop)
+
+    loop = asyncio.new_event_loop()
+    makers = {"coroutine": work, "generator": steps, "asynchronous_generator": asynchronous_steps, "future": future}
+    broker.publish("x")
+    hidden = lambda message: makers[make](message)  # noqa: E731, PLW0108 - nobody can see what it returns
+    counters = consume(broker, hidden, recover=park(PARKED)).counters
+    loop.close()
+    assert (counters.acknowledged, counters.parked, ran) == (0, 1, [])
+    (parked,) = broker.at(PARKED).messages()
+    assert "which has not run" in parked.headers["retrykit-error"]
+    assert parked.headers["retrykit-attempts"] == "3"
+
+
+def test_a_recovery_that_has_not_run_has_failed(broker, caplog):
+    async def later(message, context):
+        raise AssertionError
+
+    broker.publish("x")
+    hidden = lambda message, context: later(message, context)  # noqa: E731, PLW0108 - as above
+    made = container(broker, failing(9), recover=hidden, reconnect=ONE_PAUSE)
+    with made:
+        wait_for(lambda: made.counters.withheld == 1)
+    assert [left.text for left in broker.messages()] == ["x"]
+    assert "recover returned a coroutine" in caplog.text
 
 
 def test_a_flaky_message_is_redelivered_until_it_succeeds(broker):
@@ -275,8 +336,6 @@ def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
 
 
 # -- messages that are held up
-
-ONE_PAUSE = FixedBackOffPolicy(3600)
 
 
 def poisoned(message):
@@ -653,6 +712,19 @@ def generator(message):
     yield
 
 
+async def asynchronous_generator(message):
+    yield
+
+
+class CallableCoroutine:
+    async def __call__(self, message):
+        pass
+
+
+def needs_a_session(message, *, session):
+    pass
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -660,7 +732,13 @@ def generator(message):
         ({"handler": 7}, "handler.*7"),
         ({"handler": coroutine}, "handler.*coroutine"),
         ({"handler": generator}, "handler.*generator"),
+        ({"handler": asynchronous_generator}, "handler.*generator"),
+        ({"handler": CallableCoroutine()}, "handler.*coroutine"),
+        ({"handler": functools.partial(CallableCoroutine.__call__, None)}, "handler.*coroutine"),
         ({"handler": lambda: None}, "handler.*message"),
+        ({"handler": needs_a_session}, "handler.*message, context"),
+        ({"handler": lambda _message, _other, *, context: context}, "handler.*message, context"),
+        ({"recover": coroutine}, "recover.*coroutine"),
         ({"handler": lambda _one, _two, _three: None}, "handler.*message, context"),
         ({"template": None}, "template.*None"),
         ({"transaction": 7}, "transaction.*7"),
