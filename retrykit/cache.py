@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
@@ -21,6 +20,10 @@ from retrykit.key import canonical_key
 from retrykit.value import Value
 
 __all__ = ["JoinableContextCache", "MapRetryContextCache", "RetryContextCache", "StoredContext", "canonical_key"]
+
+
+SWEEP: Final = 1_000
+"""After so many writes an in-memory cache forgets the completion marks that are over."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -97,6 +100,9 @@ class MapRetryContextCache:
         default=None, converter=as_seconds_or_none, validator=more_than(0), kw_only=True
     )
     _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=lambda entries: str(len(entries)))
+    # Completion marks: kept apart, because they take no place from histories, and go when their time is over.
+    _marks: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
+    _look_again: float = attrs.field(init=False, default=0.0, repr=False)
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
     _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)
 
@@ -106,7 +112,7 @@ class MapRetryContextCache:
         return (self.capacity, self.on_full, self.time_to_live)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._entries) + len(self._marks)
 
     def __bool__(self) -> bool:
         return True
@@ -114,31 +120,42 @@ class MapRetryContextCache:
     def __reduce__(self) -> tuple[Any, ...]:
         return _empty, self.bounds
 
+    def _home_of(self, key: str) -> dict[str, StoredContext]:
+        return self._marks if key in self._marks else self._entries
+
     def load(self, key: str) -> StoredContext | None:
         """What is stored under the key, or None."""
         with self._lock:
-            found = self._entries.get(key)
+            found = self._home_of(key).get(key)
         return None if found is None else StoredContext(_copied(found.snapshot), found.version)
 
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
         """Store if the version still is `expected`; the new version, or None."""
         kept = _copied(snapshot)
+        is_mark = kept.get("completed_at") is not None
         with self._lock:
-            found = self._entries.get(key)
+            home = self._home_of(key)
+            found = home.get(key)
             if (None if found is None else found.version) != expected:
                 return None
-            if found is None:
-                self._make_room(key)
-            else:
-                # Taken out and put back: the dict's order is the order in which histories were last stored.
-                del self._entries[key]
+            if not is_mark and home.get(key) is None:
+                self._make_room(key, kept)
+            # Taken out and put back: the dict's order is the order in which histories were last stored.
+            home.pop(key, None)
             version = next(self._versions)
-            self._entries[key] = StoredContext(kept, version)
+            (self._marks if is_mark else self._entries)[key] = StoredContext(kept, version)
+            if is_mark and version % SWEEP == 0:
+                self._drop_over(kept["completed_at"])
             return version
 
-    def _make_room(self, key: str) -> None:
-        if len(self._entries) >= self.capacity and self.time_to_live is not None:
-            self._drop_over(time.time())
+    def _make_room(self, key: str, snapshot: Mapping[str, Any]) -> None:
+        if len(self._entries) < self.capacity:
+            return
+        # The time is that of the snapshot: its template's clock, not this machine's. Looking at all is not done for each.
+        now = snapshot.get("last_failed_at") or snapshot.get("started_at") or 0.0
+        if self.time_to_live is not None and now >= self._look_again:
+            self._look_again = now + self.time_to_live / 100
+            self._drop_over(now)
         if len(self._entries) < self.capacity:
             return
         if self.on_full == "reject":
@@ -148,16 +165,17 @@ class MapRetryContextCache:
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget the key, if its version still is `expected`."""
         with self._lock:
-            found = self._entries.get(key)
+            home = self._home_of(key)
+            found = home.get(key)
             if found is None or expected not in (None, found.version):
                 return False
-            del self._entries[key]
+            del home[key]
             return True
 
     def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
         """All keys that begin with the prefix, in order."""
         with self._lock:
-            keys = sorted(key for key in self._entries if key.startswith(prefix))
+            keys = sorted(key for key in (*self._entries, *self._marks) if key.startswith(prefix))
         for key in keys:
             stored = self.load(key)
             if stored is not None:
@@ -169,10 +187,13 @@ class MapRetryContextCache:
             return self._drop_over(now)
 
     def _drop_over(self, now: float) -> int:
-        over = [key for key, stored in self._entries.items() if self._is_over(stored.snapshot, now)]
-        for key in over:
-            del self._entries[key]
-        return len(over)
+        dropped = 0
+        for home in (self._entries, self._marks):
+            over = [key for key, stored in home.items() if self._is_over(stored.snapshot, now)]
+            dropped += len(over)
+            for key in over:
+                del home[key]
+        return dropped
 
     def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
         until = snapshot.get("expires_at")

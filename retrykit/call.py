@@ -85,6 +85,8 @@ class Call:
     blind: bool = False
     """The store cannot be read (because of `fault`), so nothing is stored over what cannot be seen."""
     fault: Exception | None = None
+    doubtful: bool = False
+    """A write seemed to fail: what is stored has to be looked at before the history is settled."""
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
 

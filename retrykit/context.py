@@ -161,6 +161,8 @@ class RetryContext:
     duplicate: bool = False
     transaction: Any = None
     decision: RetryDecision | None = None
+    fault: BaseException | None = None
+    """Why the failure of this call could not be stored, if it could not: whoever delivers the item again should wait."""
 
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template
@@ -348,7 +350,7 @@ class RetryContext:
 
     def withdraw_veto(self) -> None:
         """Allow further attempts again, as far as the policy does."""
-        self._facts().veto = None
+        self._facts().withdraw_veto()
 
     # -- the user's own facts, and the JSON form
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import attrs
 
-from retrykit.call import Call
-from retrykit.context import RetryContext, RetryState, instant
+from retrykit.call import Call, Flow
+from retrykit.context import RetryState, instant
 from retrykit.history import MAX_ERRORS, History, Tally
-from retrykit.policy import RetryDecision, tallies_of
+from retrykit.policy import Branch, RetryDecision, tallies_of
+from retrykit.steps import Take
 
 
 def allowed(call: Call, context: Any) -> RetryDecision:
@@ -78,22 +79,54 @@ def rethrows(state: RetryState | None, error: Exception) -> bool:
         return True
 
 
-def tries_recovery_again(call: Call, failed: int, error: Exception) -> bool:
-    """What the recovery's own policy says after so many failed recoveries."""
-    try:
-        return bool(call.plan.recovery_policy.decide(RecoveryView(call.context, failed, error)).retry)
-    except Exception:  # noqa: BLE001 - as in `allowed`
-        return False
+def standing_decision(call: Call) -> RetryDecision:
+    """The decision at a new delivery. What was decided about a recorded failure stays decided.
+
+    Only what may have changed since is asked anew: the count (crashes, other processes), the time, a veto.
+    """
+    context, history = call.context, call.context._facts()
+    # What the history was decided upon has been paid for: a budget is not asked a second time.
+    decision = allowed(call, Branch(context, "", paid=True)) if call.plan.budgets else allowed(call, context)
+    if not history.exhausted or history.veto is not None:
+        return decision
+    return RetryDecision(False, 0.0, history.reason, (decision,), None, decision.recoverable)
+
+
+def pay(call: Call, decision: RetryDecision) -> Flow:
+    """Take what a retry costs from the shared budgets; the refusal if one of them has nothing left."""
+    for budget in call.plan.budgets:
+        if decision.retry and not (yield Take(budget)):
+            return RetryDecision(False, 0.0, "BudgetRetryPolicy: the last token was taken by another call")
+    return decision
 
 
 class RecoveryView:
     """The context as the recovery's own policy sees it: the failures of the recovery instead of the operation's."""
 
-    def __init__(self, context: RetryContext, failed: int, error: Exception) -> None:
-        self._context = context
-        self.retry_count = failed
-        self.last_error = error
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._started = call.context._now
+        self.retry_count = 0
+        self.last_error: BaseException | None = None
+        self.tallies: dict[str, Tally] = {}
         self.pause = 0.0
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+        return getattr(self._call.context, name)
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the recovery was begun."""
+        return max(0.0, self._call.context._now - self._started)
+
+    def tries_again(self, error: Exception) -> bool:
+        """Count a failed recovery, and ask its policy. A decision that cannot be made is a no."""
+        policy = self._call.plan.recovery_policy
+        self.retry_count += 1
+        self.last_error = error
+        for branch in tallies_of(policy, error, ""):
+            self.tallies.setdefault(branch, Tally(0, self.elapsed)).count += 1
+        try:
+            return bool(policy.decide(self).retry)
+        except Exception:  # noqa: BLE001 - as in `allowed`
+            return False

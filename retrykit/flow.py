@@ -43,7 +43,7 @@ from typing import Any
 
 from retrykit.call import Call, Flow, raising
 from retrykit.circuit import admit, record
-from retrykit.decision import allowed, count, decide, rethrows, tries_recovery_again
+from retrykit.decision import RecoveryView, allowed, count, decide, pay, rethrows, standing_decision
 from retrykit.errors import (
     AttemptsInFlightError,
     BackOffInterruptedError,
@@ -69,7 +69,6 @@ from retrykit.steps import (
     Raise,
     RollBack,
     Step,
-    Take,
 )
 
 
@@ -99,7 +98,7 @@ def run(call: Call) -> Flow:
         error, context._now = failure
         if call.key is None:
             count(call, error, None)
-            decision = context.decision = decide(call)
+            decision = context.decision = decide(call) if quiet else (yield from pay(call, decide(call)))
         else:
             decision = context.decision = yield from store_failure(call, error)
         if not plan.quiet:
@@ -111,6 +110,8 @@ def run(call: Call) -> Flow:
             outcome = yield from _recover(call, decision)
         elif decision.delay <= 0 or (outcome := (yield from _pause(call, decision))) is None:
             context.attempt += 1
+    if call.key is not None and type(outcome) is Raise:
+        yield from keep_veto(call)
     if plan.listeners:
         yield from close(call, outcome.error if type(outcome) is Raise else None)
     yield outcome
@@ -166,10 +167,9 @@ def _pass_the_gate(call: Call) -> Flow:
 def _standing(call: Call) -> Flow:
     """What the history says before anything is tried: None to go on, or the outcome."""
     context, history = call.context, call.context._history
-    if history is None or not (history.failures or history.veto or history.in_flight):
+    if history is None or not (history.failures or history.veto or history.in_flight or history.exhausted):
         return None
-    # What the history was decided upon has been paid for: a budget is not asked a second time.
-    decision = allowed(call, Branch(context, "", paid=True)) if call.plan.budgets else allowed(call, context)
+    decision = standing_decision(call)
     running = len(history.in_flight)
     if running and not (decision.retry and allowed(call, Branch(context, "", extra=running, paid=True)).retry):
         # What runs elsewhere may still succeed, so it is neither repeated beyond the limit nor recovered.
@@ -251,10 +251,6 @@ def _tell(call: Call, error: Exception, decision: RetryDecision) -> Flow:
     plan = call.plan
     if plan.breakers:
         yield from record(call, "failure")
-    for budget in plan.budgets:
-        if decision.retry and not (yield Take(budget)):
-            decision = RetryDecision(False, 0.0, "BudgetRetryPolicy: the last token was taken by another call")
-    call.context.decision = decision
     return (yield from _tell_listeners(call, error, decision)) if plan.listeners else decision
 
 
@@ -290,8 +286,6 @@ def _recover(call: Call, decision: RetryDecision) -> Flow:
     if call.key is not None:
         history.reason = decision.reason
     if not decision.recoverable or call.recovers is None or not call.recovers(context.last_error):
-        if call.key is not None:
-            yield from keep_veto(call)
         return _give_up(call, decision)
     if call.key is not None and not call.blind:
         outcome = yield from _claim(call)
@@ -328,7 +322,7 @@ def _claim(call: Call) -> Flow:
 
 def _recovery(call: Call) -> Flow:
     context = call.context
-    failed = 0
+    view = RecoveryView(call)
     while True:
         failure = (yield from _transaction(call, RECOVER)) if call.transactional else (yield RECOVER)
         if failure is None:
@@ -341,12 +335,12 @@ def _recovery(call: Call) -> Flow:
         if type(failure) is not tuple:
             return failure
         context._facts().recovered = False
-        failed += 1
-        context._now = failure[1]
-        if not tries_recovery_again(call, failed, failure[0]):
-            context._facts().recovery_failures += failed
+        error, context._now = failure
+        if not view.tries_again(error):
+            context._facts().recovery_failures += view.retry_count
             yield from withdraw(call)
-            return raising(RecoveryFailedError, call, failure[0], attempts=failed, failure=context.last_error)
+            facts = {"attempts": view.retry_count, "failure": context.last_error}
+            return raising(RecoveryFailedError, call, error, **facts)
 
 
 # -- cancellation

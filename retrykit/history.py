@@ -35,13 +35,6 @@ def message_of(error: BaseException) -> str:
     return text if len(text) <= MAX_MESSAGE else text[: MAX_MESSAGE - 1] + "…"
 
 
-def next_cause(error: BaseException) -> BaseException | None:
-    """The error that `error` was raised from: its `__cause__`, else its context unless that was suppressed."""
-    if error.__cause__ is not None or error.__suppress_context__:
-        return error.__cause__
-    return error.__context__
-
-
 class StoredError(Exception):
     """An exception as a history keeps it: its type's name, message, rendered traceback and causes, but none of its
     frames.
@@ -90,7 +83,7 @@ class StoredError(Exception):
         link: BaseException | None = error
         while link is not None and len(chain) < MAX_CAUSES and not any(link is seen for seen in chain):
             chain.append(link)
-            link = next_cause(link)
+            link = link.__cause__
         inner: StoredError | None = None
         for link in reversed(chain):
             inner = cls._one(link, inner, rendered=rendered and link is error)
@@ -122,7 +115,7 @@ def fade(error: BaseException) -> Faded | BaseException:
     """What to keep of an error when its call is over: enough for words, nothing that pins a frame."""
     if isinstance(error, StoredError):
         return error
-    cause = next_cause(error)
+    cause = error.__cause__
     return type(error), message_of(error), None if cause is None else StoredError.of(cause)
 
 
@@ -327,6 +320,11 @@ class History:
         if self._tallies is None:
             self._tallies = {}
         return self._tallies
+
+    def withdraw_veto(self) -> None:
+        """Allow further attempts again; whether there are any left, the policy is asked anew."""
+        if self.veto is not None:
+            self.veto, self.own_veto, self.exhausted = None, False, False
 
     def flight(self, fence: int) -> Flight | None:
         """The running attempt with this fence, if it is still believed to run."""

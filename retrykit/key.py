@@ -10,6 +10,7 @@ Key = Union[str, int, bytes, tuple["Key", ...]]  # noqa: UP007 - `|` cannot join
 
 MAX_TEXT: Final = 512
 MAX_NAME: Final = 80
+MAX_SPACE: Final = 240
 _PLAIN: Final = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
 
@@ -33,7 +34,9 @@ def namespace(name: str) -> str:
         raise wrong_type("name", "a str", name)
     if not name or len(name) > MAX_NAME:
         raise wrong_value("name", f"1 to {MAX_NAME} characters", name)
-    return "".join(letter if letter in _PLAIN else _escaped(letter) for letter in name)
+    space = "".join(letter if letter in _PLAIN else _escaped(letter) for letter in name)
+    # A name beyond ASCII may take twelve characters a letter: what stands before the key must leave room for it.
+    return space if len(space) <= MAX_SPACE else f"{space[: MAX_SPACE - 65]}~{_sha256(space)}"
 
 
 def _escaped(letter: str) -> str:
@@ -63,12 +66,14 @@ def _readable(letter: str) -> str:
 
 
 def _digested(space: str, text: str) -> str:
-    # Few programs have keys that long; all of them import this module.
-    import hashlib
-
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
     # A kind of its own, so that no other key can be made that looks like the outcome.
-    return f"{space}~{digest}{text[len(space) :]}"[:MAX_TEXT]
+    return f"{space}~{_sha256(text)}{text[len(space) :]}"[:MAX_TEXT]
+
+
+def _sha256(text: str) -> str:
+    import hashlib  # few programs have keys or names that long; all of them import this module
+
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _text(key: Key) -> str:

@@ -7,11 +7,12 @@ to them.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from retrykit.call import Call, Flow, raising
-from retrykit.context import first_fence
-from retrykit.decision import count, decide
+from retrykit.context import RetryContext, first_fence
+from retrykit.decision import count, decide, pay
 from retrykit.errors import CommitInDoubtError, TerminatedRetryError
 from retrykit.history import MAX_ERRORS, ErrorSummary, Flight, History, StoredError
 from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Probe, Remove, Report, Save, Step
@@ -84,8 +85,11 @@ def _read(call: Call, history: History) -> Flow:
     call.seen = True
     context._history = history
     _forget_own_flights(call, history)
+    here = call.owner.rpartition("/")[0]
     for flight in history.in_flight:
-        if state.redelivered is True or flight.until <= now or (yield Probe(flight.owner)):
+        # The source says that nobody has the item any more; but what this process knows to be running is running.
+        given_up = state.redelivered is True and flight.owner.rpartition("/")[0] != here
+        if given_up or flight.until <= now or (yield Probe(flight.owner)):
             _crashed(history, flight, now)
 
 
@@ -156,15 +160,19 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
     _begun(call, history)
     history.fence = max(history.fence + 1, first_fence(now))
     history.in_flight = (*history.in_flight, Flight(history.fence, call.owner, now, now + call.plan.lease, recovery))
+    # Known before it is answered: whoever is interrupted in the middle of the write withdraws it.
+    call.flight = history.fence
     saved = yield Save(call.key or "", context.snapshot(), call.version)
     if saved is None:
+        call.flight = None
         return False
     if isinstance(saved, Exception):
         # Without a reservation crashes go uncounted, but the work can be done: a store's fault changes no outcome.
+        call.flight, call.doubtful = None, True
         history.land(history.fence)
         yield Report("journal", saved)
         return True
-    call.flight, call.version, call.seen, history.own_veto = history.fence, saved, True, False
+    call.version, call.seen, history.own_veto = saved, True, False
     return True
 
 
@@ -184,21 +192,27 @@ def withdraw(call: Call) -> Flow:
 
 
 def _try_to_withdraw(call: Call, flight: int) -> Flow:
-    """One compare-and-set of the history without the flight. True: somebody else was first, and theirs still has it."""
+    """One compare-and-set of the history without the flight. True: try again, theirs still has it."""
     context, key = call.context, call.key or ""
-    history = context._facts()
-    history.land(flight)
-    known = history.failures or history.veto or history.attributes or history.in_flight
-    step: Step = Save(key, context.snapshot(), call.version) if known else Remove(key, call.version)
-    answer = yield step
-    if isinstance(answer, Exception):
-        yield Report("withdraw", answer)
-        return False
-    if answer is not None and answer is not False:
-        call.version = None if answer is True else answer
-        return False
+    if call.version is not None:
+        history = context._facts()
+        history.land(flight)
+        step: Step = Save(key, context.snapshot(), call.version) if _is_known(history) else Remove(key, call.version)
+        answer = yield step
+        if isinstance(answer, Exception):
+            yield Report("withdraw", answer)
+            return False
+        if answer is not None and answer is not False:
+            call.version = None if answer is True else answer
+            return False
     stored = yield Load(key)
     return take_over(call, stored) and context._facts().flight(flight) is not None
+
+
+def _is_known(history: History) -> bool:
+    """Whether a history says more than that nothing has happened."""
+    facts = (history.failures, history.veto, history.in_flight, history.recovery_failures, history.attributes)
+    return any(facts)
 
 
 # -- storing a failure
@@ -211,6 +225,7 @@ def store_failure(call: Call, error: Exception) -> Flow:
     """
     context = call.context
     now = yield NOW
+    paid = False
     while True:
         history = context._facts()
         _begun(call, history)
@@ -222,6 +237,9 @@ def store_failure(call: Call, error: Exception) -> Flow:
             if call.flight is not None:
                 history.land(call.flight)
         decision = decide(call)
+        if decision.retry and not paid:
+            decision = yield from pay(call, decision)
+            paid = decision.retry
         history.not_before = now + decision.delay if decision.retry and decision.delay > 0 else None
         history.exhausted, history.reason = not decision.retry, decision.reason
         history.fence = history.fence or first_fence(now)
@@ -265,14 +283,17 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
 
 def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
     """The failure could not be stored: its exception says so, and goes on its way."""
-    error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {fault}")
+    call.context.fault = fault
+    # Not every exception can carry a note: one that is frozen goes on its way without.
+    with suppress(Exception):
+        error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {fault}")
     yield Report("store", fault)
 
 
 def keep_veto(call: Call) -> Flow:
     """Store a veto that was spoken in this call, when nothing else is going to be stored."""
     context, key = call.context, call.key or ""
-    while not (call.blind or context.duplicate) and context._history is not None and context._history.own_veto:
+    while not call.blind and _says_veto(context):
         saved = yield Save(key, context.snapshot(), call.version)
         if saved is None:
             saved = yield Load(key)
@@ -286,13 +307,19 @@ def keep_veto(call: Call) -> Flow:
             call.version = saved
 
 
+def _says_veto(context: RetryContext) -> bool:
+    """Whether this call has spoken a veto that nobody has stored, of an item that nobody has completed."""
+    history = context._history
+    return history is not None and history.own_veto and history.completed_at is None and not context.duplicate
+
+
 # -- settling
 
 
 def _has_to_settle(call: Call) -> bool:
     if call.key is None or call.blind or call.settled:
         return False
-    return call.plan.remember is not None or call.version is not None
+    return call.plan.remember is not None or call.version is not None or call.doubtful
 
 
 def _settling(call: Call, *, joined: bool) -> Flow:
@@ -314,6 +341,10 @@ def _settling(call: Call, *, joined: bool) -> Flow:
 def settle(call: Call) -> Flow:
     """Settle the history after a confirmed outcome, unless that was done within the transaction."""
     while _has_to_settle(call):
+        if call.doubtful:
+            call.doubtful = False
+            stored = yield Load(call.key or "")
+            call.version = getattr(stored, "version", None)
         answer = yield from _settling(call, joined=False)
         if isinstance(answer, Exception):
             yield Report("settle", answer)

@@ -271,13 +271,16 @@ class NeverRetryPolicy(Value):
 
 @attrs.frozen(eq=False, repr=False)
 class PredicateRetryPolicy(Value):
-    """Retry while `predicate(error)` is true; after a restart it is given a `StoredError`."""
+    """Retry while `predicate(error)` is true. It is asked once for each failure, while that is live."""
 
     predicate: Callable[[BaseException], object] = attrs.field(validator=is_callable)
 
     def decide(self, context: Any) -> RetryDecision:
         """Does the predicate hold for the last failure?"""
         error = context.last_error
+        if isinstance(error, StoredError):
+            # The predicate was asked when the failure was live, and what was decided then stays decided.
+            return RetryDecision(not context.exhausted, 0.0, "PredicateRetryPolicy: as decided when it failed")
         retry = error is None or bool(self.predicate(error))
         return RetryDecision(retry, 0.0, lambda: f"PredicateRetryPolicy: {_named(self.predicate)} is {retry}")
 

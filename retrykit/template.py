@@ -84,6 +84,12 @@ class _Template(Value):
     runs_direct: bool = attrs.field(init=False, eq=False, repr=False)
     forgets: bool = attrs.field(init=False, eq=False, repr=False)
 
+    @recovery_policy.validator
+    def _check_recovery_policy(self, field: Any, policy: Any) -> None:
+        for part in every(policy):
+            if isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy):
+                raise wrong_value(field.name, "a policy without circuit breakers and budgets", policy)
+
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "plan", self._make_plan())
         object.__setattr__(self, "_space", namespace(self.name))
@@ -164,7 +170,8 @@ def _always(context: RetryContext) -> None:
 def without_frame(error: BaseException) -> None:
     """Take the frame that caught the error off its traceback: it is on it again when the error leaves."""
     trace = error.__traceback__
-    error.__traceback__ = None if trace is None else trace.tb_next
+    # Not by assignment: a frozen exception would refuse it.
+    error.with_traceback(None if trace is None else trace.tb_next)
 
 
 def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
@@ -267,7 +274,7 @@ class RetryTemplate(_Template):
 
     def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
-        self._change(key, lambda history: setattr(history, "veto", None))
+        self._change(key, History.withdraw_veto)
 
     def forget(self, key: Key) -> bool:
         """Drop the history of a key: its next delivery is the first. Whether there was one."""
@@ -405,7 +412,7 @@ class AsyncRetryTemplate(_Template):
 
     async def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
-        await self._change(key, lambda history: setattr(history, "veto", None))
+        await self._change(key, History.withdraw_veto)
 
     async def forget(self, key: Key) -> bool:
         """Drop the history of a key: its next delivery is the first. Whether there was one."""
