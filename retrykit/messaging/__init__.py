@@ -9,13 +9,20 @@ from retrykit.message import Ack, Discard, Message, Park, Redeliver, Republish, 
 from retrykit.messaging.broker import Broker, Capabilities, Session
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.counters import Counters
-from retrykit.messaging.errors import BrokerError, BrokerUnavailableError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.errors import (
+    BrokerError,
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    ConnectionLostError,
+    NoStableIdError,
+)
 from retrykit.messaging.recoverers import Recoverer, discard, park, republish
 
 __all__ = [
     "Ack",
     "Broker",
     "BrokerError",
+    "BrokerRefusedError",
     "BrokerUnavailableError",
     "Capabilities",
     "ConnectionLostError",

@@ -54,16 +54,19 @@ class Session(Protocol):
         """
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Put a message into the open transaction. Never raises for a lost connection: `flush` and `commit` do."""
+        """Put a message into the open transaction. What the source says to it is known after `flush` or `commit`."""
 
     def flush(self) -> None:
-        """Return when the source has taken every send of the open transaction; else `ConnectionLostError`."""
+        """Return when the source has taken every send of the open transaction.
+
+        Else `ConnectionLostError`; `BrokerRefusedError` when the source said that it would not take one.
+        """
 
     def commit(self, message: Message | None = None) -> None:
         """Acknowledge `message` as the last act of the transaction and commit it.
 
         `CommitInDoubtError` when that was not confirmed in time: it may have happened or not, and the session is of no
-        more use.
+        more use. `BrokerRefusedError` when the source said that it has not happened.
         """
 
     def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:

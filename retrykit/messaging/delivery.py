@@ -6,14 +6,13 @@ The order of effects in one delivery, and what a crash after each leaves behind:
 2. database transaction, handler; its sends open the broker's transaction (both are undone; delivered again);
 3. the broker has taken the sends (the same);
 4. database commit, with the completion mark where the history is kept in that database (delivered again: with a mark it
-   is answered as
-   a duplicate, without one the handler runs again);
+   is answered as a duplicate, without one the handler runs again);
 5. acknowledgement last, broker commit, confirmed (done; a history that is left over is found at no later delivery);
 6. the history is settled.
 
 A failure rolls both back; the failure is stored before the message goes back. A recovery runs in 2 to 6 in place of the
 handler, so what it sends and the acknowledgement are one broker transaction. A broker commit that is not confirmed is
-neither: nothing is counted, see `CommitInDoubtError`.
+neither: nothing is counted, see `CommitInDoubtError`. One that the broker refuses is a failure like others.
 
 What sends something (a parked copy) settles its history in 6 only, never in 4: a database that remembers the message as
 done, while the broker has forgotten the copy, has lost it. So after a crash between 4 and 5 a recovery that parks runs
@@ -38,7 +37,7 @@ from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
-from retrykit.messaging.errors import ConnectionLostError, NoStableIdError
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer
 
@@ -183,6 +182,8 @@ class _Delivery:
         self.settlement: Settlement = Ack()
         self.context: RetryContext | None = None
         self.committed = False
+        self.recovering = False
+        self.refused: BrokerRefusedError | None = None
 
     def run(self) -> None:
         self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
@@ -213,7 +214,11 @@ class _Delivery:
 
     def recovery(self, context: RetryContext) -> Any:
         self.context = context
+        if self.refused is not None:
+            # The connection went with the first try: this delivery has no other answer.
+            raise self.refused
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
+        self.recovering = True
         return self._obey(self.work.recover(self.message, context), context, "recover")
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
@@ -300,14 +305,23 @@ class _UnitOfWork:
             self._database.__exit__(kind, error, trace)
             return
         try:
+            self._commit(session)
+        except BrokerRefusedError as refused:
+            self._delivery.refused = refused if self._delivery.recovering else None
+            raise
+        self._delivery.settled()
+
+    def _commit(self, session: Session) -> None:
+        try:
             session.flush()
-        except ConnectionLostError as lost:
-            self._database.__exit__(type(lost), lost, lost.__traceback__)
-            raise CommitInDoubtError from lost
+        except BrokerError as failure:
+            self._database.__exit__(type(failure), failure, failure.__traceback__)
+            if isinstance(failure, ConnectionLostError):
+                raise CommitInDoubtError from failure
+            raise
         try:
             self._database.__exit__(None, None, None)
         except BaseException:
             session.rollback()
             raise
         session.commit(self._delivery.message)
-        self._delivery.settled()

@@ -20,6 +20,14 @@ class ConnectionLostError(BrokerError):
     """
 
 
+class BrokerRefusedError(BrokerError):
+    """The broker {broker} refused {what}: {reason}
+
+    Nothing of the transaction has happened, and nothing is in doubt: it is a failure of the attempt (or recovery) whose
+    transaction it was. The connection is of no more use.
+    """
+
+
 class NoStableIdError(BrokerError):
     """A message from {destination} at the broker {broker} has no id that is the same at its next delivery: {remedy}
 

@@ -22,9 +22,9 @@ import attrs
 
 from retrykit.check import more_than, seconds, whole, wrong_type, wrong_value
 from retrykit.messaging.address import Address, parse_address, redacted
-from retrykit.messaging.errors import BrokerUnavailableError, ConnectionLostError
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
 from retrykit.messaging.profiles import Profile, to_profile
-from retrykit.messaging.stomp_session import GOODBYE_SECONDS, StompSession
+from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT, StompSession
 
 try:
     from stomp.connect import BaseConnection
@@ -177,7 +177,9 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self.server: str | None = None
         self.frames: SimpleQueue[Any] = SimpleQueue()
         self._changed = threading.Condition()
-        self._awaited: set[str] = set()
+        # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
+        self._awaited: dict[str, str] = {}
+        self._refused = ""
         self._numbers = itertools.count(1)
         self._closed = False
         self._connection = _Connection(broker)
@@ -198,13 +200,25 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
     def on_receipt(self, frame: Any) -> None:
         """One confirmation less to wait for."""
         with self._changed:
-            self._awaited.discard(frame.headers.get("receipt-id", ""))
+            self._awaited.pop(frame.headers.get("receipt-id", ""), None)
             self._changed.notify_all()
 
     def on_error(self, frame: Any) -> None:
         """The broker refused something: after that nothing on this connection can be relied on."""
         detail = frame.body[:_MAX_ERROR].decode("utf-8", "replace") if isinstance(frame.body, bytes) else ""
+        with self._changed:
+            self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
         self.lose(f"the broker sent ERROR: {frame.headers.get('message', '')} {' '.join(detail.split())}".rstrip())
+
+    def _meant(self, receipt: str | None) -> str:
+        """What an ERROR refuses; "" when that is not sure.
+
+        Brokers that cannot read a frame (it has too long a header, say) cannot name its receipt: then it is the first
+        one that is not confirmed, unless a COMMIT, of which nothing is known, is under way too.
+        """
+        if receipt is not None:
+            return self._awaited.get(receipt, "")
+        return "" if THE_COMMIT in self._awaited.values() else next(iter(self._awaited.values()), "")
 
     def on_disconnected(self) -> None:
         """The socket is closed, by whomever."""
@@ -250,21 +264,32 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
             # Half a frame may be out: nothing that follows would be understood.
             self.lose(f"{command} could not be sent: {error!r}")
 
-    def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"") -> None:
-        """Send a frame with a receipt, which `settle` waits for."""
+    def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> None:
+        """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
         receipt = f"r-{next(self._numbers)}"
         with self._changed:
-            self._awaited.add(receipt)
+            self._awaited[receipt] = what
         self.put(command, {**headers, "receipt": receipt}, body)
 
     def settle(self, timeout: float) -> None:
-        """Wait for every receipt that is due; `ConnectionLostError` if the connection, or the patience, ends before."""
+        """Wait for every receipt that is due.
+
+        `ConnectionLostError` if the connection, or the patience, ends before; `BrokerRefusedError` if it ends because
+        the broker refused a part of the open transaction.
+        """
         with self._changed:
             self._changed.wait_for(lambda: not self._awaited or self.lost, timeout)
             confirmed = not self._awaited
         if not confirmed:
             self.lose(f"no receipt came in {timeout:g} s")
-            raise self.error()
+            raise self.failure()
+
+    def failure(self) -> BrokerError:
+        """Why the open transaction came to nothing."""
+        with self._changed:
+            what, self._refused = self._refused, ""
+        # Said once: what is tried on this connection afterwards was not refused, it never arrived.
+        return BrokerRefusedError(broker=self.broker.name, what=what, reason=self.lost) if what else self.error()
 
     def pause(self, length: float) -> bool:
         """Wait; False when interrupted or lost."""

@@ -15,13 +15,14 @@ from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
 from retrykit.message import Message
 from retrykit.messaging.broker import Capabilities
-from retrykit.messaging.errors import BrokerUnavailableError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
 from retrykit.messaging.profiles import Profile, profile_for
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker, Wire
 
 GOODBYE_SECONDS: Final = 2.0
+THE_COMMIT: Final = "the commit"
 _TEXTUAL: Final = ("text/", "application/json", "application/xml")
 
 
@@ -55,7 +56,7 @@ class StompSession:
             self._subscribe()
             try:
                 self._wire.settle(self._broker.receipt_timeout)
-            except ConnectionLostError as error:
+            except BrokerError as error:
                 raise BrokerUnavailableError(broker=self._broker.name, reason=error.__dict__["reason"]) from error
 
     @property
@@ -125,12 +126,13 @@ class StompSession:
         ours = {"destination": destination, "transaction": self._begun()}
         if not marks or b"\0" in body:
             ours["content-length"] = str(len(body))
-        self._wire.put_confirmed("SEND", {"persistent": "true", **headers, **marks, **ours}, body)
+        what = f"a message to {destination!r}"
+        self._wire.put_confirmed("SEND", {"persistent": "true", **headers, **marks, **ours}, body, what)
 
     def flush(self) -> None:
         """Wait for the receipts of the sends."""
         if self._wire.lost is not None:
-            raise self._wire.error()
+            raise self._wire.failure()
         self._wire.settle(self._broker.receipt_timeout)
 
     def commit(self, message: Message | None = None) -> None:
@@ -139,9 +141,12 @@ class StompSession:
             transaction = self._begun()
             if message is not None:
                 self._wire.put("ACK", {"id": self._own(message).ack, "transaction": transaction})
-            self._wire.put_confirmed("COMMIT", {"transaction": transaction})
+            self._wire.put_confirmed("COMMIT", {"transaction": transaction}, what=THE_COMMIT)
             self._wire.settle(self._broker.receipt_timeout)
-        except ConnectionLostError as error:
+        except BrokerError as error:
+            # When a send is refused while the COMMIT is under way, the rest may have been committed.
+            if isinstance(error, BrokerRefusedError) and error.__dict__["what"] == THE_COMMIT:
+                raise
             raise CommitInDoubtError from error
         self._transaction = None
 
@@ -196,7 +201,7 @@ class StompSession:
         """DISCONNECT and wait for its receipt for at most 2 s, or just drop the connection."""
         if wait and self._wire.lost is None:
             self._wire.put_confirmed("DISCONNECT", {})
-            with contextlib.suppress(ConnectionLostError):
+            with contextlib.suppress(BrokerError):
                 self._wire.settle(GOODBYE_SECONDS)
         self._wire.hang_up()
 

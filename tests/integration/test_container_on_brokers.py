@@ -15,7 +15,16 @@ from sqlalchemy import Column, Integer, MetaData, String, Table, insert, select
 from sqlalchemy.orm import sessionmaker
 
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
-from retrykit.messaging import BrokerUnavailableError, ListenerContainer, NoStableIdError, park
+from retrykit.errors import CommitInDoubtError
+from retrykit.messaging import (
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    ConnectionLostError,
+    ListenerContainer,
+    NoStableIdError,
+    Republish,
+    park,
+)
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
@@ -331,3 +340,78 @@ def test_deliveries_of_a_subscription_that_was_left_are_dropped(tmp_path, server
     check(job, numbers, job.run(numbers))
     assert job.container.counters.stale_frames > 0
     assert job.container.counters.generations == 1
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.01)
+
+
+def consumer(server, queue, handler, **options):
+    template = RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=3), remember_completed=60)
+    broker = StompBroker(server.url, destination=queue, **SLOW_TO_FAIL)
+    return ListenerContainer(broker, handler, **{"template": template, "reconnect": QUICK} | options)
+
+
+def test_a_send_that_the_broker_refuses_is_a_failed_attempt(embedded, queue):
+    calls = []
+
+    def handler(message):
+        calls.append(message.text)
+        return Republish("no.such.kind") if message.text == "bad" else None
+
+    embedded.publish(queue, b"bad")
+    embedded.publish(queue, b"good")
+    with consumer(embedded, queue, handler, recover=park(f"{queue}.parked")) as container:
+        until(lambda: embedded.depth(queue) == 0)
+    assert calls.count("bad") == 3
+    assert (container.counters.parked, container.counters.acknowledged) == (1, 1)
+
+
+def test_a_parking_that_the_broker_refuses_is_a_failed_recovery(embedded, queue, caplog):
+    def handler(message):
+        if message.text == "bad":
+            raise ConnectionError
+
+    embedded.publish(queue, b"bad")
+    embedded.publish(queue, b"good")
+    slow = FixedBackOffPolicy(3600)
+    container = consumer(embedded, queue, handler, recover=park("no.such.kind"), reconnect=slow, concurrency=2)
+    with container:
+        # The connection is gone with the refusal; the next delivery is held by one consumer, before another try.
+        until(lambda: container.counters.withheld == 1)
+        until(lambda: container.counters.acknowledged == 1)
+    assert (container.counters.parked, container.counters.in_doubt) == (0, 0)
+    assert embedded.depth(queue) == 1
+    assert any("no.such.kind" in record.getMessage() for record in caplog.records if record.levelname == "ERROR")
+
+
+def test_a_header_that_the_broker_cannot_take_is_refused_too(activemq, queue):
+    session = StompBroker(activemq.url, **SLOW_TO_FAIL).connect(consume=False)
+    session.send(queue, b"x", {"long": "x" * 11_000})
+    with pytest.raises(BrokerRefusedError, match=f"{queue}.*header length"):
+        session.flush()
+    with pytest.raises(ConnectionLostError):
+        session.flush()
+    session.close()
+
+
+def test_a_commit_that_is_refused_is_not_in_doubt(server, queue):
+    session = StompBroker(server.url, destination=queue, **SLOW_TO_FAIL).connect(consume=False)
+    session.send(queue, b"x", {})
+    session.flush()
+    session._transaction = "nobody began it"
+    with pytest.raises(BrokerRefusedError, match="refused the commit"):
+        session.commit()
+    session.close()
+
+
+def test_a_send_that_is_refused_while_the_commit_is_under_way_is_in_doubt(embedded, queue):
+    session = StompBroker(embedded.url, destination=queue, **SLOW_TO_FAIL).connect(consume=False)
+    session.send("no.such.kind", b"x", {})
+    with pytest.raises(CommitInDoubtError):
+        session.commit()
+    session.close()
