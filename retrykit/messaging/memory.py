@@ -12,6 +12,7 @@ import bisect
 import itertools
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from typing import Final, Literal
 
@@ -69,12 +70,14 @@ class _Queues:
     queues: dict[str, list[_Stored]] = attrs.field(factory=dict)
     sessions: list[MemorySession] = attrs.field(factory=list)
     numbers: itertools.count[int] = attrs.field(factory=lambda: itertools.count(1))
+    # Histories may outlive this broker: the ids of the next one must not be those of its messages.
+    mark: str = attrs.field(factory=lambda: uuid.uuid4().hex[:12])
     doubts: list[Literal["done", "undone"]] = attrs.field(factory=list)
     refusing: bool = False
 
     def put(self, destination: str, body: bytes, headers: Mapping[str, str]) -> _Stored:
         number = next(self.numbers)
-        stored = _Stored(number, headers.get(ID) or f"m-{number}", body, dict(headers))
+        stored = _Stored(number, headers.get(ID) or f"m-{self.mark}-{number}", body, dict(headers))
         self.queues.setdefault(destination, []).append(stored)
         self.changed.notify_all()
         return stored

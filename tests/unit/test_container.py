@@ -23,7 +23,9 @@ from retrykit.messaging import (
     Discard,
     ListenerContainer,
     NoStableIdError,
+    Park,
     Redeliver,
+    Republish,
     discard,
     park,
     republish,
@@ -111,10 +113,18 @@ def test_a_handled_message_is_acknowledged(broker):
 
 
 def test_a_handler_may_take_the_context_too(broker):
-    broker.publish("1")
+    broker.publish("1", id="o-1")
     seen = []
     consume(broker, lambda message, context: seen.append((message.text, context.attempt, context.key)))
-    assert seen == [("1", 1, (ORDERS, "m-1"))]
+    assert seen == [("1", 1, (ORDERS, "o-1"))]
+
+
+def test_messages_of_another_broker_are_no_duplicates():
+    remembering = template(remember_completed=60)
+    for _ in range(2):
+        broker = MemoryBroker(ORDERS)
+        broker.publish("x")
+        assert consume(broker, failing(0), template=remembering).counters.acknowledged == 1
 
 
 def test_a_handler_may_take_the_context_by_its_name(broker):
@@ -201,7 +211,7 @@ def test_the_handler_gets_the_transaction_in_its_context(broker):
 
 
 def test_a_poison_message_is_parked_once_with_its_history(broker):
-    broker.publish("bad", {"content-type": "text/plain"})
+    broker.publish("bad", {"content-type": "text/plain"}, id="o-1")
     broker.publish("good")
     handled = []
 
@@ -218,7 +228,7 @@ def test_a_poison_message_is_parked_once_with_its_history(broker):
     assert parked.headers["retrykit-attempts"] == "3"
     assert parked.headers["retrykit-error"] == "it is bad"
     assert parked.headers["retrykit-error-type"] == "builtins.ValueError"
-    assert parked.headers["retrykit-id"] == "m-1"
+    assert parked.headers["retrykit-id"] == "o-1"
     assert "3 of 3" in parked.headers["retrykit-reason"]
     assert (counters.parked, counters.rolled_back, counters.acknowledged) == (1, 2, 1)
 
@@ -269,11 +279,11 @@ def test_discarding_and_republishing_settle_the_message(broker):
     broker.publish("1")
     counters = consume(broker, failing(9), recover=discard("nobody wants it")).counters
     assert counters.discarded == 1
-    broker.publish("2", {"correlation-id": "c"})
+    broker.publish("2", {"correlation-id": "c"}, id="o-2")
     counters = consume(broker, failing(9), recover=republish("/queue/elsewhere")).counters
     assert counters.republished == 1
     (copy,) = broker.at("/queue/elsewhere").messages()
-    assert (copy.body, copy.headers["correlation-id"], copy.id) == (b"2", "c", "m-2")
+    assert (copy.body, copy.headers["correlation-id"], copy.id) == (b"2", "c", "o-2")
 
 
 def test_any_callable_can_recover(broker):
@@ -286,6 +296,14 @@ def test_any_callable_can_recover(broker):
 def test_a_handler_may_settle_its_message_itself(broker):
     broker.publish("x")
     assert consume(broker, lambda _message: Discard("not for us")).counters.discarded == 1
+
+
+@pytest.mark.parametrize("settlement", [Park, Republish])
+def test_facts_of_the_original_travel_in_no_settlement(broker, settlement):
+    broker.publish("x", {"expires": "17", "message-id": "1", "receipt": "r", "AMQ_SCHEDULED_DELAY": "5", "a": "b"})
+    consume(broker, lambda message: settlement(PARKED, headers=message.headers))
+    (copy,) = broker.at(PARKED).messages()
+    assert copy.headers == {"AMQ_SCHEDULED_DELAY": "5", "a": "b"}
 
 
 def test_a_handler_that_asks_for_redelivery_by_its_result_is_told_how(broker):
