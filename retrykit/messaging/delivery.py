@@ -39,7 +39,7 @@ from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
 from retrykit.messaging.patience import Patience
-from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.recoverers import Recoverer, may_travel
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
@@ -228,7 +228,7 @@ class _Delivery:
             case Redeliver():
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
             case Park(destination, headers=headers) | Republish(destination, headers=headers):
-                self.session.send(destination, self.message.body, headers)
+                self.session.send(destination, self.message.body, may_travel(headers))
                 # The cache finds no transaction to join: the history outlives the database's commit until the broker's.
                 context.transaction = None
         return result

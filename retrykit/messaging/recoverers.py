@@ -7,7 +7,7 @@ one broker transaction with the acknowledgement; whatever else it returns, the m
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Final
@@ -56,6 +56,11 @@ _MAX_OTHER: Final = 8_000
 _OF_THE_FRAME: Final = frozenset(
     {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
 )
+# What is true of the original only: a copy that expired with it would be lost.
+_OF_THE_ORIGINAL: Final = frozenset({"message-id", "expires", "timestamp", "original-destination"})
+_NEVER: Final = _OF_THE_FRAME | _OF_THE_ORIGINAL
+# A command to the broker, which a handler may give, but no pattern of header names by accident.
+_SCHEDULED: Final = "AMQ_SCHEDULED_"
 
 
 def _patterns(value: object) -> tuple[str, ...]:
@@ -74,7 +79,7 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 
     `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are
     kept as JSON text in `retrykit-other-headers`, because brokers take some for commands (delays, expiry,
-    transactions). Texts are bounded to 1,000 characters.
+    transactions); those travel under no pattern. Texts are bounded to 1,000 characters.
     """
 
     destination: str = attrs.field(validator=is_nonempty_text)
@@ -110,12 +115,18 @@ class discard:  # noqa: N801 - as `park`
         return Discard(self.reason)
 
 
+def may_travel(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers without those that belong to one frame, delivery or original, whoever asks for them."""
+    return {name: value for name, value in headers.items() if name not in _NEVER}
+
+
 def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
     return {name: value for name, value in message.headers.items() if _matches(name, patterns)}
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return name not in _OF_THE_FRAME and any(fnmatchcase(name, pattern) for pattern in patterns)
+    stays = name in _NEVER or name.startswith(_SCHEDULED)
+    return not stays and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -126,7 +137,12 @@ def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
     }
     text = json.dumps(kept, sort_keys=True)
     # Beyond the bound they are left out whole: half a JSON object is of use to nobody.
-    return {OTHER_HEADERS: text} if kept and len(text) <= _MAX_OTHER else {}
+    return {OTHER_HEADERS: text} if kept and _escaped_size(text) <= _MAX_OTHER else {}
+
+
+def _escaped_size(text: str) -> int:
+    """How many bytes a header's value takes in a STOMP frame; brokers bound the line (ActiveMQ: 10,240)."""
+    return len(text.encode("utf-8", "surrogatepass")) + sum(text.count(mark) for mark in ":\\\r\n")
 
 
 def _identity(message: Message) -> dict[str, str]:
@@ -137,7 +153,7 @@ def _identity(message: Message) -> dict[str, str]:
 def _history(context: RetryContext) -> dict[str, str]:
     error = context.last_error
     facts = {
-        KEY: json.dumps(key_to_json(context.key)),
+        KEY: _bounded(json.dumps(key_to_json(context.key))),
         ATTEMPTS: str(context.retry_count),
         FIRST_FAILED_AT: _instant(context.first_failed_at),
         LAST_FAILED_AT: _instant(context.last_failed_at),
@@ -145,6 +161,10 @@ def _history(context: RetryContext) -> dict[str, str]:
         ERROR: one_line("" if error is None else message_of(error)),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _bounded(text: str) -> str:
+    return text if _escaped_size(text) <= _MAX_OTHER else ""
 
 
 def _reason(context: RetryContext) -> str:

@@ -399,6 +399,40 @@ def test_a_header_that_the_broker_cannot_take_is_refused_too(activemq, queue):
     session.close()
 
 
+def parked_of(server, queue, original, **options):
+    """The parked copy of one message with these headers."""
+    sender = StompBroker(server.url, **SLOW_TO_FAIL).connect(consume=False)
+    sender.send(queue, b"x", original)
+    sender.flush()
+    sender.commit()
+    sender.close()
+
+    def handler(message):
+        raise ConnectionError
+
+    with consumer(server, queue, handler, recover=park(f"{queue}.parked", **options)) as container:
+        until(lambda: container.counters.parked == 1)
+    reader = StompBroker(server.url, destination=f"{queue}.parked", **SLOW_TO_FAIL).connect()
+    copy = reader.receive(PATIENCE)
+    reader.commit(copy)
+    reader.close()
+    return copy
+
+
+@pytest.mark.parametrize("count", [150, 200])
+def test_a_message_with_many_odd_headers_can_be_parked(server, queue, count):
+    headers = {f"h{number}": ":\\\n:" * 5 for number in range(count)}
+    assert parked_of(server, queue, headers).headers["retrykit-attempts"] == "3"
+
+
+def test_a_parked_copy_does_not_expire_with_its_original(server, queue):
+    at = str(int((time.time() + 3600) * 1000))
+    copy = parked_of(server, queue, {"expires": at, "x-tenant": "blue"}, headers=("*",))
+    assert copy.headers.get("expires", "0") != at
+    assert copy.headers["x-tenant"] == "blue"
+    assert at in copy.headers["retrykit-other-headers"]
+
+
 def test_a_commit_that_is_refused_is_not_in_doubt(server, queue):
     session = StompBroker(server.url, destination=queue, **SLOW_TO_FAIL).connect(consume=False)
     session.send(queue, b"x", {})

@@ -80,6 +80,40 @@ def test_headers_that_do_not_travel_are_kept_as_text():
     assert "receipt" not in kept
 
 
+@pytest.mark.parametrize("recoverer", [park, republish])
+@pytest.mark.parametrize("patterns", [("*",), tuple(MUST_NOT_TRAVEL)])
+def test_no_pattern_lets_facts_of_the_original_travel(recoverer, patterns):
+    original = HEADERS | {"subscription": "s", "ack": "a", "destination": "/queue/a", "original-destination": "/q"}
+    headers = recoverer("/queue/p", headers=patterns)(message(headers=original), context()).headers
+    assert not set(headers) & (MUST_NOT_TRAVEL | {"subscription", "ack", "destination", "original-destination"})
+
+
+def test_what_may_not_travel_is_kept_as_text_whatever_the_patterns():
+    settlement = park("/queue/p", headers=("*",))(message(), context())
+    kept = json.loads(settlement.headers["retrykit-other-headers"])
+    assert kept == {"message-id": "ID:1", "expires": "17", "timestamp": "18", "AMQ_SCHEDULED_DELAY": "5000"}
+
+
+def escaped_size(text):
+    for mark in "\\:\r\n":
+        text = text.replace(mark, "\\" + ("c" if mark == ":" else mark))
+    return len(text.encode())
+
+
+@pytest.mark.parametrize("value", [":" * 20, "\n" * 20, "\\" * 20, "é" * 5, '"' * 20])
+def test_other_headers_fit_into_a_line_once_they_are_escaped(value):
+    fits = {f"h{number}": value for number in range(60)}
+    many = {f"h{number}": value for number in range(200)}
+    assert "h59" in park("/queue/p")(message(headers=fits), context()).headers["retrykit-other-headers"]
+    assert all(
+        escaped_size(text) < 10_000 for text in park("/queue/p")(message(headers=many), context()).headers.values()
+    )
+
+
+def test_a_key_that_no_header_can_carry_is_left_out():
+    assert "retrykit-key" not in park("/queue/p")(message(), context(key=["/queue/a", ":" * 8000])).headers
+
+
 def test_too_many_other_headers_are_left_out():
     many = HEADERS | {f"h{number}": "x" * 100 for number in range(100)}
     assert "retrykit-other-headers" not in park("/queue/p")(message(headers=many), context()).headers
