@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, runtime_checkable
 import attrs
 
 from retrykit.check import (
+    Seconds,
     are_error_types,
     as_seconds,
     as_types,
@@ -20,6 +21,7 @@ from retrykit.check import (
     is_callable,
     more_than,
     one_of,
+    seconds,
     whole,
     wrong_type,
     wrong_value,
@@ -31,14 +33,28 @@ if TYPE_CHECKING:
     from datetime import datetime
 
 
-@attrs.frozen(slots=False, eq=False, repr=False)
+def _verdict(name: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise wrong_type(name, "True or False", value)
+
+
+def _pause(name: str, value: object) -> float:
+    pause = seconds(name, value)
+    if pause < 0:
+        raise wrong_value(name, "at least 0", value)
+    return pause
+
+
+@attrs.frozen(slots=False, eq=False, repr=False, init=False)
 class RetryDecision(Value):
     """Will it be retried, when, and why (not)? Listeners, logs and operators all show this one object.
 
     `delay`: seconds until the next attempt, 0 if none. `clauses`: the decisions that a composed policy's own was made
     from. `next_at`: the instant of the next attempt (aware, UTC) when there is a delay. `recoverable`: False forbids
-    the recovery callback. `reason` may be given as a text, as a tuple `(format, *values)`, or as a function that makes
-    the text: it is worded when it is read, and most decisions are never looked at.
+    the recovery callback: it is a property of the failure, and is said with consents too. `reason` may be given as a
+    text, as a tuple `(format, *values)`, or as a function that makes the text: it is worded when it is read, and most
+    decisions are never looked at.
     """
 
     retry: bool
@@ -47,6 +63,24 @@ class RetryDecision(Value):
     clauses: tuple[RetryDecision, ...] = ()
     next_at: datetime | None = None
     recoverable: bool = True
+
+    def __init__(  # noqa: PLR0917 - the fields in their order
+        self,
+        retry: bool,  # noqa: FBT001 - as above
+        delay: Seconds = 0.0,
+        reason: str | Callable[[], str] | tuple[Any, ...] = "",
+        clauses: tuple[RetryDecision, ...] = (),
+        next_at: datetime | None = None,
+        recoverable: bool = True,  # noqa: FBT001, FBT002 - as above
+    ) -> None:
+        # Written by hand because one is made at every failure: only what is not the default is looked at.
+        fields = self.__dict__
+        fields["retry"] = retry if retry is True or retry is False else _verdict("retry", retry)
+        fields["delay"] = 0.0 if delay.__class__ is float and delay == 0 else _pause("delay", delay)
+        fields["_reason"] = reason
+        fields["clauses"] = clauses
+        fields["next_at"] = next_at
+        fields["recoverable"] = recoverable if recoverable is True else _verdict("recoverable", recoverable)
 
     @property
     def reason(self) -> str:
@@ -76,6 +110,9 @@ class RetryPolicy(Protocol):
 
 is_policy = has("decide")
 
+OTHERS: Final = "*"
+"""The branch of the failures that a classifier does not name: no class can be called so."""
+
 REMEMBERED: Final = 64
 """So many decisions and classifications a policy keeps at most."""
 
@@ -97,9 +134,15 @@ def names_of(error: BaseException) -> tuple[str, ...]:
 
 
 def nearest(error: BaseException, types: Iterable[type]) -> type | None:
-    """That one of `types` which is nearest to the class of `error` among its bases; None if it is none of them."""
-    by_name = {type_name(one): one for one in types}
-    return next((by_name[name] for name in names_of(error) if name in by_name), None)
+    """That one of `types` which is nearest to the class of `error` among its bases; None if it is none of them.
+
+    A live failure is compared by its very classes, because two may have one name; a recorded one has names only.
+    """
+    if isinstance(error, StoredError):
+        by_name = {type_name(one): one for one in types}
+        return next((by_name[name] for name in error.classes if name in by_name), None)
+    given = tuple(types)
+    return next((base for base in type(error).__mro__ if any(base is one for one in given)), None)
 
 
 def is_crash(error: BaseException | None) -> bool:
@@ -136,9 +179,8 @@ class SimpleRetryPolicy(Value):
     _verdicts: dict[type, bool] = attrs.field(init=False, factory=dict, eq=False, repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _evolved_simple, (
-            {field.name: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init},
-        )
+        fields = {field.alias: getattr(self, field.name) for field in attrs.fields(type(self)) if field.init}
+        return _made_again, (type(self), fields)
 
     def decide(self, context: Any) -> RetryDecision:
         """Attempts left, and the last failure retryable?"""
@@ -148,16 +190,19 @@ class SimpleRetryPolicy(Value):
         if (limit is None or count < limit) and (
             error is None or self._verdicts.get(type(error)) or self._is_retryable(error)
         ):
-            return self._consents.get(count) or self._consent(count)
+            return self._consents.get(count) or self._consent(count, error)
         return self._refuse(count, error)
 
-    def _consent(self, count: int) -> RetryDecision:
-        decision = RetryDecision(
-            True, 0.0, ("SimpleRetryPolicy: attempt {} of {} failed", count, _limit(self.max_attempts))
-        )
-        if count < REMEMBERED:
+    def _consent(self, count: int, error: BaseException | None) -> RetryDecision:
+        reason = ("SimpleRetryPolicy: attempt {} of {} failed", count, _limit(self.max_attempts))
+        decision = RetryDecision(True, 0.0, reason, (), None, self._is_recoverable(error))
+        # Where failures differ in being recoverable, the count alone does not make the decision.
+        if count < REMEMBERED and not self.not_recoverable:
             self._consents[count] = decision
         return decision
+
+    def _is_recoverable(self, error: BaseException | None) -> bool:
+        return not self.not_recoverable or all(nearest(link, self.not_recoverable) is None for link in chain(error))
 
     def _refuse(self, count: int, error: BaseException | None) -> RetryDecision:
         limit = self.max_attempts
@@ -165,8 +210,7 @@ class SimpleRetryPolicy(Value):
             reason: Any = ("SimpleRetryPolicy: attempt {} of {}", count, limit)
         else:
             reason = ("SimpleRetryPolicy: {} is not retryable", _short(error))
-        recoverable = not self.not_recoverable or not any(nearest(link, self.not_recoverable) for link in chain(error))
-        return RetryDecision(False, 0.0, reason, (), None, recoverable)
+        return RetryDecision(False, 0.0, reason, (), None, self._is_recoverable(error))
 
     def _is_retryable(self, error: BaseException) -> bool:
         if type(error) is StoredError or self.traverse_causes:
@@ -197,8 +241,8 @@ class SimpleRetryPolicy(Value):
         return Exception in self.retry_for if self.default is None else self.default
 
 
-def _evolved_simple(fields: Mapping[str, Any]) -> SimpleRetryPolicy:
-    return SimpleRetryPolicy(**fields)
+def _made_again(kind: type[SimpleRetryPolicy], fields: Mapping[str, Any]) -> SimpleRetryPolicy:
+    return kind(**fields)
 
 
 def _limit(limit: int | None) -> str:
@@ -324,6 +368,11 @@ def branch_of(context: Any) -> str:
     return getattr(context, "branch", "")
 
 
+def _as_mapping(given: Mapping[type[Exception], RetryPolicy]) -> Mapping[type[Exception], RetryPolicy]:
+    # A copy: what the caller does to his mapping later changes no policy.
+    return dict(given) if isinstance(given, Mapping) else given
+
+
 @attrs.frozen(eq=False, repr=False)
 class ExceptionClassifierRetryPolicy(Value):
     """Each failure is decided by the policy of the nearest of its classes, which counts only its own: "A up to 3, B up
@@ -332,7 +381,7 @@ class ExceptionClassifierRetryPolicy(Value):
     `policies` maps exception classes to policies; `default` decides what is not named (never, unless given).
     """
 
-    policies: Mapping[type[Exception], RetryPolicy] = attrs.field(hash=False)
+    policies: Mapping[type[Exception], RetryPolicy] = attrs.field(converter=_as_mapping, hash=False)
     default: RetryPolicy = attrs.field(factory=NeverRetryPolicy, validator=is_policy)
 
     @policies.validator
@@ -340,13 +389,16 @@ class ExceptionClassifierRetryPolicy(Value):
         if not isinstance(policies, Mapping):
             raise wrong_type(field.name, "a mapping of exception classes to policies", policies)
         for error_type, policy in policies.items():
+            if not isinstance(error_type, type):
+                raise wrong_type(field.name, "a mapping of exception classes to policies", error_type)
             error_types(field.name, error_type)
             is_policy(self, field, policy)
 
     @property
     def max_attempts(self) -> int | None:
-        """The highest limit of the branches; None if one has none."""
-        return _highest(self.delegates())
+        """The most attempts that all branches together can allow; None if one has no limit."""
+        limits: list[Any] = [getattr(policy, "max_attempts", None) for policy in self._branches().values()]
+        return None if None in limits else 1 + sum(limit - 1 for limit in limits)
 
     def delegates(self) -> tuple[RetryPolicy, ...]:
         """The policies this one is made of."""
@@ -358,32 +410,46 @@ class ExceptionClassifierRetryPolicy(Value):
         if error is None:
             return RetryDecision(True, 0.0, "ExceptionClassifierRetryPolicy: no failure yet")
         if is_crash(error):
-            return MaxAttemptsRetryPolicy(self.max_attempts).decide(context)
+            return MaxAttemptsRetryPolicy(_highest(self.delegates())).decide(context)
         label, policy = self._branch(error)
         inner = policy.decide(Branch(context, f"{branch_of(context)}/{label}", counted=True))
         return RetryDecision(
             inner.retry,
             inner.delay,
-            lambda: f"ExceptionClassifierRetryPolicy: {_short(error)} as {label}: {inner.reason}",
+            lambda: f"ExceptionClassifierRetryPolicy: {_short(error)} as {_shown(label)}: {inner.reason}",
             (inner,),
             recoverable=inner.recoverable,
         )
 
     def tally(self, error: BaseException, branch: str) -> Iterator[str]:
-        """The branches that count this failure."""
-        label, policy = self._branch(error)
-        here = f"{branch}/{label}"
-        yield here
-        yield from tallies_of(policy, error, here)
+        """The branches that count this failure: of a crash nobody knows whose it was, so all do."""
+        counting = self._branches() if is_crash(error) else dict([self._branch(error)])
+        for label, policy in counting.items():
+            here = f"{branch}/{label}"
+            yield here
+            yield from tallies_of(policy, error, here)
 
     def _branch(self, error: BaseException) -> tuple[str, RetryPolicy]:
         found = nearest(error, self.policies)
         policy = self.default if found is None else self.policies[found]
         # One policy under several classes is one branch: it is called by the first of them.
-        for error_type, other in self.policies.items():
-            if other is policy:
-                return error_type.__name__, policy
-        return "default", policy
+        return next((label, other) for label, other in self._named() if other is policy)
+
+    def _named(self) -> Iterator[tuple[str, RetryPolicy]]:
+        for error_type, policy in self.policies.items():
+            yield type_name(error_type), policy
+        yield OTHERS, self.default
+
+    def _branches(self) -> dict[str, RetryPolicy]:
+        distinct: dict[str, RetryPolicy] = {}
+        for label, policy in self._named():
+            if not any(policy is other for other in distinct.values()):
+                distinct[label] = policy
+        return distinct
+
+
+def _shown(label: str) -> str:
+    return "default" if label == OTHERS else label.rpartition(".")[2]
 
 
 def _as_policies(given: Iterable[RetryPolicy]) -> tuple[RetryPolicy, ...]:
@@ -433,7 +499,7 @@ class CompositeRetryPolicy(Value):
             max(clause.delay for clause in clauses),
             lambda: f"CompositeRetryPolicy: {decisive.reason}",
             clauses,
-            recoverable=all(clause.recoverable or clause.retry for clause in clauses),
+            recoverable=all(clause.recoverable for clause in clauses),
         )
 
     def tally(self, error: BaseException, branch: str) -> Iterator[str]:

@@ -71,10 +71,34 @@ def test_a_full_cache_can_forget_what_was_stored_longest_ago():
     assert [key for key, _ in cache.items()] == ["a", "c"]
 
 
-def test_a_full_cache_first_drops_what_is_past_its_time():
+@pytest.mark.parametrize("instant", ["started_at", "last_failed_at"])
+def test_a_full_cache_first_drops_what_is_past_its_time_by_the_clock_of_the_snapshots(instant):
     cache = MapRetryContextCache(1, time_to_live=5)
     cache.save("a", {"started_at": 1.0}, None)
-    assert cache.save("b", {}, None) is not None
+    with pytest.raises(CacheCapacityError):
+        cache.save("b", {instant: 5.9}, None)
+    assert cache.save("b", {instant: 6.0}, None) is not None
+    assert cache.load("a") is None
+
+
+def test_completion_marks_take_no_place_from_histories():
+    cache = MapRetryContextCache(1)
+    for number in range(3):
+        assert cache.save(f"m-{number}", {"completed_at": 1.0, "expires_at": 2.0}, None) is not None
+    assert cache.save("a", {"retry_count": 1}, None) is not None
+    with pytest.raises(CacheCapacityError):
+        cache.save("b", {"retry_count": 1}, None)
+    assert len(cache) == len(list(cache.items())) == 4
+    assert cache.expire(2.0) == 3
+
+
+def test_a_history_that_is_completed_gives_its_place_to_another():
+    cache = MapRetryContextCache(1)
+    version = cache.save("a", {"retry_count": 1}, None)
+    marked = cache.save("a", {"completed_at": 1.0}, version)
+    assert cache.save("b", {"retry_count": 1}, None) is not None
+    assert cache.load("a").version == marked
+    assert cache.remove("a")
     assert cache.load("a") is None
 
 

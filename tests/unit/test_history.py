@@ -58,21 +58,13 @@ def test_a_stored_error_has_causes_but_no_frames():
     assert stored.traceback == ""
 
 
-def test_the_error_that_was_being_handled_is_a_cause_unless_it_was_suppressed():
-    try:
-        raise OSError("inner")
-    except OSError:
-        handled = raised_while_handling = None
-        try:
-            raise ValueError("outer")
-        except ValueError as error:
-            raised_while_handling = error
-        try:
-            raise ValueError("outer") from None
-        except ValueError as error:
-            handled = error
-    assert StoredError.of(raised_while_handling).__cause__.message == "inner"
-    assert StoredError.of(handled).__cause__ is None
+def test_a_cause_is_what_an_error_was_explicitly_raised_from():
+    inner, context = OSError("inner"), KeyError("handled meanwhile")
+    error = ValueError("outer")
+    error.__context__ = context
+    assert StoredError.of(error).__cause__ is None
+    error.__cause__ = inner
+    assert StoredError.of(error).__cause__.message == "inner"
 
 
 def test_a_chain_of_causes_is_bounded_and_may_bite_its_tail():

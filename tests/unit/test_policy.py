@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from types import SimpleNamespace
 
 import attrs
@@ -20,6 +21,7 @@ from retrykit import (
     PredicateRetryPolicy,
     RetryBudget,
     RetryDecision,
+    RetryListener,
     RetryPolicy,
     RetryTemplate,
     SimpleRetryPolicy,
@@ -32,6 +34,10 @@ from tests.doubles import Fails, ManualClock, pickled
 
 def is_os_error(error):
     return isinstance(error, OSError)
+
+
+class Stubborn(SimpleRetryPolicy):
+    """A user's own kind."""
 
 
 KINDS = [
@@ -49,10 +55,16 @@ KINDS = [
 kinds = pytest.mark.parametrize("policy", KINDS, ids=lambda policy: type(policy).__name__ + str(KINDS.index(policy)))
 
 
-def after(failures, error=None, *, elapsed=0.0, pause=0.0, tallies=None):
+def after(failures, error=None, *, elapsed=0.0, pause=0.0, tallies=None, exhausted=False):
     """A context as a policy sees it."""
     return SimpleNamespace(
-        retry_count=failures, last_error=error, elapsed=elapsed, pause=pause, tallies=tallies or {}, max_attempts=None
+        retry_count=failures,
+        last_error=error,
+        elapsed=elapsed,
+        pause=pause,
+        tallies=tallies or {},
+        max_attempts=None,
+        exhausted=exhausted,
     )
 
 
@@ -82,7 +94,7 @@ ERRORS = st.sampled_from([None, OSError("x"), ConnectionResetError("x"), KeyErro
 @kinds
 @given(failures=st.integers(0, 5), error=ERRORS, elapsed=st.floats(0, 5), pause=st.floats(0, 5))
 def test_asking_twice_gives_the_same_answer_and_changes_nothing(policy, *, failures, error, elapsed, pause):
-    context = after(failures, error, elapsed=elapsed, pause=pause, tallies={"/OSError": Tally(failures, 0.0)})
+    context = after(failures, error, elapsed=elapsed, pause=pause, tallies={"/builtins.OSError": Tally(failures, 0.0)})
     before = attrs.evolve(policy), dict(vars(context))
     one, other = policy.decide(context), policy.decide(context)
     assert (one, one.reason) == (other, other.reason)
@@ -118,7 +130,38 @@ def test_a_decision_keeps_its_reason_when_it_is_pickled():
     assert attrs.evolve(copy, delay=2.0).delay == 2.0
 
 
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"retry": "yes"}, TypeError),
+        ({"retry": None}, TypeError),
+        ({"delay": None}, TypeError),
+        ({"delay": True}, TypeError),
+        ({"delay": -1}, ValueError),
+        ({"delay": float("nan")}, ValueError),
+        ({"delay": float("inf")}, ValueError),
+        ({"recoverable": 1}, TypeError),
+    ],
+    ids=str,
+)
+def test_a_decision_that_is_none_is_refused(options, error):
+    (argument,) = options
+    with pytest.raises(error, match=rf"^{argument}: must be"):
+        RetryDecision(**{"retry": True} | options)
+
+
+def test_the_delay_of_a_decision_may_be_a_timedelta():
+    assert RetryDecision(True, timedelta(minutes=1)) == RetryDecision(True, 60)
+    assert type(RetryDecision(True, 60).delay) is float
+
+
 # -- SimpleRetryPolicy
+
+
+def test_a_subclass_stays_one_when_it_is_pickled():
+    policy = Stubborn(4, OSError)
+    assert type(pickled(policy)) is Stubborn
+    assert pickled(policy) == policy
 
 
 def test_the_first_attempt_is_counted_in():
@@ -246,17 +289,26 @@ def test_a_predicate_is_asked_about_the_last_failure():
     assert "Callable is True" in PredicateRetryPolicy(Callable()).decide(after(1, OSError())).reason
 
 
+def test_a_predicate_is_not_asked_about_a_recorded_failure():
+    policy = PredicateRetryPolicy(lambda error: error.code == 7)
+    recorded = StoredError("app.Failed", "code 7")
+    assert policy.decide(after(1, recorded)).retry
+    assert not policy.decide(after(1, recorded, exhausted=True)).retry
+    assert policy.decide(after(1, recorded)).reason == "PredicateRetryPolicy: as decided when it failed"
+
+
 # -- the composed ones
 
 
 def test_a_classifier_gives_each_class_its_own_count():
     policy = ExceptionClassifierRetryPolicy({OSError: MaxAttemptsRetryPolicy(3), KeyError: MaxAttemptsRetryPolicy(2)})
-    assert policy.max_attempts == 3
+    assert policy.max_attempts == 4
     assert run(policy, OSError(), KeyError(), OSError())[1] is None
+    assert run(policy, OSError(), KeyError(), OSError(), OSError())[0] == policy.max_attempts
     assert run(policy, OSError(), KeyError(), KeyError())[0] == 3
     assert run(policy, OSError(), OSError(), OSError(), OSError())[0] == 3
     assert run(policy, ValueError())[0] == 1
-    reason = policy.decide(after(1, KeyError(), tallies={"/KeyError": Tally(2, 0.0)})).reason
+    reason = policy.decide(after(1, KeyError(), tallies={"/builtins.KeyError": Tally(2, 0.0)})).reason
     assert reason == "ExceptionClassifierRetryPolicy: KeyError as KeyError: MaxAttemptsRetryPolicy: attempt 2 of 2"
     assert policy.decide(after(0)).retry
 
@@ -281,8 +333,8 @@ def test_a_crash_is_limited_by_the_highest_branch():
 
 def test_a_deadline_in_a_branch_begins_with_the_first_failure_of_that_branch():
     policy = ExceptionClassifierRetryPolicy({OSError: TimeoutRetryPolicy(2)})
-    assert policy.decide(after(3, OSError(), elapsed=5.0, tallies={"/OSError": Tally(1, 4.0)})).retry
-    assert not policy.decide(after(3, OSError(), elapsed=7.0, tallies={"/OSError": Tally(1, 4.0)})).retry
+    assert policy.decide(after(3, OSError(), elapsed=5.0, tallies={"/builtins.OSError": Tally(1, 4.0)})).retry
+    assert not policy.decide(after(3, OSError(), elapsed=7.0, tallies={"/builtins.OSError": Tally(1, 4.0)})).retry
 
 
 def test_a_pessimistic_composite_needs_the_consent_of_all():
@@ -303,17 +355,50 @@ def test_an_optimistic_composite_needs_one():
     assert CompositeRetryPolicy([NeverRetryPolicy(), AlwaysRetryPolicy()], optimistic=True).max_attempts is None
 
 
-def test_not_recoverable_is_seen_through_every_composition():
-    strict = SimpleRetryPolicy(1, not_recoverable=ValueError)
-    for policy in [
-        CompositeRetryPolicy([strict, AlwaysRetryPolicy()]),
-        ExceptionClassifierRetryPolicy({ValueError: strict}),
-        CircuitBreakerRetryPolicy(strict),
-        CompositeRetryPolicy([ExceptionClassifierRetryPolicy({Exception: CompositeRetryPolicy([strict])})]),
-    ]:
-        decision = policy.decide(after(1, ValueError(), tallies={"/Exception": Tally(1), "/0/Exception": Tally(1)}))
-        if isinstance(policy, CompositeRetryPolicy | CircuitBreakerRetryPolicy):
-            assert not decision.recoverable
+STRICT = SimpleRetryPolicy(5, not_recoverable=ValueError)
+COMPOSITIONS = [
+    STRICT,
+    CompositeRetryPolicy([STRICT, AlwaysRetryPolicy()]),
+    CompositeRetryPolicy([STRICT, MaxAttemptsRetryPolicy(1)]),
+    CompositeRetryPolicy([MaxAttemptsRetryPolicy(1), STRICT]),
+    CompositeRetryPolicy([NeverRetryPolicy(), STRICT], optimistic=True),
+    ExceptionClassifierRetryPolicy({Exception: STRICT}),
+    CircuitBreakerRetryPolicy(STRICT),
+    CompositeRetryPolicy([ExceptionClassifierRetryPolicy({Exception: CompositeRetryPolicy([STRICT])})]),
+]
+
+
+@pytest.mark.parametrize("failures", [1, 5])
+@pytest.mark.parametrize("policy", COMPOSITIONS, ids=range(len(COMPOSITIONS)))
+def test_not_recoverable_is_seen_through_every_composition_whatever_is_decided(policy, failures):
+    tallies = dict.fromkeys(["/builtins.Exception", "/0/builtins.Exception"], Tally(failures))
+    assert not policy.decide(after(failures, ValueError(), tallies=tallies)).recoverable
+    assert policy.decide(after(failures, KeyError(), tallies=tallies)).recoverable
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        CompositeRetryPolicy([STRICT, MaxAttemptsRetryPolicy(1)]),
+        CompositeRetryPolicy([STRICT, BudgetRetryPolicy(RetryBudget(0, 0.5))]),
+    ],
+    ids=["limit", "budget"],
+)
+def test_whoever_refuses_what_is_not_recoverable_is_not_recovered(policy):
+    template = RetryTemplate(retry_policy=policy, clock=ManualClock())
+    recovered = []
+    with pytest.raises(ValueError, match="bad"):
+        template.execute(Fails(ValueError("bad")), recovered.append)
+    assert recovered == []
+
+
+def test_a_veto_after_a_consent_is_recovered_though_the_failure_is_not_recoverable():
+    class Vetoes(RetryListener):
+        def on_error(self, context, error, decision):
+            context.veto("enough")
+
+    template = RetryTemplate(retry_policy=STRICT, listeners=[Vetoes()])
+    assert template.execute(Fails(ValueError("bad")), lambda context: context.veto_reason) == "enough"
 
 
 def test_compositions_count_in_compositions():
@@ -328,6 +413,37 @@ def test_compositions_count_in_compositions():
     timed = ExceptionClassifierRetryPolicy({OSError: CompositeRetryPolicy([inner, TimeoutRetryPolicy(5)])})
     assert run(timed, OSError(), OSError())[1] is None
     assert run(CircuitBreakerRetryPolicy(inner), OSError(), KeyError(), KeyError())[0] == 3
+
+
+def test_classes_of_one_name_are_branches_of_their_own():
+    one, other = type("Failed", (Exception,), {"__module__": "a"}), type("Failed", (Exception,), {"__module__": "b"})
+    default = type("default", (Exception,), {})
+    policy = ExceptionClassifierRetryPolicy(
+        {one: MaxAttemptsRetryPolicy(3), other: MaxAttemptsRetryPolicy(2), default: MaxAttemptsRetryPolicy(2)},
+        MaxAttemptsRetryPolicy(2),
+    )
+    assert run(policy, one(), other(), one(), default(), KeyError())[1] is None
+    assert run(policy, one(), other(), other())[0] == 3
+    assert "KeyError as default" in policy.decide(after(1, KeyError())).reason
+
+
+def test_a_crash_counts_in_every_branch():
+    inner = ExceptionClassifierRetryPolicy({KeyError: MaxAttemptsRetryPolicy(2)})
+    policy = ExceptionClassifierRetryPolicy({OSError: MaxAttemptsRetryPolicy(3), LookupError: inner})
+    assert list(policy.tally(StoredError.of_crash(1, "owner"), "")) == [
+        "/builtins.OSError",
+        "/builtins.LookupError",
+        "/builtins.LookupError/builtins.KeyError",
+        "/builtins.LookupError/*",
+        "/*",
+    ]
+
+
+def test_what_is_done_to_the_given_mapping_changes_no_policy():
+    policies = {OSError: MaxAttemptsRetryPolicy(3)}
+    policy = ExceptionClassifierRetryPolicy(policies)
+    policies.clear()
+    assert policy == ExceptionClassifierRetryPolicy({OSError: MaxAttemptsRetryPolicy(3)})
 
 
 def test_every_finds_the_parts_at_any_depth():
@@ -348,6 +464,14 @@ def test_nearest_takes_the_class_that_is_nearest():
     assert nearest(KeyError(), [OSError]) is None
 
 
+def test_live_failures_are_told_apart_by_class_and_recorded_ones_by_name():
+    one, other = type("Failed", (Exception,), {}), type("Failed", (Exception,), {})
+    assert nearest(one(), [other, one]) is one
+    assert nearest(one(), [other]) is None
+    assert nearest(StoredError.of(one()), [other]) is other
+    assert not SimpleRetryPolicy(3, other).decide(after(1, one())).retry
+
+
 @pytest.mark.parametrize(
     ("kind", "argument", "value", "error"),
     [
@@ -361,6 +485,7 @@ def test_nearest_takes_the_class_that_is_nearest():
         (ExceptionClassifierRetryPolicy, "policies", [OSError], TypeError),
         (ExceptionClassifierRetryPolicy, "policies", {int: AlwaysRetryPolicy()}, TypeError),
         (ExceptionClassifierRetryPolicy, "policies", {OSError: 3}, TypeError),
+        (ExceptionClassifierRetryPolicy, "policies", {(OSError, KeyError): AlwaysRetryPolicy()}, TypeError),
         (PredicateRetryPolicy, "predicate", 3, TypeError),
         (TimeoutRetryPolicy, "timeout", 0, ValueError),
     ],
