@@ -26,8 +26,11 @@ class _Block:
         self.ended = False
 
     def __del__(self) -> None:
-        # The loop was left between two attempts.
-        self.over()
+        self.abandon()
+
+    def has_to_move(self) -> bool:
+        """Whether there are steps to perform before the next attempt, or the outcome."""
+        return type(self.step) is Pause or not _is_resting(self.step)
 
     def due(self) -> bool:
         """Whether another attempt is to be made now; raises the outcome if it is one of ours."""
@@ -46,6 +49,12 @@ class _Block:
         finally:
             del outcome
         return False
+
+    def abandon(self) -> None:
+        """The loop was left between two attempts: the next one will not be made, and what was reserved for it is not needed."""
+        if not self.ended and self.step is ATTEMPT and not self.entered:
+            _abort(self.driver, GeneratorExit())
+        self.over()
 
     def over(self) -> None:
         """The call is over."""
@@ -104,20 +113,38 @@ class Attempt:
 
 def _advance(block: _Block, answer: Any) -> None:
     """Perform steps until the loop has to do something."""
-    block.step = block.flow.send(answer)
-    while not _is_resting(block.step):
-        block.step = block.flow.send(_perform(block.driver, block.step))
+    try:
+        block.step = block.flow.send(answer)
+        while not _is_resting(block.step):
+            block.step = block.flow.send(_perform(block.driver, block.step))
+    except BaseException as error:
+        _abort(block.driver, error)
+        block.over()
+        raise
+
+
+def _pause(block: _Block) -> Any:
+    """Spend the pause that the flow rests at; what is told to it."""
+    try:
+        return _perform(block.driver, block.step)
+    except BaseException as error:
+        _abort(block.driver, error)
+        block.over()
+        raise
 
 
 def attempts(driver: Driver) -> Iterator[Attempt]:
     """The attempts of a call, each to be entered."""
     block = _Block(driver)
-    while True:
-        while block.step is not ATTEMPT and (type(block.step) is Pause or not _is_resting(block.step)):
-            _advance(block, _perform(driver, block.step))
-        if not block.due():
-            return
-        yield Attempt(block)
+    try:
+        while True:
+            while block.has_to_move():
+                _advance(block, _pause(block))
+            if not block.due():
+                return
+            yield Attempt(block)
+    finally:
+        block.abandon()
 
 
 class AsyncAttempt:
@@ -143,9 +170,29 @@ class AsyncAttempt:
 
 
 async def _async_advance(block: _Block, answer: Any) -> None:
-    block.step = block.flow.send(answer)
-    while not _is_resting(block.step):
-        block.step = block.flow.send(await _async_perform(block.driver, block.step))
+    try:
+        block.step = block.flow.send(answer)
+        while not _is_resting(block.step):
+            block.step = block.flow.send(await _async_perform(block.driver, block.step))
+    except BaseException as error:
+        await _async_give_up(block, error)
+        raise
+
+
+async def _async_pause(block: _Block) -> Any:
+    try:
+        return await _async_perform(block.driver, block.step)
+    except BaseException as error:
+        await _async_give_up(block, error)
+        raise
+
+
+async def _async_give_up(block: _Block, error: BaseException) -> None:
+    if isinstance(error, GeneratorExit):
+        _abort(block.driver, error)
+    else:
+        await _async_abort(block.driver, error)
+    block.over()
 
 
 def async_attempts(driver: Driver) -> AsyncIterator[AsyncAttempt]:
@@ -171,8 +218,8 @@ class _AsyncAttempts:
         if self._block is None:
             self._block = _Block(self._driver)
         block = self._block
-        while block.step is not ATTEMPT and (type(block.step) is Pause or not _is_resting(block.step)):
-            await _async_advance(block, await _async_perform(self._driver, block.step))
+        while block.has_to_move():
+            await _async_advance(block, await _async_pause(block))
         if not block.due():
             raise StopAsyncIteration
         return AsyncAttempt(block)

@@ -10,6 +10,7 @@ from typing import Any
 
 from retrykit.context import RetryContext, RetryState
 from retrykit.errors import RetryError
+from retrykit.owner import begin
 from retrykit.steps import Raise, Step
 
 Flow = Generator[Step, Any, Any]
@@ -24,6 +25,7 @@ class Plan:
         "breaker_key",
         "breakers",
         "budgets",
+        "evicts",
         "lease",
         "listeners",
         "name",
@@ -36,6 +38,7 @@ class Plan:
         "reversed_listeners",
         "tallied",
         "throw_last",
+        "timed",
     )
 
     name: str
@@ -53,6 +56,10 @@ class Plan:
     """Nobody has to be told or asked: no listeners, breakers or budgets."""
     pauses: bool
     tallied: bool
+    timed: bool
+    """A deadline is among the policies: time is looked at before each attempt."""
+    evicts: bool
+    """The store may forget a history that nobody settled."""
     throw_last: bool
     remember: float | None
     lease: float
@@ -69,7 +76,6 @@ class Call:
     context: RetryContext
     state: RetryState | None
     key: str | None = None
-    owner: str = ""
     transactional: bool = False
     recovers: Callable[[BaseException | None], bool] | None = None
     first: Failure | None = None
@@ -89,6 +95,15 @@ class Call:
     """A write seemed to fail: what is stored has to be looked at before the history is settled."""
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
+
+    named: str = ""
+
+    @property
+    def owner(self) -> str:
+        """What the store calls this call. From the first time it is asked for, this process knows the call to be running."""
+        if not self.named:
+            self.named = begin()
+        return self.named
 
 
 def raising(error_type: type[RetryError], call: Call, cause: BaseException | None, **facts: Any) -> Raise:

@@ -51,7 +51,8 @@ def context_in(bound: Any) -> RetryContext | None:
         # A RetryContext; or nothing: None, or what a token says of a variable that was not set.
         return None if bound is Token.MISSING else bound
     if isinstance(bound[0], RetryContext):
-        bound.append(True)
+        if len(bound) == 1:
+            bound.append(True)  # the mark of one that was asked for
         return bound[0]
     if len(bound) == 3:  # noqa: PLR2004 - template, started, outer
         # Two threads may ask at once: the first append wins, for both.
@@ -344,9 +345,7 @@ class RetryContext:
         """
         if not isinstance(reason, str):
             raise wrong_type("reason", "a str", reason)
-        history = self._facts()
-        history.veto = reason or "vetoed"
-        history.own_veto = True
+        self._facts().say(reason or "vetoed")
 
     def withdraw_veto(self) -> None:
         """Allow further attempts again, as far as the policy does."""

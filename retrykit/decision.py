@@ -7,8 +7,9 @@ from typing import Any
 import attrs
 
 from retrykit.call import Call, Flow
+from retrykit.check import wrong_type
 from retrykit.context import RetryState, instant
-from retrykit.history import MAX_ERRORS, History, Tally
+from retrykit.history import MAX_ERRORS, History, Tally, message_of
 from retrykit.policy import Branch, RetryDecision, tallies_of
 from retrykit.steps import Take
 
@@ -17,17 +18,19 @@ def allowed(call: Call, context: Any) -> RetryDecision:
     """The decision for the next attempt, from what the history tells; a veto comes before every policy."""
     try:
         decision: RetryDecision = call.plan.policy.decide(context)
+        if decision.__class__ is not RetryDecision:
+            raise wrong_type("decision", "a RetryDecision", decision)  # noqa: TRY301 - handled as what it is
     except Exception as fault:  # noqa: BLE001 - a policy may call user code; a decision that cannot be made is a no
         decision = undecided("retry policy", fault)
     history = call.context._history
     if history is None or history.veto is None:
         return decision
-    return RetryDecision(False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable)
+    return RetryDecision(False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable or decision.retry)
 
 
 def undecided(what: str, fault: Exception) -> RetryDecision:
     """The decision where none could be made."""
-    return RetryDecision(False, 0.0, f"the {what} raised {type(fault).__name__}: {fault}")
+    return RetryDecision(False, 0.0, f"the {what} raised {type(fault).__name__}: {message_of(fault)}")
 
 
 def decide(call: Call) -> RetryDecision:
@@ -39,6 +42,10 @@ def decide(call: Call) -> RetryDecision:
         except Exception as fault:  # noqa: BLE001 - as in `allowed`
             return undecided("back-off policy", fault)
     decision = allowed(call, context)
+    if decision.delay > context.pause:
+        # A policy that names a pause of its own: the others are asked again, with that pause before their eyes.
+        context._facts().pause = decision.delay
+        decision = allowed(call, context)
     delay = decision.delay or context.pause
     if not decision.retry or delay <= 0:
         return decision
@@ -96,7 +103,8 @@ def pay(call: Call, decision: RetryDecision) -> Flow:
     """Take what a retry costs from the shared budgets; the refusal if one of them has nothing left."""
     for budget in call.plan.budgets:
         if decision.retry and not (yield Take(budget)):
-            return RetryDecision(False, 0.0, "BudgetRetryPolicy: the last token was taken by another call")
+            reason = "BudgetRetryPolicy: the last token was taken by another call"
+            return RetryDecision(False, 0.0, reason, (decision,), None, decision.recoverable)
     return decision
 
 

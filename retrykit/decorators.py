@@ -348,7 +348,9 @@ def _resumer(function: Any, template: Any, handlers: _Handlers) -> Any:
         recovery = _Recovery(handlers, arguments, keywords) if handlers.by_type else None
         if len(frame) > 3:  # noqa: PLR2004 - somebody has asked for the context
             return Driver(template, frame[3], function, arguments, keywords, recovery)
-        context = RetryContext(*frame)
+        # Threads and tasks of the first attempt have the frame: what they ask for, and veto, is this context too.
+        frame.append(RetryContext(*frame[:3]))
+        context = frame[3]
         driver = Driver(template, context, function, arguments, keywords, recovery)
         driver.binding = [context]
         return driver

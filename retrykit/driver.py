@@ -8,14 +8,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
-from inspect import isawaitable, iscoroutine
+from inspect import isawaitable
+from math import isfinite
 from time import time
+from types import CoroutineType
 from typing import Any
 
 from retrykit.call import Call
 from retrykit.context import RetryContext, _bound
 from retrykit.flow import abort, run
-from retrykit.owner import end, is_gone
+from retrykit.owner import end, is_running
 from retrykit.steps import (
     ANSWER_NOTHING,
     ATTEMPT,
@@ -98,7 +100,7 @@ class Driver(Call):
     def guarded_now(self) -> float:
         """The monotonic time of the template's own clock; the last known one when the clock fails."""
         try:
-            return self.template.clock.monotonic()  # type: ignore[no-any-return]
+            return readable(self.template.clock.monotonic())
         except Exception as fault:  # noqa: BLE001 - a clock's fault changes no outcome
             log_fault(self, "clock", fault)
             return max(self.context._now, self.context._started)
@@ -108,7 +110,7 @@ class Driver(Call):
         context = self.context
         monotonic = context._now = self.now()
         try:
-            wall: float = self.template.clock.time()
+            wall = readable(self.template.clock.time())
         except Exception as fault:  # noqa: BLE001 - as in `now`
             log_fault(self, "clock", fault)
             wall = time() if context._wall is None else monotonic + context._wall
@@ -144,7 +146,7 @@ class Driver(Call):
         """Open the transaction; what it gives becomes `context.transaction`."""
         assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
         manager = self.transaction()
-        entering = getattr(manager, "__aenter__", None) or manager.__enter__
+        entering = self._method(manager, "enter")
         self.opening = manager
         entered = entering()
         return entered if isawaitable(entered) else self.entered(entered)
@@ -154,11 +156,21 @@ class Driver(Call):
         self.manager = self.opening
         self.context.transaction = transaction
 
+    def _method(self, manager: Any, name: str) -> Callable[..., Any]:
+        """Entering or leaving a context manager: asynchronously where this template can and the manager does."""
+        method = getattr(manager, f"__a{name}__", None) if self.template.asynchronous else None
+        method = method or getattr(manager, f"__{name}__", None)
+        if method is None:
+            asynchronous = " an asynchronous one needs an AsyncRetryTemplate;" if hasattr(manager, "__aenter__") else ""
+            msg = f"transaction: must give a context manager;{asynchronous} got {type(manager).__name__}"
+            raise TypeError(msg)
+        return method  # type: ignore[no-any-return]
+
     def leave(self, error: BaseException | None) -> Any:
         """Leave the transaction: commit without an error, roll back with one."""
         manager, self.manager = self.manager, None
         self.context.transaction = None
-        leaving = getattr(manager, "__aexit__", None) or manager.__exit__
+        leaving = self._method(manager, "exit")
         left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)
         # What it gives says whether to swallow an error: nobody asks.
         return _dropped(left) if isawaitable(left) else None
@@ -170,8 +182,8 @@ class Driver(Call):
 
     def done(self) -> None:
         """Let go of everything alive; what nobody else has seen goes as a whole, without being put into words."""
-        if self.owner:
-            end(self.owner)
+        if self.named:
+            end(self.named)
         if type(self.binding) is list and len(self.binding) == 1:
             self.context._history = None
         else:
@@ -200,7 +212,7 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Remove: Driver.remove,
     RollBack: lambda driver, step: driver.leave(step.error),
     Notify: Driver.notify,
-    Probe: lambda _, step: is_gone(step.owner),
+    Probe: lambda _, step: is_running(step.owner),
     Take: lambda _, step: step.budget.take(),
     Give: lambda _, step: step.budget.deposit(),
     Report: lambda driver, step: log_fault(driver, step.what, step.fault),
@@ -226,6 +238,14 @@ def answer_to(driver: Driver, step: Any, fault: BaseException) -> Any:
 
 def _described(step: Any) -> str:
     return f"listener {type(step.listener).__name__}.{step.event}" if isinstance(step, Notify) else type(step).__name__
+
+
+def readable(instant: Any) -> float:
+    """The instant that a clock gave, if it is one."""
+    if isinstance(instant, int | float) and isfinite(instant):
+        return float(instant)
+    msg = f"a clock gave {instant!r:.80}"
+    raise ValueError(msg)
 
 
 def log_fault(call: Call, what: str, fault: BaseException) -> None:
@@ -262,7 +282,7 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
             if step is ATTEMPT:
                 token = _bind(binding)
                 try:
-                    driver.value = function(*arguments, **keywords)
+                    driver.value = refuse_awaitable(function(*arguments, **keywords), "the function")
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
                     answer = (error, now())
@@ -304,7 +324,7 @@ def _recover(driver: Driver) -> tuple[Exception, float] | None:
     assert driver.recover is not None  # noqa: S101 - the flow asks only if there is one
     token = _bind(driver.binding)
     try:
-        driver.value = driver.recover(driver.context)
+        driver.value = refuse_awaitable(driver.recover(driver.context), "the recovery")
     except Exception as error:  # noqa: BLE001 - this is where a recovery ends
         return (error, driver.now())
     finally:
@@ -331,12 +351,12 @@ def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
         return None
 
 
-def refuse_awaitable(answer: Any, step: Any) -> Any:
+def refuse_awaitable(answer: Any, what: Any) -> Any:
     """A sync template cannot await: say so instead of dropping the coroutine."""
-    if not iscoroutine(answer):
+    if answer.__class__ is not CoroutineType:
         return answer
     answer.close()
-    msg = f"{_described(step)} is asynchronous: use AsyncRetryTemplate"
+    msg = f"{what if isinstance(what, str) else _described(what)} is asynchronous: use AsyncRetryTemplate"
     raise TypeError(msg)
 
 
@@ -373,7 +393,10 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
             else:
                 answer = await _async_perform(driver, step)
     except BaseException as error:
-        if not over:
+        if isinstance(error, GeneratorExit):
+            # The coroutine is being closed: it may await nothing any more.
+            _abort(driver, error)
+        elif not over:
             await _async_abort(driver, error)
         raise
     finally:

@@ -23,9 +23,9 @@ when its owner is gone. Every store is a compare-and-set: when somebody else was
 are applied to them, so the count is exact under any interleaving.
 
 *A recovery is reserved too*, so that it happens once. If an exhausted history has vanished when it is to be recovered,
-somebody else has brought the item to its end in the meantime, and the delivery is answered as a duplicate. (A history
-that vanishes *before an attempt* may also have been evicted or forgotten: then the attempt is made, because to run
-twice is better than to lose.)
+and the store neither evicts nor leaves marks of what was settled, somebody else has brought the item to its end in the
+meantime, and the delivery is answered as a duplicate. (Where it may have been evicted it is recovered, and a history
+that vanishes *before an attempt* lets the attempt be made: to run twice is better than to lose.)
 
 *Pauses are spent before any transaction is begun*, and before the reservation: a process that dies waiting has made no
 attempt.
@@ -93,6 +93,8 @@ def run(call: Call) -> Flow:
             outcome = RETURN if quiet else (yield from _succeed(call))
             break
         if type(failure) is not tuple:
+            if call.admitted:
+                yield from record(call, "cancelled")
             outcome = failure
             break
         error, context._now = failure
@@ -130,6 +132,8 @@ def _open(call: Call) -> Flow:
 
 def close(call: Call, error: BaseException | None) -> Flow:
     """Tell the listeners that the call is over; always."""
+    if call.context.closed:
+        return
     call.context.closed = True
     for listener in call.plan.reversed_listeners:
         yield Notify(listener, "close", (call.context, error))
@@ -169,6 +173,8 @@ def _standing(call: Call) -> Flow:
     context, history = call.context, call.context._history
     if history is None or not (history.failures or history.veto or history.in_flight or history.exhausted):
         return None
+    if call.plan.timed:
+        yield NOW
     decision = standing_decision(call)
     running = len(history.in_flight)
     if running and not (decision.retry and allowed(call, Branch(context, "", extra=running, paid=True)).retry):
@@ -198,7 +204,13 @@ def _pause(call: Call, decision: RetryDecision) -> Flow:
     if fault is not None:
         return raising(BackOffInterruptedError, call, fault, seconds=decision.delay)
     context._facts().not_before = None
-    return (yield from _recover(call, allowed(call, context))) if context.vetoed else None
+    if call.plan.timed:
+        # Pauses oversleep: the deadline is held against the time that it is now.
+        yield NOW
+        context._facts().pause = 0.0
+    if not (call.plan.timed or context.vetoed) or (decision := allowed(call, context)).retry:
+        return None
+    return (yield from _recover(call, decision))
 
 
 # -- the attempt and its transaction
@@ -216,6 +228,9 @@ def _transaction(call: Call, step: Step) -> Flow:
     if step is RECOVER:
         call.context._facts().recovered = True
     outcome = yield from settle_within(call)
+    if type(outcome) is tuple:
+        yield RollBack(outcome[0])
+        return outcome
     if outcome is not None:
         # Left as after a failure: nothing of this attempt may stay.
         left = raising(TerminatedRetryError, call, None, reason="somebody else had the outcome")
@@ -283,6 +298,7 @@ def _recover(call: Call, decision: RetryDecision) -> Flow:
         return ANSWER_NOTHING
     history = context._facts()
     history.exhausted, context.decision = True, decision
+    context.attempt = max(1, history.failures)
     if call.key is not None:
         history.reason = decision.reason
     if not decision.recoverable or call.recovers is None or not call.recovers(context.last_error):
@@ -309,7 +325,7 @@ def _claim(call: Call) -> Flow:
     while not (yield from take_off(call, recovery=True)):
         error = context.last_error
         yield from recall(call, again=True)
-        if context.duplicate or call.version is None:
+        if context.duplicate or (call.version is None and not _may_be_evicted(call)):
             context.duplicate = True
             return ANSWER_NOTHING
         history = context._facts()
@@ -318,6 +334,11 @@ def _claim(call: Call) -> Flow:
             return raising(AttemptsInFlightError, call, error, running=running, reason="it is being recovered")
         history.exhausted = True
     return None
+
+
+def _may_be_evicted(call: Call) -> bool:
+    """Whether a history that vanished need not have been settled: a settled one would have left a mark, or is never evicted."""
+    return call.plan.remember is not None or call.plan.evicts
 
 
 def _recovery(call: Call) -> Flow:

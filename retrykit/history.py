@@ -214,7 +214,7 @@ class Flight:
 
 @attrs.define
 class Tally:
-    """How often one branch of a composed policy was asked about a failure, and since when (seconds since the epoch)."""
+    """How often one branch of a composed policy was asked about a failure, and since when (seconds after the beginning of the operation)."""
 
     count: int = 0
     since: float = 0.0
@@ -272,8 +272,8 @@ class History:
     """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
 
     `live` are the failures of the present call that have not been put into words: (number, error, monotonic time).
-    `pause` is what the back-off proposes, in seconds, while a decision is made. `own_veto`: the veto was spoken in this
-    call, and is not stored yet.
+    `pause` is what the back-off proposes, in seconds, while a decision is made. `own_veto`: what this
+    call has said about the veto and nobody has stored: (the one it saw, its own or None).
     """
 
     # One is made at every first failure, and most end with the call: only what every failure stores is set when one is
@@ -288,7 +288,7 @@ class History:
     completed_at: float | None = None
     expires_at: float | None = None
     veto: str | None = None
-    own_veto: bool = False
+    own_veto: tuple[str | None, str | None] | None = None
     errors: tuple[ErrorSummary, ...] = ()
     in_flight: tuple[Flight, ...] = ()
     exhausted: bool = False
@@ -324,7 +324,14 @@ class History:
     def withdraw_veto(self) -> None:
         """Allow further attempts again; whether there are any left, the policy is asked anew."""
         if self.veto is not None:
-            self.veto, self.own_veto, self.exhausted = None, False, False
+            self.say(None)
+            self.exhausted = False
+
+    def say(self, veto: str | None) -> None:
+        """Set or withdraw the veto, knowing which one was there before this call said anything."""
+        seen = self.veto if self.own_veto is None else self.own_veto[0]
+        self.own_veto = None if seen == veto else (seen, veto)
+        self.veto = veto
 
     def flight(self, fence: int) -> Flight | None:
         """The running attempt with this fence, if it is still believed to run."""
@@ -367,7 +374,7 @@ class History:
 
     @classmethod
     def _from_json(cls, facts: Mapping[str, Any]) -> History:
-        plain = {fact: facts[fact] for fact in _PLAIN if fact in facts}
+        plain = {fact: _sound(fact, facts[fact]) for fact in _PLAIN if fact in facts}
         last = facts.get("last_error")
         attributes = Attributes()
         dict.update(attributes, facts.get("attributes", {}))
@@ -398,6 +405,19 @@ _PLAIN: Final = (
     "completed_at",
     "expires_at",
 )
+
+
+_TEXTS: Final = frozenset({"veto", "reason"})
+_FLAGS: Final = frozenset({"exhausted", "recovered"})
+
+
+def _sound(fact: str, value: Any) -> Any:
+    """A plain fact of a snapshot, if it is of its kind."""
+    kinds = str if fact in _TEXTS else bool if fact in _FLAGS else int | float
+    if value is not None and (not isinstance(value, kinds) or (isinstance(value, bool) and fact not in _FLAGS)):
+        msg = f"{fact} is {value!r:.80}"
+        raise ValueError(msg)
+    return value
 
 
 def check_format(facts: Mapping[str, Any]) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from retrykit.call import Call, Flow, raising
 from retrykit.context import RetryContext, first_fence
 from retrykit.decision import count, decide, pay
-from retrykit.errors import CommitInDoubtError, TerminatedRetryError
-from retrykit.history import MAX_ERRORS, ErrorSummary, Flight, History, StoredError
+from retrykit.errors import TerminatedRetryError
+from retrykit.history import Flight, History, StoredError, message_of
 from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Probe, Remove, Report, Save, Step
 
 # -- recalling
@@ -47,8 +47,11 @@ def _keep_own(theirs: History, mine: History) -> None:
 
     Its veto, and the live exception behind a stored description.
     """
-    if mine.own_veto:
-        theirs.veto, theirs.own_veto = mine.veto, True
+    if mine.own_veto is not None:
+        seen, said = mine.own_veto
+        # A withdrawal takes back the veto that it saw, and no other.
+        if said is not None or theirs.veto == seen:
+            theirs.veto, theirs.own_veto = said, mine.own_veto
     last = mine.last_error
     if (
         isinstance(last, BaseException)
@@ -85,12 +88,12 @@ def _read(call: Call, history: History) -> Flow:
     call.seen = True
     context._history = history
     _forget_own_flights(call, history)
-    here = call.owner.rpartition("/")[0]
     for flight in history.in_flight:
-        # The source says that nobody has the item any more; but what this process knows to be running is running.
-        given_up = state.redelivered is True and flight.owner.rpartition("/")[0] != here
-        if given_up or flight.until <= now or (yield Probe(flight.owner)):
-            _crashed(history, flight, now)
+        running = yield Probe(flight.owner)
+        # What is certainly running is believed; of the others the source may know, or the lease decides.
+        if running is False or (running is not True and (state.redelivered is True or flight.until <= now)):
+            _crashed(call, history, flight, now)
+    context.attempt = history.failures + 1
 
 
 def _forget_own_flights(call: Call, history: History) -> None:
@@ -103,19 +106,14 @@ def _forget_own_flights(call: Call, history: History) -> None:
         history.land(flight.fence)
 
 
-def _crashed(history: History, flight: Flight, now: float) -> None:
+def _crashed(call: Call, history: History, flight: Flight, now: float) -> None:
     """An attempt that never ended is a failed attempt; a recovery that never ended is a failed recovery."""
     history.land(flight.fence)
     if flight.recovery:
         history.recovery_failures += 1
         return
-    error = StoredError.of_crash(flight.fence, flight.owner)
-    history.failures += 1
     history.crashes += 1
-    history.last_error = error
-    history.first_failed_at = now if history.first_failed_at is None else history.first_failed_at
-    history.last_failed_at = now
-    history.errors = (*history.errors, ErrorSummary(history.failures, error.type, error.message, now))[-MAX_ERRORS:]
+    count(call, StoredError.of_crash(flight.fence, flight.owner), now)
 
 
 def take_over(call: Call, stored: Any) -> bool:
@@ -172,7 +170,7 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
         history.land(history.fence)
         yield Report("journal", saved)
         return True
-    call.version, call.seen, history.own_veto = saved, True, False
+    call.version, call.seen, history.own_veto = saved, True, None
     return True
 
 
@@ -264,7 +262,7 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
         yield from _not_stored(call, error, saved)
         return True
     if saved is not None:
-        call.version, call.seen, context._facts().own_veto = saved, True, False
+        call.version, call.seen, context._facts().own_veto = saved, True, None
         return True
     stored = yield Load(key)
     theirs = history_of(stored)
@@ -286,7 +284,7 @@ def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
     call.context.fault = fault
     # Not every exception can carry a note: one that is frozen goes on its way without.
     with suppress(Exception):
-        error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {fault}")
+        error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {message_of(fault)}")
     yield Report("store", fault)
 
 
@@ -300,7 +298,7 @@ def keep_veto(call: Call) -> Flow:
             if not isinstance(saved, Exception):
                 take_over(call, saved)
                 continue
-        context._facts().own_veto = False
+        context._facts().own_veto = None
         if isinstance(saved, Exception):
             yield Report("veto", saved)
         else:
@@ -310,7 +308,7 @@ def keep_veto(call: Call) -> Flow:
 def _says_veto(context: RetryContext) -> bool:
     """Whether this call has spoken a veto that nobody has stored, of an item that nobody has completed."""
     history = context._history
-    return history is not None and history.own_veto and history.completed_at is None and not context.duplicate
+    return history is not None and history.own_veto is not None and history.completed_at is None and not context.duplicate
 
 
 # -- settling
@@ -352,9 +350,10 @@ def settle(call: Call) -> Flow:
         if answer is not None and answer is not False:
             return
         stored = yield Load(call.key or "")
-        if stored is None or isinstance(stored, Exception):
+        if isinstance(stored, Exception) or (stored is None and call.plan.remember is None):
             return
-        call.version = stored.version
+        # Gone, but not settled by anybody: evicted or forgotten. The mark is still to be made.
+        call.version = None if stored is None else stored.version
 
 
 def settle_within(call: Call) -> Flow:
@@ -362,12 +361,18 @@ def settle_within(call: Call) -> Flow:
 
     The outcome if somebody else had it.
     """
-    if not _has_to_settle(call) or (yield JOIN) is not True:
+    if not _has_to_settle(call):
+        return None
+    joined = yield JOIN
+    if joined is not True:
+        if isinstance(joined, Exception):
+            yield Report("join", joined)
         return None
     while True:
         answer = yield from _settling(call, joined=True)
         if isinstance(answer, Exception):
-            return raising(CommitInDoubtError, call, answer)
+            # Without its mark the work must not be committed: as if the commit had failed.
+            return (answer, call.context._now)
         if answer is not None and answer is not False:
             call.settled = True
             return None
@@ -381,11 +386,11 @@ def _overtaken(call: Call, stored: Any) -> Any:
     """Somebody else changed the history while the attempt ran: may it still settle?"""
     theirs = history_of(stored)
     if isinstance(theirs, Exception):
-        return raising(CommitInDoubtError, call, theirs)
+        return (theirs, call.context._now)
     if theirs is not None and theirs.completed_at is not None:
         call.context.duplicate = True
         return ANSWER_NOTHING
-    if call.flight is not None and (theirs is None or theirs.flight(call.flight) is None):
+    if call.flight is not None and theirs is not None and theirs.flight(call.flight) is None:
         reason = "it was believed dead, counted as a crash and overtaken; its work is rolled back"
         return raising(TerminatedRetryError, call, None, reason=reason)
     call.version = None if stored is None else stored.version

@@ -8,6 +8,10 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import time
+
+NOWHERE = "?"
+"""The machine where the kernel tells nothing of its processes: owners there are known to nobody but themselves."""
 
 _numbers = itertools.count(1)
 _running: set[int] = set()
@@ -32,7 +36,7 @@ def this_process() -> str:
 
 @functools.lru_cache(maxsize=8)
 def _name_of(pid: int) -> str:
-    return f"{_machine()}/{pid}/{_start_of(pid)}"
+    return f"{_machine()}/{pid}/{_start_of(pid) or int(time.time())}"
 
 
 @functools.cache
@@ -40,9 +44,9 @@ def _machine() -> str:
     """Host, boot and process-number space: only within one of these can a process number be looked up."""
     try:
         boot = _read("/proc/sys/kernel/random/boot_id").strip()[:8]
-        numbers = os.readlink("/proc/self/ns/pid")  # noqa: PTH115
+        numbers = os.readlink("/proc/self/ns/pid")
     except OSError:
-        boot = numbers = "-"
+        return NOWHERE
     return f"{os.uname().nodename}/{boot}/{numbers}"
 
 
@@ -52,24 +56,27 @@ def _read(path: str) -> str:
         return file.read()
 
 
-def _start_of(pid: int) -> str:
-    """The kernel's start time of a process, "" where it cannot be told (no /proc) or there is no such process."""
+def _start_of(pid: int) -> str | None:
+    """The kernel's start time of a process, "" if there is no such process, None where it cannot be told."""
     try:
         stat = _read(f"/proc/{pid}/stat")
+    except (FileNotFoundError, ProcessLookupError):
+        return "" if _machine() != NOWHERE and os.path.isdir("/proc/self") else None  # noqa: PTH112 - pathlib is dear
     except OSError:
-        return ""
+        return None
     # The command's name may contain anything, parentheses included; the fields are counted from its last one.
     fields = stat.rpartition(")")[2].split()
     dead = fields[0] in {"Z", "X"}
     return "" if dead else fields[19]
 
 
-def is_gone(owner: str) -> bool:
-    """Whether the call is certainly no longer running: False also when nobody here can know."""
+def is_running(owner: str) -> bool | None:
+    """Whether the call is running: certainly (True), certainly not (False), or nobody here can know (None)."""
     process, _, number = owner.rpartition("/")
     if process == this_process():
-        return not number.isdigit() or int(number) not in _running
+        return number.isdigit() and int(number) in _running
     machine, pid, start = [*process.rsplit("/", 2), "", ""][:3]
     if machine != _machine() or not pid.isdigit() or not start:
-        return False
-    return _start_of(int(pid)) != start
+        return None
+    now = _start_of(int(pid))
+    return None if now is None or now == start else False

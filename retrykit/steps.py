@@ -13,7 +13,7 @@ what came of it.
 | `Save(key, snapshot, expected)` | compare-and-set | the new version, None, or the fault |
 | `Remove(key, expected)` | remove | True, False, or the fault |
 | `NOW` | read the clock | seconds since the epoch |
-| `Probe(owner)` | see whether a process is certainly gone | True or False |
+| `Probe(owner)` | see whether a call is still running | True, False, or None: nobody here can know |
 | `Pause(seconds)` | spend the time: sleep, await, or hand it to whoever can wait | None, or what interrupted it |
 | `Notify(listener, event, arguments)` | tell a listener; `VALUE` stands for the result | None (faults are logged) |
 | `Take(budget)` | take a token | True or False |
@@ -109,7 +109,7 @@ class Remove(Step):
 
 
 class Probe(Step):
-    """Is this process certainly gone?"""
+    """Is the call of this name still running?"""
 
     __slots__ = ("owner",)
 

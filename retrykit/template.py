@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from inspect import isawaitable
 from time import monotonic
 from types import CoroutineType
-from typing import Any, TypeVar, overload
+from typing import Any, ClassVar, TypeVar, overload
 
 import attrs
 
@@ -24,8 +24,7 @@ from retrykit.driver import Driver, async_drive, drive
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
-from retrykit.owner import begin
-from retrykit.policy import RetryPolicy, SimpleRetryPolicy, every, is_policy
+from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
 from retrykit.value import Value
 
 T = TypeVar("T")
@@ -115,6 +114,8 @@ class _Template(Value):
                 self.listeners or any(isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy) for part in parts)
             ),
             pauses=not isinstance(self.back_off_policy, NoBackOffPolicy),
+            timed=any(isinstance(part, TimeoutRetryPolicy) for part in parts),
+            evicts=getattr(self.context_cache, "on_full", None) == "evict_oldest",
             tallied=hasattr(self.retry_policy, "tally"),
             throw_last=self.throw_last,
             remember=self.remember_completed,
@@ -159,7 +160,6 @@ class _Template(Value):
         state = context._state
         if state is not None and state.key is not None:
             driver.key = in_namespace(self._space, state.key)
-            driver.owner = begin()
         return driver
 
 
@@ -199,6 +199,7 @@ class RetryTemplate(_Template):
     """
 
     __slots__ = ()
+    asynchronous: ClassVar[bool] = False
 
     def execute(
         self,
@@ -296,6 +297,7 @@ class AsyncRetryTemplate(_Template):
     """
 
     __slots__ = ()
+    asynchronous: ClassVar[bool] = True
 
     @overload
     async def execute(

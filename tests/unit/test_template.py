@@ -842,9 +842,17 @@ def test_a_recovered_item_is_complete_too(way):
 # -- attempts elsewhere, and deaths
 
 
+def test_what_this_process_knows_to_be_running_is_running_whatever_the_source_and_the_lease_say(way):
+    template = way.kind(retry_policy=SimpleRetryPolicy(1))
+    leave_running(template.context_cache, owner=begin(), until=EPOCH - 1)
+    callback = Fails(ERROR)
+    assert type(deliver(way, template, callback, redelivered=True)) is AttemptsInFlightError
+    assert callback.attempts == []
+
+
 def test_an_attempt_that_never_ended_counts_as_a_crash(way):
     template = way.kind(retry_policy=SimpleRetryPolicy(2))
-    leave_running(template.context_cache, owner=begin())
+    leave_running(template.context_cache, owner="elsewhere/1/2/3")
     callback = Fails(ERROR)
     assert deliver(way, template, callback, redelivered=True) is ERROR
     assert callback.attempts == [2]
