@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
@@ -50,8 +51,8 @@ def sqlite_engine(
     the write lock instead of failing in the middle (read-only work:
     `engine.execution_options(retrykit_begin="DEFERRED")`). `durability`: "power" keeps what was committed through a
     loss of power (synchronous=FULL), "process" through the death of the process (NORMAL). Foreign keys are enforced.
-    `:memory:`: one connection, which threads take in turn. Further options go to `sqlalchemy.create_engine`.
-    ValueError for another database's URL.
+    In memory (`:memory:`, `mode=memory`): one connection, which threads take in turn. Further options go to
+    `sqlalchemy.create_engine`. ValueError for another database's URL.
     """
     place = sqlite_url(url)
     if durability not in _SYNCHRONOUS:
@@ -74,15 +75,26 @@ def sqlite_url(url: str | URL) -> URL:
     """The URL, parsed. ValueError, without the password, for what is no URL or no SQLite one."""
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise wrong_value("url", "a database URL such as 'sqlite:///retrykit.db'", url) from error
+    except (ArgumentError, ValueError):
+        # Neither the text nor the cause, which quotes it: nobody knows where in it the password is.
+        msg = (
+            "url: must be a database URL such as 'sqlite:///retrykit.db' (what was given is not shown: it has no form)"
+        )
+        raise ValueError(msg) from None
     if parsed.get_backend_name() != "sqlite":
-        raise wrong_value("url", "a sqlite URL (other databases are not supported yet)", parsed.render_as_string())
+        place = parsed.set(query={}).render_as_string(hide_password=True)
+        raise wrong_value("url", "a sqlite URL (other databases are not supported yet)", place)
     return parsed
 
 
 def _in_memory(url: URL) -> bool:
-    return url.database in (None, "", ":memory:")
+    """Whether each connection would have a database of its own, or share one that waits for no lock."""
+    name = url.database or ""
+    if not name.startswith("file:"):
+        return name in ("", ":memory:")
+    path, _, options = name.removeprefix("file:").partition("?")
+    asked = {**dict(parse_qsl(options)), **url.query}
+    return path in ("", ":memory:") or asked.get("mode") == "memory" or asked.get("vfs") == "memdb"
 
 
 def _take_over(engine: Engine, *, wal: bool, synchronous: str, foreign_keys: bool) -> None:

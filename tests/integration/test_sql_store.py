@@ -9,6 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -523,6 +524,10 @@ def test_database_in_memory_that_threads_cannot_share_is_refused(address, at_the
         ((None,), {}, TypeError),
         (("no url",), {}, ValueError),
         (("postgresql://user:hidden@host/db",), {}, ValueError),
+        (("postgresql//user:hidden@host/db",), {}, ValueError),
+        (("user:hidden@host",), {}, ValueError),
+        (("postgresql://user:hidden@host:port/db",), {}, ValueError),
+        (("postgresql://host/db?password=hidden",), {}, ValueError),
         (("sqlite://",), {"capacity": 0}, ValueError),
         (("sqlite://",), {"capacity": True}, TypeError),
         (("sqlite://",), {"capacity": 1.5}, TypeError),
@@ -535,7 +540,32 @@ def test_database_in_memory_that_threads_cannot_share_is_refused(address, at_the
 def test_bad_arguments_are_refused_by_name_without_secrets(arguments, options, error):
     with pytest.raises(error, match=next(iter(options), "engine|url")) as caught:
         SqlRetryContextCache(*arguments, **options)
-    assert "hidden" not in str(caught.value)
+    errors = (caught.value, None if caught.value.__suppress_context__ else caught.value.__context__)
+    assert "hidden" not in str(errors)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "",
+        ":memory:",
+        "file::memory:?uri=true",
+        "file:?uri=true",
+        "file:retrykit?mode=memory&uri=true",
+        "file:retrykit?mode=memory&cache=shared&uri=true",
+        "file:/retrykit?vfs=memdb&uri=true",
+    ],
+)
+def test_database_in_memory_is_one_for_all_threads_however_it_is_written(place, at_the_end):
+    cache = at_the_end.enter_context(SqlRetryContextCache(f"sqlite:///{place}"))
+
+    def save(number):
+        for round_ in range(5):
+            assert cache.save(f"a/{number}-{round_}", {}, None) is not None
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(save, range(8)))
+    assert len(list(cache.items())) == 40
 
 
 @pytest.mark.parametrize(

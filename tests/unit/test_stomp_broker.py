@@ -38,12 +38,38 @@ def test_a_password_is_never_shown():
     assert "secret" not in f"{broker!r} {broker.name} {broker.address!r}"
 
 
-@pytest.mark.parametrize("url", ["http://me:secret@host", "stomp://me:secret@host:99999", "stomp://me:sec%00ret@host"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://me:secret@host",
+        "stomp://me:secret@host:99999",
+        "stomp://me:sec%00ret@host",
+        "stomp://me:secret/x@host",
+        "stomp://me:12/secret@host:61613/queue/a",
+        "stomp://me:12?secret@host",
+        "stomp://me:12#secret@host",
+        "http://me:a//secret@host",
+        "stomp://me:[secret]@host",
+        "stomp://me:[secret@host",
+        "stomp://me:secret\u2100@host",
+    ],
+)
 def test_a_url_is_refused_without_its_password(url):
     assert "sec" not in redacted(url)
     with pytest.raises(ValueError, match="url") as refused:
         StompBroker(url, destination="/queue/a")
-    assert "sec" not in str(refused.value)
+    assert "sec" not in f"{refused.value} {refused.value.__cause__}"
+    assert refused.value.__cause__ is None
+    assert refused.value.__context__ is None or refused.value.__suppress_context__
+
+
+@pytest.mark.parametrize(
+    "url", ["stomp://secret@host", "me:secret@host", "a//b//me:secret@host", "x://me:sec//ret@host"]
+)
+def test_what_may_be_a_password_is_masked_in_whatever_was_given(url):
+    assert "sec" not in redacted(url)
+    assert "ret" not in redacted(url)
+    assert redacted(url).endswith("***@host")
 
 
 def test_the_destination_is_given_or_the_path_of_the_url():
