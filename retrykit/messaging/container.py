@@ -50,6 +50,12 @@ class ListenerContainer:
     pauses and an error in the log, until somebody acts. So does one whose recovery fails, and one whose failure cannot
     be stored (the context cache is full or cannot be reached): none is counted, so it is not recovered either.
 
+    A handler may send too, by returning `Republish` or `Park`. Its completion mark is then written when the broker has
+    confirmed, not with the work: a process that dies between the two commits (or a broker that leaves its own in doubt)
+    makes the handler run again, and what it wrote to the database is written twice, the sent copy is there once. A
+    recovery of your own that writes to the database (`park_in_transaction`) is repeated in the same way where nothing
+    is remembered of completed messages (`remember_completed`).
+
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
     `with container: container.wait()`, or `container.run()`.

@@ -16,13 +16,16 @@ neither: nothing is counted, see `CommitInDoubtError`. One that the broker refus
 
 What sends something (a parked copy) settles its history in 6 only, never in 4: a database that remembers the message as
 done, while the broker has forgotten the copy, has lost it. So after a crash between 4 and 5 a recovery that parks runs
-again: the copy is there once, what the recovery wrote to the database is written again.
+again: the copy is there once, what the recovery wrote to the database is written again. The same holds for a handler
+that sends. A recovery that sends nothing has its mark in 4; without marks its history too is settled in 6, so that
+after a crash it is the recovery that is repeated, not the attempts.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
@@ -30,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from retrykit.cache import JoinableContextCache
 from retrykit.check import wrong_type
 from retrykit.clock import Clock, SystemClock
 from retrykit.context import RetryState
@@ -90,6 +94,8 @@ class Work:
     transaction: Transaction | None
     tally: Tally
     patience: Patience
+    warned: threading.Lock = attrs.field(factory=threading.Lock)
+    """Taken, and never let go, by the one who warns."""
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -219,7 +225,12 @@ class _Delivery:
             raise self.refused
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
         self.recovering = True
-        return self._obey(self.work.recover(self.message, context), context, "recover")
+        result = self._obey(self.work.recover(self.message, context), context, "recover")
+        if self.work.template.remember_completed is None:
+            # No mark would say that it is recovered: until the broker has confirmed, the history has to say that no
+            # attempt is left.
+            context.transaction = None
+        return result
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
         _refuse_unfinished(result, whose)
@@ -229,9 +240,25 @@ class _Delivery:
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
             case Park(destination, headers=headers) | Republish(destination, headers=headers):
                 self.session.send(destination, self.message.body, may_travel(headers))
+                if not self.recovering:
+                    self._warn_of_repetition(context)
                 # The cache finds no transaction to join: the history outlives the database's commit until the broker's.
                 context.transaction = None
         return result
+
+    def _warn_of_repetition(self, context: RetryContext) -> None:
+        """Say once that a promise which marks seem to make does not hold for handlers that send."""
+        template, warned = self.work.template, self.work.warned
+        cache = template.context_cache
+        if warned.locked() or template.remember_completed is None or context.transaction is None:
+            return
+        joins = isinstance(cache, JoinableContextCache) and cache.joined(context.transaction) is not None
+        if joins and warned.acquire(blocking=False):
+            _log.warning(
+                "%s: the handler writes to the database and returned a message to send: when the process dies between "
+                "the two commits it runs again, although completed messages are remembered",
+                template.name,
+            )
 
     def settled(self) -> None:
         self.committed = True

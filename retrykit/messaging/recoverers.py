@@ -94,7 +94,11 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 
 @attrs.frozen
 class republish:  # noqa: N801 - as `park`
-    """Send a copy on to `destination`, with its stable id (`retrykit-id`) and the listed `headers`, without history."""
+    """Send a copy on to `destination`, with its stable id (`retrykit-id`) and the listed `headers`, without history.
+
+    The copy and the acknowledgement are one broker transaction; see `ListenerContainer` for what a crash between that
+    and the database's repeats.
+    """
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: tuple[str, ...] = attrs.field(default=DEFAULT_HEADERS, converter=_patterns, kw_only=True)
