@@ -3,36 +3,43 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from retrykit import (
     AsyncRetryTemplate,
     CircuitBreakerRetryPolicy,
+    CompositeRetryPolicy,
     ExhaustedRetryError,
     MapRetryContextCache,
     MaxAttemptsRetryPolicy,
     RetryState,
     RetryTemplate,
+    SimpleRetryPolicy,
     circuit_breaker,
 )
-from retrykit.breaker import MAX_CALLS
-from retrykit.circuit import CLOSED
+from retrykit.breaker import CLOSED, MAX_ENTRIES, SLOTS, is_state, ticket_of
 from tests.doubles import BrokenCache, Fails, ManualClock
 
 BREAKER = CircuitBreakerRetryPolicy(failure_threshold=2, open_timeout=5, reset_timeout=20)
+RATED = CircuitBreakerRetryPolicy(failure_threshold=2, failure_rate=0.5, open_timeout=5)
+OPEN = {"state": "open", "generation": 1, "since": 100.0}
+HALF_OPEN = {"state": "half-open", "generation": 2, "since": 100.0, "trials": 1, "round": 0}
 
 
 def recorded(breaker, *outcomes, state=CLOSED, at=100.0):
     for outcome in outcomes:
-        state = breaker.record(state, outcome, at)
+        state = breaker.record(state, outcome, at, ticket_of(state))
     return state
 
 
 def test_it_opens_when_the_threshold_is_reached():
     assert recorded(BREAKER, "failure")["state"] == "closed"
-    assert recorded(BREAKER, "failure", "failure") == {"state": "open", "since": 100.0}
+    assert recorded(BREAKER, "failure", "failure") == OPEN
 
 
 def test_a_success_between_failures_does_not_count_against_it():
@@ -41,19 +48,42 @@ def test_a_success_between_failures_does_not_count_against_it():
 
 
 def test_failures_outside_the_window_are_forgotten():
-    state = BREAKER.record(CLOSED, "failure", 100.0)
-    assert BREAKER.record(state, "failure", 105.5) == {"state": "closed", "calls": [[105.5, True]]}
+    state = recorded(BREAKER, "failure")
+    assert recorded(BREAKER, "failure", state=state, at=105.5) == {**CLOSED, "calls": [[105.5, 1, 1]]}
 
 
 def test_with_a_rate_failures_must_be_that_share_of_the_calls():
-    breaker = CircuitBreakerRetryPolicy(failure_threshold=2, failure_rate=0.5)
-    assert recorded(breaker, "success", "success", "success", "failure", "failure")["state"] == "closed"
-    assert recorded(breaker, "success", "success", "failure", "failure")["state"] == "open"
+    assert recorded(RATED, "success", "success", "success", "failure", "failure")["state"] == "closed"
+    assert recorded(RATED, "success", "success", "failure", "failure")["state"] == "open"
 
 
-def test_the_window_remembers_a_bounded_number_of_calls():
-    state = recorded(CircuitBreakerRetryPolicy(), *["success"] * (MAX_CALLS + 10))
-    assert len(state["calls"]) == MAX_CALLS
+def test_successes_are_written_only_where_a_share_is_wanted():
+    assert recorded(BREAKER, "success") is CLOSED
+    assert recorded(RATED, "success")["calls"] == [[100.0, 1, 0]]
+
+
+@given(st.lists(st.floats(0, 0.5), min_size=1, max_size=400))
+def test_the_window_remembers_a_bounded_number_of_entries_and_every_call_in_it(pauses):
+    breaker = CircuitBreakerRetryPolicy(failure_threshold=1_000, failure_rate=1.0, open_timeout=5)
+    state, now, instants = CLOSED, 1.7e9, []
+    for pause in pauses:
+        now += pause
+        instants.append(now)
+        state = recorded(breaker, "failure", state=state, at=now)
+    assert is_state(state)
+    assert len(state["calls"]) <= MAX_ENTRIES
+    made = sum(calls for _, calls, _ in state["calls"])
+    at_least = sum(instant > now - 5 for instant in instants)
+    assert at_least <= made <= sum(instant > now - 5 - 5 / SLOTS - 1e-6 for instant in instants)
+
+
+def test_a_threshold_above_every_number_of_entries_is_reached():
+    breaker = CircuitBreakerRetryPolicy(failure_threshold=1_001, open_timeout=5)
+    state = CLOSED
+    for number in range(1_001):
+        assert state["state"] == "closed"
+        state = recorded(breaker, "failure", state=state, at=100.0 + number / 1_000)
+    assert state["state"] == "open"
 
 
 def test_a_closed_circuit_lets_everybody_through():
@@ -61,18 +91,16 @@ def test_a_closed_circuit_lets_everybody_through():
 
 
 def test_an_open_circuit_refuses_until_the_reset_timeout():
-    state = {"state": "open", "since": 100.0}
-    same, refusal = BREAKER.admit(state, 119.0)
-    assert same == state
+    same, refusal = BREAKER.admit(OPEN, 119.0)
+    assert same == OPEN
     assert not refusal.retry
     assert refusal.reason == "CircuitBreakerRetryPolicy: the circuit is open; ask again in 1.000 s"
-    assert BREAKER.admit(state, 120.0) == ({"state": "half-open", "since": 120.0, "trials": 1}, None)
+    assert BREAKER.admit(OPEN, 120.0) == ({**HALF_OPEN, "since": 120.0}, None)
 
 
 def test_a_half_open_circuit_lets_its_trials_through_and_nobody_else():
     breaker = CircuitBreakerRetryPolicy(half_open_max_calls=2)
-    state = {"state": "half-open", "since": 100.0, "trials": 1}
-    second, refusal = breaker.admit(state, 101.0)
+    second, refusal = breaker.admit(HALF_OPEN, 101.0)
     assert (second["trials"], refusal) == (2, None)
     third, refusal = breaker.admit(second, 101.0)
     assert third == second
@@ -80,21 +108,72 @@ def test_a_half_open_circuit_lets_its_trials_through_and_nobody_else():
 
 
 def test_trials_that_never_ended_do_not_keep_the_gate_shut():
-    state = {"state": "half-open", "since": 100.0, "trials": 1}
-    assert BREAKER.admit(state, 120.0) == ({"state": "half-open", "since": 120.0, "trials": 1}, None)
+    assert BREAKER.admit(HALF_OPEN, 120.0) == ({**HALF_OPEN, "since": 120.0, "round": 1}, None)
 
 
 def test_a_trial_decides():
-    state = {"state": "half-open", "since": 100.0, "trials": 1}
-    assert BREAKER.record(state, "success", 101.0) == CLOSED
-    assert BREAKER.record(state, "failure", 101.0) == {"state": "open", "since": 101.0}
-    assert BREAKER.record(state, "cancelled", 101.0) == {**state, "trials": 0}
-    assert BREAKER.record(CLOSED, "cancelled", 101.0) == CLOSED
+    trial = ticket_of(HALF_OPEN)
+    assert BREAKER.record(HALF_OPEN, "success", 101.0, trial) == {**CLOSED, "generation": 3}
+    assert BREAKER.record(HALF_OPEN, "failure", 101.0, trial) == {**OPEN, "generation": 3, "since": 101.0}
+    assert BREAKER.record(HALF_OPEN, "cancelled", 101.0, trial) == {**HALF_OPEN, "trials": 0}
+    assert BREAKER.record(CLOSED, "cancelled", 101.0, ticket_of(CLOSED)) == CLOSED
 
 
-def test_a_call_that_ends_after_the_circuit_opened_changes_nothing():
-    state = {"state": "open", "since": 100.0}
-    assert BREAKER.record(state, "success", 101.0) == BREAKER.record(state, "failure", 101.0) == state
+@pytest.mark.parametrize("outcome", ["success", "failure", "cancelled"])
+@pytest.mark.parametrize("state", [OPEN, HALF_OPEN, {**CLOSED, "generation": 3}], ids=["open", "half-open", "closed"])
+def test_a_call_of_an_earlier_generation_changes_nothing(state, outcome):
+    assert BREAKER.record(state, outcome, 101.0, ticket_of(CLOSED)) == state
+
+
+def test_a_trial_of_an_earlier_round_decides_but_gives_no_place_back():
+    late, renewed = ticket_of(HALF_OPEN), BREAKER.admit(HALF_OPEN, 120.0)[0]
+    assert BREAKER.record(renewed, "success", 121.0, late)["state"] == "closed"
+    assert BREAKER.record(renewed, "failure", 121.0, late)["state"] == "open"
+    assert BREAKER.record(renewed, "cancelled", 121.0, late) == renewed
+
+
+def test_a_call_that_was_let_through_unasked_counts_while_the_circuit_is_closed():
+    assert BREAKER.record(CLOSED, "failure", 101.0)["calls"] == [[101.0, 1, 1]]
+    assert BREAKER.record(HALF_OPEN, "success", 101.0) == HALF_OPEN
+    assert BREAKER.record(OPEN, "failure", 101.0) == OPEN
+
+
+def test_a_clock_that_is_set_back_makes_nobody_wait_longer_than_the_timeout():
+    for state in (OPEN, {**HALF_OPEN, "trials": 1}):
+        since, refusal = BREAKER.admit(state, 10.0)
+        assert since["since"] == 10.0
+        assert refusal.reason.endswith("ask again in 20.000 s")
+        assert BREAKER.admit(since, 30.0)[1] is None
+    state = recorded(BREAKER, "failure", state=recorded(BREAKER, "failure"), at=10.0)
+    assert state["state"] == "open"
+    state = recorded(RATED, "success", "success", "success", "failure", at=10.0, state=recorded(RATED, "failure"))
+    assert [entry[0] for entry in state["calls"]] == [10.0] * 5
+    assert recorded(RATED, "success", state=state, at=16.0)["calls"] == [[16.0, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        None,
+        {},
+        {"state": "closed", "calls": []},
+        {**CLOSED, "calls": None},
+        {**CLOSED, "calls": [[1.0, True]]},
+        {**CLOSED, "calls": [[1.0, 1, "many"]]},
+        {**OPEN, "since": "x"},
+        {**OPEN, "since": float("nan")},
+        {**OPEN, "state": "ajar"},
+        {**HALF_OPEN, "trials": None},
+    ],
+    ids=str,
+)
+def test_what_is_no_state_is_known_for_it(damaged):
+    assert not is_state(damaged)
+
+
+@pytest.mark.parametrize("state", [CLOSED, OPEN, HALF_OPEN], ids=["closed", "open", "half-open"])
+def test_every_state_goes_through_json(state):
+    assert is_state(json.loads(json.dumps(state)))
 
 
 def test_it_asks_its_delegate_about_attempts():
@@ -210,6 +289,81 @@ def test_a_store_that_fails_leaves_the_circuit_closed_and_says_so(caplog):
             through.execute(Fails(OSError("down")))
         assert through.execute(Fails()) == "done"
     assert "fault in circuit breaker" in caplog.text
+
+
+@pytest.mark.parametrize("breaker", [{}, {"breaker": {"state": "ajar"}}, {"breaker": {**OPEN, "since": "x"}}], ids=str)
+def test_a_damaged_circuit_is_closed_reported_and_mended(caplog, breaker):
+    cache = MapRetryContextCache()
+    through, _ = template(cache)
+    cache.save("peer@breaker0", {"format": 1} | breaker, None)
+    with caplog.at_level(logging.ERROR, "retrykit"):
+        assert through.execute(Fails()) == "done"
+        assert caplog.text.count("is damaged, it is closed") == 1
+    assert cache.load("peer@breaker0").snapshot["breaker"] == CLOSED
+
+
+def test_a_call_from_before_the_circuit_opened_does_not_speak_for_the_trial():
+    through, clock = template()
+
+    def trial(context):
+        with pytest.raises(ExhaustedRetryError, match="trial calls are under way"):
+            through.execute(Fails())
+        return "healthy"
+
+    def old(context):
+        fail_twice(through)
+        clock.sleep(20)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        through.execute(old)
+    assert through.execute(trial) == "healthy"
+
+    def late(context):
+        fail_twice(through)
+        clock.sleep(20)
+        state, _ = through.retry_policy.admit(circuit(through), clock.time())
+        through.context_cache.save("peer@breaker0", {"format": 1, "breaker": state}, version(through))
+        return "from long ago"
+
+    assert through.execute(late) == "from long ago"
+    assert circuit(through)["state"] == "half-open"
+
+
+def circuit(through):
+    return through.context_cache.load("peer@breaker0").snapshot["breaker"]
+
+
+def version(through):
+    return through.context_cache.load("peer@breaker0").version
+
+
+def test_of_two_breakers_the_one_that_let_a_trial_through_gets_it_back_when_the_other_refuses():
+    first = CircuitBreakerRetryPolicy(MaxAttemptsRetryPolicy(1), failure_threshold=2, reset_timeout=20)
+    second = CircuitBreakerRetryPolicy(MaxAttemptsRetryPolicy(1), failure_threshold=2, reset_timeout=30)
+    clock, cache = ManualClock(), MapRetryContextCache()
+    through = RetryTemplate(
+        name="peer", retry_policy=CompositeRetryPolicy([first, second]), clock=clock, context_cache=cache
+    )
+    fail_twice(through)
+    clock.sleep(20)
+    with pytest.raises(ExhaustedRetryError, match="the circuit is open"):
+        through.execute(Fails())
+    assert (circuit(through)["state"], circuit(through)["trials"]) == ("half-open", 0)
+    clock.sleep(10)
+    assert through.execute(Fails()) == "done"
+
+
+def test_a_refusal_knows_whether_the_failure_may_be_recovered():
+    strict = SimpleRetryPolicy(5, not_recoverable=ValueError)
+    through = RetryTemplate(
+        name="peer", retry_policy=CircuitBreakerRetryPolicy(strict, failure_threshold=1), clock=ManualClock()
+    )
+    recovered = []
+    with pytest.raises(ValueError, match="bad"):
+        through.execute(Fails(ValueError("bad")), recovered.append)
+    assert recovered == []
+    assert through.execute(Fails(), lambda context: context.decision.recoverable) is True
 
 
 def test_callers_that_change_the_circuit_at_once_lose_no_failure():
