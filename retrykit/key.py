@@ -22,7 +22,7 @@ def check_key(key: Any) -> None:
     if type(key) is str:
         return
     if isinstance(key, tuple):
-        for part in key:
+        for part in tuple.__iter__(key):
             check_key(part)
     elif isinstance(key, bool) or not isinstance(key, str | int | bytes):
         raise wrong_type("key", "a str, int, bytes or a tuple of these", key)
@@ -77,27 +77,31 @@ def _sha256(text: str) -> str:
 
 
 def _text(key: Key) -> str:
+    # Kinds of str, int and bytes (enumerations, texts that hide themselves in logs) name the item that their content
+    # names: it is read by the base class, because how they show themselves is their own affair.
     if isinstance(key, str):
-        return f"/{key}"
+        return f"/{str.__str__(key)}"
     if isinstance(key, int):
-        return f"#{key:d}"
+        return f"#{int.__repr__(key)}"
     if isinstance(key, bytes):
-        return f"={key.hex()}"
-    return "(" + ",".join(_part(part) for part in key) + ")"
+        return f"={bytes.hex(key)}"
+    return "(" + ",".join(_part(part) for part in tuple.__iter__(key)) + ")"
 
 
 def _part(key: Key) -> str:
     """A member of a tuple: a str is given its length, so that no content can look like the end of it."""
-    return f"/{len(key)}:{key}" if isinstance(key, str) else _text(key)
+    return f"/{str.__len__(key)}:{str.__str__(key)}" if isinstance(key, str) else _text(key)
 
 
 def key_to_json(key: Key | None) -> Any:
     """The JSON form: text and ints as they are, bytes as {"bytes": hex}, a tuple as a list."""
+    if isinstance(key, str):
+        return str.__str__(key)
     if isinstance(key, bytes):
-        return {"bytes": key.hex()}
+        return {"bytes": bytes.hex(key)}
     if isinstance(key, tuple):
-        return [key_to_json(part) for part in key]
-    return key
+        return [key_to_json(part) for part in tuple.__iter__(key)]
+    return None if key is None else int.__index__(key)
 
 
 def key_from_json(value: Any) -> Key | None:

@@ -23,10 +23,7 @@ class Value:
 
     def __hash__(self) -> int:
         return hash(
-            (
-                type(self),
-                *(getattr(self, field.name) for field in _fields(self) if field.eq and field.hash is not False),
-            )
+            (type(self), *(_key(self, field) for field in _fields(self) if field.eq and field.hash is not False))
         )
 
     def __repr__(self) -> str:
@@ -40,10 +37,13 @@ def _fields(value: Any) -> Any:
 
 
 def _compared(value: Any) -> tuple[Any, ...]:
-    fields = (field for field in _fields(value) if field.eq)
-    return tuple(
-        field.eq_key(getattr(value, field.name)) if field.eq_key else getattr(value, field.name) for field in fields
-    )
+    return tuple(_key(value, field) for field in _fields(value) if field.eq)
+
+
+def _key(value: Any, field: Any) -> Any:
+    """What a field is compared and hashed by: both by the same, so that equal values have equal hashes."""
+    own = getattr(value, field.name)
+    return field.eq_key(own) if field.eq_key else own
 
 
 def _text(field: Any, value: Any) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import enum
 import json
+import typing
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.key import canonical_key, check_key, in_namespace, key_from_json, key_to_json, namespace
+from retrykit.key import MAX_SPACE, canonical_key, check_key, in_namespace, key_from_json, key_to_json, namespace
 
 PLAIN = st.text() | st.integers() | st.binary()
 KEYS = st.recursive(PLAIN, lambda inner: st.lists(inner, max_size=3).map(tuple), max_leaves=6)
@@ -101,8 +103,93 @@ def test_a_name_is_text(name):
         namespace(name)
 
 
-def test_a_kind_of_text_is_text():
-    class Identity(str):
-        __slots__ = ()
+class Identity(str):
+    """A text that hides itself."""
 
-    assert canonical_key("orders", Identity("m-1")) == canonical_key("orders", "m-1")
+    __slots__ = ()
+
+    def __str__(self):
+        return "***"
+
+    __repr__ = __str__
+
+    def __format__(self, spec):
+        return "***"
+
+    def __len__(self):
+        return 3
+
+
+class Number(int):
+    """An int that hides itself."""
+
+    def __str__(self):
+        return "***"
+
+    __repr__ = __str__
+
+    def __format__(self, spec):
+        raise ValueError(spec)
+
+
+class Digest(bytes):
+    """Bytes that hide themselves."""
+
+    __slots__ = ()
+
+    def hex(self):
+        return "***"
+
+
+class Letter(str, enum.Enum):  # noqa: UP042 - this kind shows its name, not its text
+    """An enumeration of texts."""
+
+    A = "a"
+
+
+class Digit(int, enum.Enum):
+    """An enumeration of ints."""
+
+    ONE = 1
+
+
+class Place(typing.NamedTuple):
+    """A tuple with names."""
+
+    topic: str
+    offset: int
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [
+        (Identity("m-1"), "m-1"),
+        (Number(7), 7),
+        (Digest(b"m"), b"m"),
+        (Letter.A, "a"),
+        (Digit.ONE, 1),
+        (Place("t", 7), ("t", 7)),
+        ((Identity("m-1"), Letter.A, (Number(7), Digest(b"m"))), ("m-1", "a", (7, b"m"))),
+    ],
+    ids=["text", "number", "bytes", "text enum", "int enum", "named tuple", "parts"],
+)
+def test_a_kind_of_text_number_bytes_or_tuple_names_what_its_content_names(kind, plain):
+    check_key(kind)
+    assert canonical_key("orders", kind) == canonical_key("orders", plain)
+    assert json.dumps(key_to_json(kind)) == json.dumps(key_to_json(plain))
+
+
+def test_no_two_texts_that_hide_themselves_share_a_history():
+    assert canonical_key("orders", Identity("m-1")) != canonical_key("orders", Identity("m-2"))
+
+
+@pytest.mark.parametrize(
+    "names", [("注" * 60 + "甲", "注" * 60 + "乙"), ("🙂" * 79 + "a", "🙂" * 79 + "b")], ids=["cjk", "emoji"]
+)
+def test_p12_long_names_beyond_ascii_neither_lose_the_key_nor_meet(names):
+    one, other = names
+    texts = {canonical_key(name, key) for name in names for key in ("k1", "k2", "x" * 600, "x" * 599 + "y")}
+    assert len(texts) == 8
+    assert all(len(text) <= 512 for text in texts)
+    assert len(namespace(one)) <= MAX_SPACE
+    assert not canonical_key(one, "k").startswith(namespace(other))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import attrs
 
-from retrykit import FixedBackOffPolicy, MaxAttemptsRetryPolicy, NoBackOffPolicy
+from retrykit import FixedBackOffPolicy, MapRetryContextCache, MaxAttemptsRetryPolicy, NoBackOffPolicy, RetryTemplate
 from retrykit.value import Value
+from tests.doubles import pickled
 
 
 def test_a_value_is_equal_to_one_of_the_same_class_with_equal_fields():
@@ -29,4 +30,11 @@ def test_a_field_may_be_compared_by_a_key_hashed_or_shown_otherwise_or_left_out(
     assert one == other
     assert one != Sample("b", {1: 2})
     assert repr(one).endswith("Sample(name='a', facts=1, hidden=3)")
-    assert isinstance(hash(one), int)
+    assert hash(one) == hash(other)
+
+
+def test_equal_templates_have_equal_hashes():
+    one, other = RetryTemplate(name="n"), RetryTemplate(name="n")
+    assert one == other
+    assert hash(one) == hash(other) == hash(pickled(one))
+    assert hash(one) != hash(RetryTemplate(name="n", context_cache=MapRetryContextCache(5)))
