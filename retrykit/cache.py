@@ -100,7 +100,8 @@ class MapRetryContextCache:
         default=None, converter=as_seconds_or_none, validator=more_than(0), kw_only=True
     )
     _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=lambda entries: str(len(entries)))
-    # Completion marks: kept apart, because they take no place from histories, and go when their time is over.
+    # Completion marks and the states of circuits: kept apart, because they take no place from histories and are never
+    # evicted. Marks go when their time is over.
     _marks: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
     _look_again: float = attrs.field(init=False, default=0.0, repr=False)
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
@@ -132,7 +133,8 @@ class MapRetryContextCache:
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
         """Store if the version still is `expected`; the new version, or None."""
         kept = _copied(snapshot)
-        is_mark = kept.get("completed_at") is not None
+        completed_at = kept.get("completed_at")
+        is_mark = completed_at is not None or "breaker" in kept
         with self._lock:
             home = self._home_of(key)
             found = home.get(key)
@@ -144,8 +146,8 @@ class MapRetryContextCache:
             home.pop(key, None)
             version = next(self._versions)
             (self._marks if is_mark else self._entries)[key] = StoredContext(kept, version)
-            if is_mark and version % SWEEP == 0:
-                self._drop_over(kept["completed_at"])
+            if completed_at is not None and version % SWEEP == 0:
+                self._drop_over(completed_at)
             return version
 
     def _make_room(self, key: str, snapshot: Mapping[str, Any]) -> None:

@@ -80,8 +80,8 @@ class Call:
     recovers: Callable[[BaseException | None], bool] | None = None
     first: Failure | None = None
     """How the first attempt failed, if it was made before the flow began."""
-    admitted: bool = False
-    """Circuit breakers have let the present attempt through."""
+    admitted: tuple[Any, ...] = ()
+    """What the circuit breakers that let the present attempt through gave: each knows its own again."""
     version: int | None = None
     """The version of the history in the store, as far as it is known."""
     flight: int | None = None
@@ -96,6 +96,8 @@ class Call:
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
 
+    to_close: list[Any] | None = None
+    """The listeners that have not been told yet that the call is over, last one first to be told."""
     named: str = ""
 
     @property

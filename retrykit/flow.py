@@ -132,11 +132,12 @@ def _open(call: Call) -> Flow:
 
 def close(call: Call, error: BaseException | None) -> Flow:
     """Tell the listeners that the call is over; always."""
-    if call.context.closed:
-        return
     call.context.closed = True
-    for listener in call.plan.reversed_listeners:
-        yield Notify(listener, "close", (call.context, error))
+    if call.to_close is None:
+        call.to_close = list(call.plan.listeners)
+    # Each is told once, also when the telling itself is interrupted and begun again.
+    while call.to_close:
+        yield Notify(call.to_close.pop(), "close", (call.context, error))
 
 
 # -- before an attempt
@@ -228,9 +229,6 @@ def _transaction(call: Call, step: Step) -> Flow:
     if step is RECOVER:
         call.context._facts().recovered = True
     outcome = yield from settle_within(call)
-    if type(outcome) is tuple:
-        yield RollBack(outcome[0])
-        return outcome
     if outcome is not None:
         # Left as after a failure: nothing of this attempt may stay.
         left = raising(TerminatedRetryError, call, None, reason="somebody else had the outcome")

@@ -13,7 +13,7 @@ from typing import Any
 from retrykit.call import Call, Flow, raising
 from retrykit.context import RetryContext, first_fence
 from retrykit.decision import count, decide, pay
-from retrykit.errors import TerminatedRetryError
+from retrykit.errors import CommitInDoubtError, TerminatedRetryError
 from retrykit.history import Flight, History, StoredError, message_of
 from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Probe, Remove, Report, Save, Step
 
@@ -371,8 +371,7 @@ def settle_within(call: Call) -> Flow:
     while True:
         answer = yield from _settling(call, joined=True)
         if isinstance(answer, Exception):
-            # Without its mark the work must not be committed: as if the commit had failed.
-            return (answer, call.context._now)
+            return raising(CommitInDoubtError, call, answer)
         if answer is not None and answer is not False:
             call.settled = True
             return None
@@ -386,7 +385,7 @@ def _overtaken(call: Call, stored: Any) -> Any:
     """Somebody else changed the history while the attempt ran: may it still settle?"""
     theirs = history_of(stored)
     if isinstance(theirs, Exception):
-        return (theirs, call.context._now)
+        return raising(CommitInDoubtError, call, theirs)
     if theirs is not None and theirs.completed_at is not None:
         call.context.duplicate = True
         return ANSWER_NOTHING
