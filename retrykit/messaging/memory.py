@@ -204,7 +204,7 @@ class MemorySession:
                 if limit is not None and now >= limit:
                     return None
                 waits = [wait for wait in (due_in, None if limit is None else limit - now) if wait is not None]
-                self._state.changed.wait(min(waits, default=None))
+                self._state.changed.wait(min([*waits, threading.TIMEOUT_MAX]))
         return None
 
     def _take(self, now: float) -> tuple[_Stored | None, float | None]:
@@ -264,7 +264,9 @@ class MemorySession:
     def pause(self, seconds: float) -> bool:
         """Wait, unless interrupted or lost."""
         with self._state.changed:
-            return not self._state.changed.wait_for(lambda: self._interrupted or self._lost is not None, seconds)
+            # The longest wait that there is: longer ones are an error.
+            limit = min(seconds, threading.TIMEOUT_MAX)
+            return not self._state.changed.wait_for(lambda: self._interrupted or self._lost is not None, limit)
 
     def interrupt(self) -> None:
         """End all waiting."""

@@ -294,7 +294,9 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
     def pause(self, length: float) -> bool:
         """Wait; False when interrupted or lost."""
         with self._changed:
-            return not self._changed.wait_for(lambda: self.interrupted or self.lost, length)
+            # The longest wait that there is: longer ones are an error.
+            limit = min(length, threading.TIMEOUT_MAX)
+            return not self._changed.wait_for(lambda: self.interrupted or self.lost, limit)
 
     def interrupt(self) -> None:
         """End all waiting for deliveries and in pauses."""

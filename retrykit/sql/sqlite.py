@@ -62,10 +62,10 @@ def sqlite_engine(
         raise wrong_value("busy_timeout", "0 or more seconds", busy_timeout)
     options.setdefault("hide_parameters", True)
     options["connect_args"] = {"timeout": waiting, "check_same_thread": False, **options.get("connect_args", {})}
-    if _in_memory(place):
+    if is_in_memory(place):
         options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
     engine = create_engine(place, **options)
-    _take_over(engine, wal=not _in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
+    _take_over(engine, wal=not is_in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
     undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
     return engine
@@ -76,18 +76,16 @@ def sqlite_url(url: str | URL) -> URL:
     try:
         parsed = make_url(url)
     except (ArgumentError, ValueError):
-        # Neither the text nor the cause, which quotes it: nobody knows where in it the password is.
-        msg = (
-            "url: must be a database URL such as 'sqlite:///retrykit.db' (what was given is not shown: it has no form)"
-        )
-        raise ValueError(msg) from None
+        # The cause quotes the text, and nobody knows where in that a password is.
+        given = "a text with '@'" if "@" in str(url) else shown(url)
+        raise ValueError(f"url: must be a database URL such as 'sqlite:///retrykit.db', not {given}") from None
     if parsed.get_backend_name() != "sqlite":
         place = parsed.set(query={}).render_as_string(hide_password=True)
         raise wrong_value("url", "a sqlite URL (other databases are not supported yet)", place)
     return parsed
 
 
-def _in_memory(url: URL) -> bool:
+def is_in_memory(url: URL) -> bool:
     """Whether each connection would have a database of its own, or share one that waits for no lock."""
     name = url.database or ""
     if not name.startswith("file:"):
@@ -231,7 +229,7 @@ def forget_at_fork(engine: Engine) -> None:
 
 def _leave_to_the_parent() -> None:
     for engine in list(_known):
-        if isinstance(engine.pool, StaticPool) or _in_memory(engine.url):
+        if isinstance(engine.pool, StaticPool) or is_in_memory(engine.url):
             continue  # a copy in this process's memory, no shared file
         # Kept, not closed: closing would touch files and locks that are the parent's.
         _inherited.append(engine.pool)

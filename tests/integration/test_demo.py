@@ -240,6 +240,8 @@ def bad_files(folder):
         (["--db", "nonsense"], ["--db", "nonsense"]),
         (["--db", "postgresql://u:secret@h/x"], ["--db", "sqlite"]),
         (["--db", "sqlite://"], ["--db", "file"]),
+        (["--db", "sqlite:///file:x?mode=memory&uri=true"], ["--db", "file"]),
+        (["--db", "postgresql//u:secret@h/x"], ["--db", "sqlite"]),
         (["--db", "sqlite:////nowhere/x.db"], ["/nowhere/x.db"]),
         (["--surprise"], ["--surprise"]),
     ],

@@ -581,6 +581,26 @@ def test_a_broker_that_can_wait_is_given_the_delay(broker):
     assert handler.calls == ["slow", "next", "slow"]
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_delay_longer_than_any_wait_disturbs_nobody(able):
+    class Impatient(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            rollback = session.rollback
+            session.rollback = lambda message=None, delay=0.0: rollback(message, delay if able else 0.0)
+            return session
+
+    patient = Impatient(ORDERS)
+    patient.publish("bad")
+    endless = template(back_off_policy=FixedBackOffPolicy(1e11))
+    made = container(patient, poisoned, template=endless, concurrency=2)
+    with made:
+        wait_for(lambda: made.counters.rolled_back == 1)
+        patient.publish("good")
+        wait_for(lambda: made.counters.acknowledged == 1)
+    assert made.counters.generations == 2
+
+
 def test_a_container_is_used_once(broker):
     made = container(broker, failing(0))
     with made:

@@ -194,6 +194,14 @@ def test_what_happens_is_shown_as_it_is_on_a_terminal_and_elsewhere(terminal):
     assert "every promise was kept: 3 messages" in out.getvalue()
 
 
+def test_an_id_that_the_terminal_has_no_letters_for_is_shown_escaped():
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    display = Lines(Console(file=out, width=200))
+    display.line("Zoë: attempt 1")
+    out.flush()
+    assert out.buffer.getvalue() == b"Zo\\xeb: attempt 1\n"
+
+
 def show(display, progress):
     for event in (*STORY, {"event": "done", "pid": 1, "key": "k", "attempt": 2}):
         line = progress.take(event)

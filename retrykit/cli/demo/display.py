@@ -89,8 +89,9 @@ class Live:
 
 
 def _print(console: Console, text: str) -> None:
-    """Ids come from anywhere: nothing in them is markup."""
-    console.print(escape(text), highlight=False, soft_wrap=True)
+    """Ids come from anywhere: nothing in them is markup, and the terminal may have no letters for them."""
+    known = text.encode(console.encoding, "backslashreplace").decode(console.encoding)
+    console.print(escape(known), highlight=False, soft_wrap=True)
 
 
 def _totals(progress: Progress) -> str:

@@ -17,6 +17,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, sess
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql import ParkedItem, create_tables, parked_items, sqlite_engine
+from retrykit.sql.sqlite import is_in_memory
 
 _ACCOUNT: Final = 1
 _NO_ACCOUNT: Final = -1
@@ -61,7 +62,7 @@ class Ledger:
     def at(cls, url: str) -> Ledger:
         """The ledger in the database at `url`; nothing is created. ValueError for a URL that will not do."""
         engine = sqlite_engine(url)
-        if engine.url.database in (None, "", ":memory:"):
+        if is_in_memory(engine.url):
             raise ValueError("url: must be a file: processes cannot share a database in memory")
         return cls(engine)
 
