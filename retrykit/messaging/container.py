@@ -113,7 +113,8 @@ class ListenerContainer:
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all workers have left; False after `timeout` seconds.
 
-        Raises what made the container give up, such as `NoStableIdError`.
+        Raises what made the container give up, such as `NoStableIdError`, or TypeError for a `transaction` that would
+        never commit (a Session itself). Installs no signal handlers: `run` does.
         """
         finished = self._finished.wait(timeout)
         if finished:

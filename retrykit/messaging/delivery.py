@@ -51,6 +51,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("retrykit.messaging")
 
+
+class TransactionMisuseError(TypeError):
+    """What `transaction` gives would never commit: no delivery can be handled, so the container stops."""
+
+
 Handler = Callable[..., Any]
 Transaction = Callable[[], AbstractContextManager[Any]]
 
@@ -110,6 +115,8 @@ class Work:
         try:
             delivery.run()
         except CommitInDoubtError:
+            if delivery.misuse is not None:
+                raise delivery.misuse from None
             self.tally.add(in_doubt=1)
             raise
         except BaseException as error:
@@ -189,6 +196,7 @@ class _Delivery:
         self.context: RetryContext | None = None
         self.committed = False
         self.recovering = False
+        self.misuse: TransactionMisuseError | None = None
         self.refused: BrokerRefusedError | None = None
 
     def run(self) -> None:
@@ -320,7 +328,15 @@ class _UnitOfWork:
         self._database: AbstractContextManager[Any] = nullcontext() if transaction is None else transaction()
 
     def __enter__(self) -> Any:
-        return self._database.__enter__()
+        given = self._database.__enter__()
+        if given is self._database and _closes_only(given):
+            self._database.__exit__(None, None, None)
+            kind = type(given).__name__
+            msg = f"transaction: a {kind} of SQLAlchemy is closed at its end, without a commit: give its `begin`"
+            self._delivery.misuse = TransactionMisuseError(msg)
+            # Nothing has happened that could be counted against the message.
+            raise CommitInDoubtError from self._delivery.misuse
+        return given
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -352,3 +368,9 @@ class _UnitOfWork:
             session.rollback()
             raise
         session.commit(self._delivery.message)
+
+
+def _closes_only(manager: object) -> bool:
+    """Whether this is SQLAlchemy's Session or Connection itself, in place of a transaction of it."""
+    leave = getattr(type(manager), "__exit__", None)
+    return hasattr(manager, "in_transaction") and getattr(leave, "__module__", "").partition(".")[0] == "sqlalchemy"

@@ -6,14 +6,14 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
-from retrykit.messaging.delivery import WaitingClock, Work
+from retrykit.messaging.delivery import TransactionMisuseError, WaitingClock, Work
 from retrykit.messaging.errors import NoStableIdError
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from retrykit.context import RetryContext
     from retrykit.message import Message
 
+_FATAL: Final = (NoStableIdError, TransactionMisuseError)
 _log = logging.getLogger("retrykit.messaging")
 
 
@@ -54,7 +55,7 @@ class Worker:
         template = self.work.template
         return RetryTemplate(
             name=f"{template.name[:60]}.connection",
-            retry_policy=PredicateRetryPolicy(lambda error: not isinstance(error, NoStableIdError)),
+            retry_policy=PredicateRetryPolicy(lambda error: not isinstance(error, _FATAL)),
             back_off_policy=self.reconnect,
             clock=WaitingClock(template.clock, lambda seconds: not self.stopping.wait(seconds)),
         )
@@ -67,7 +68,7 @@ class Worker:
                 while (message := self._next(session)) is not None:
                     work.deliver(session, message)
                     delivered += 1
-        except NoStableIdError:
+        except _FATAL:
             raise
         except Exception as error:
             self._report(error, delivered, context)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import text
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from retrykit import ExponentialBackOffPolicy, RetryTemplate, SimpleRetryPolicy
 from retrykit.messaging import ListenerContainer, Republish
@@ -91,3 +91,49 @@ def test_what_a_handler_sends_is_there_once_after_a_doubt_and_its_rows_are_writt
     broker.doubt_next_commit("undone")
     consume(broker, cache, handler, remember_completed=60)
     assert (effects(cache), len(broker.at("next").messages())) == (2, 1)
+
+
+@pytest.mark.parametrize("kind", ["session class", "sessionmaker", "connection", "scoped"])
+def test_a_transaction_that_would_never_commit_stops_the_container_before_the_handler_runs(broker, cache, kind):
+    makers = {
+        "session class": lambda: Session(cache.engine),
+        "sessionmaker": sessionmaker(cache.engine),
+        "connection": cache.engine.connect,
+        "scoped": scoped_session(sessionmaker(cache.engine)),
+    }
+    calls = []
+    broker.publish("x")
+    template = RetryTemplate(name="orders", context_cache=cache)
+    container = ListenerContainer(broker, calls.append, template=template, transaction=makers[kind])
+    container.start()
+    with pytest.raises(TypeError, match=r"transaction: a (Session|Connection) .*begin"):
+        container.wait(PATIENCE)
+    assert calls == []
+    assert len(broker.messages()) == 1
+    assert list(cache.items()) == []
+
+
+@pytest.mark.parametrize("kind", ["session begin", "sessionmaker begin", "engine begin", "own session"])
+def test_a_transaction_that_commits_is_taken(broker, cache, kind):
+    class Committing(Session):
+        def __exit__(self, kind, error, trace):
+            if error is None:
+                self.commit()
+            super().__exit__(kind, error, trace)
+
+    session = Session(cache.engine)
+    makers = {
+        "session begin": session.begin,
+        "sessionmaker begin": sessionmaker(cache.engine).begin,
+        "engine begin": cache.engine.begin,
+        "own session": lambda: Committing(cache.engine),
+    }
+
+    def handler(message, context):
+        target = session if kind == "session begin" else context.transaction
+        target.execute(text("INSERT INTO effects VALUES ('x')"))
+
+    broker.publish("x")
+    consume(broker, cache, handler, transaction=makers[kind])
+    session.close()
+    assert effects(cache) == 1
