@@ -17,6 +17,7 @@ from retrykit.check import (
     at_least,
     has,
     is_callable,
+    is_finite,
     is_timedelta,
     more_than,
     seconds,
@@ -24,6 +25,7 @@ from retrykit.check import (
     wrong_type,
     wrong_value,
 )
+from retrykit.key import key_to_json
 from retrykit.value import Value
 
 if TYPE_CHECKING:
@@ -51,7 +53,7 @@ def chance(seed: int | None, context: Any) -> float:
 
     if seed is None:
         return random.random()
-    return random.Random(f"{seed}|{context.name}|{context.key!r}|{context.retry_count}").random()
+    return random.Random(f"{seed}|{context.name}|{key_to_json(context.key)!r}|{context.retry_count}").random()
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -171,10 +173,10 @@ def retry_after(error: BaseException) -> float | timedelta | None:
     """The usual hint: the error's `retry_after` (seconds, timedelta), or its response's `Retry-After` header."""
     hint = getattr(error, "retry_after", None)
     if hint is None:
-        headers = getattr(getattr(error, "response", None), "headers", None) or {}
-        hint = headers.get("Retry-After")
+        get = getattr(getattr(getattr(error, "response", None), "headers", None), "get", None)
+        hint = get("Retry-After") if callable(get) else None
     if isinstance(hint, str):
-        return float(hint) if hint.strip().isdigit() else None
+        return float(hint) if hint.strip().isdecimal() else None
     is_number = isinstance(hint, int | float) and not isinstance(hint, bool)
     return hint if is_number or is_timedelta(hint) else None
 
@@ -183,8 +185,8 @@ def retry_after(error: BaseException) -> float | timedelta | None:
 class ErrorHintBackOffPolicy(Value):
     """The failure itself says how long to wait (`Retry-After`, a throttling error); without a hint the `fallback` does.
 
-    `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none. Never more than
-    `max_interval`.
+    `hint(error)` gives seconds, a timedelta or None; a negative or non-finite hint counts as none, and so does one that
+    raises (it is logged). Never more than `max_interval`.
     """
 
     fallback: BackOffPolicy = attrs.field(factory=ExponentialBackOffPolicy, validator=is_back_off)
@@ -193,9 +195,19 @@ class ErrorHintBackOffPolicy(Value):
 
     def delay(self, context: Any) -> float:
         """The hint, bounded; else the fallback's."""
-        error = context.last_error
-        hinted = None if error is None else self.hint(error)
-        if hinted is None:
-            return self.fallback.delay(context)
-        wanted = hinted if isinstance(hinted, int | float) else hinted.total_seconds()
-        return min(float(wanted), self.max_interval) if 0 <= wanted < float("inf") else self.fallback.delay(context)
+        wanted = None if context.last_error is None else self._hinted(context.last_error)
+        return self.fallback.delay(context) if wanted is None else min(wanted, self.max_interval)
+
+    def _hinted(self, error: BaseException) -> float | None:
+        try:
+            hint = self.hint(error)
+        except Exception:
+            # What a failure looks like is not known beforehand. `import retrykit` must not cost what logging costs.
+            import logging
+
+            logging.getLogger("retrykit").warning("the back-off's hint could not be read", exc_info=True)
+            return None
+        wanted = hint.total_seconds() if is_timedelta(hint) else hint
+        if isinstance(wanted, bool) or not isinstance(wanted, int | float):
+            return None
+        return float(wanted) if is_finite(wanted) and wanted >= 0 else None

@@ -7,13 +7,16 @@ a whole one.
 from __future__ import annotations
 
 import threading
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from retrykit.check import at_least, more_than, wrong_type
 from retrykit.policy import RetryDecision
 from retrykit.value import Value
+
+ENOUGH: Final = 1 - 1e-6
+"""A token: ten deposits of 0.1 are one, though their sum as floats is a little less."""
 
 
 @attrs.define(eq=False, slots=False)
@@ -48,9 +51,9 @@ class RetryBudget:
     def take(self) -> bool:
         """Pay for one retry; False if there is not enough left."""
         with self._lock:
-            if self._tokens < 1:
+            if self._tokens < ENOUGH:
                 return False
-            self._tokens -= 1
+            self._tokens = max(0.0, self._tokens - 1)
             return True
 
 
@@ -78,5 +81,5 @@ class BudgetRetryPolicy(Value):
             return RetryDecision(True, 0.0, "BudgetRetryPolicy: this retry is paid for")
         tokens = self.budget.tokens
         return RetryDecision(
-            tokens >= 1, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left"
+            tokens >= ENOUGH, 0.0, lambda: f"BudgetRetryPolicy: {tokens:.1f} of {self.budget.reserve:g} tokens left"
         )

@@ -20,13 +20,13 @@ _VARIADIC: Final = 0x04 | 0x08  # CO_VARARGS | CO_VARKEYWORDS of a code object
 _ANY: Final = ("*args, **kwargs", "*args, **kwargs", "args, kwargs")
 
 _DIRECT: Final = """\
-def make(_rk_function, _rk_template, _rk_bind, _rk_unbind, _rk_bound, _rk_now, _rk_drive, _rk_start):
+def make(_rk_function, _rk_template, _rk_bind, _rk_unbind, _rk_bound, _rk_now, _rk_drive, _rk_start, _rk_exception):
     {async_}def wrapper({parameters}):
         _rk_frame = [_rk_template, _rk_now(), _rk_bound()]
         _rk_token = _rk_bind(_rk_frame)
         try:
             return {await_}_rk_function({arguments})
-        except Exception as _rk_error:
+        except _rk_exception as _rk_error:
             _rk_failure = _rk_error
         finally:
             _rk_unbind(_rk_token)
@@ -52,7 +52,7 @@ def direct_wrapper(function: Any, template: Any, drive: Any, start: Any, *, awai
     """
     make = _made(_DIRECT, function, awaited)
     return _with_defaults(
-        make(function, template, _bound.set, _bound.reset, _bound.get, monotonic, drive, start), function
+        make(function, template, _bound.set, _bound.reset, _bound.get, monotonic, drive, start, Exception), function
     )
 
 
@@ -108,7 +108,8 @@ def _factory(  # noqa: PLR0917 - the parts of the cache's key
         async_="async " if awaited else "",
         await_="await " if awaited else "",
     )
-    name = f"<retrykit {'async ' if awaited else ''}wrapper ({parameters})>"
+    kind = "direct" if template is _DIRECT else "driven"
+    name = f"<retrykit {kind} {'async ' if awaited else ''}wrapper ({parameters})>"
     scope: dict[str, Any] = {}
     exec(compile(source, name, "exec"), scope)  # noqa: S102 - made of identifiers of a compiled function, nothing else
     # So that tracebacks show the line.

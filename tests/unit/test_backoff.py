@@ -16,11 +16,12 @@ from retrykit import (
     ExponentialBackOffPolicy,
     FixedBackOffPolicy,
     NoBackOffPolicy,
+    RetryTemplate,
     ScheduleBackOffPolicy,
     UniformRandomBackOffPolicy,
 )
 from retrykit.backoff import retry_after
-from tests.doubles import pickled
+from tests.doubles import Fails, ManualClock, pickled
 
 KINDS = [
     NoBackOffPolicy(),
@@ -180,11 +181,43 @@ def test_the_error_says_how_long_to_wait(error, delay):
         Throttled(True),
         Throttled("Wed, 21 Oct 2026 07:28:00 GMT"),
         Throttled(headers={}),
+        Throttled("²"),
+        Throttled("9" * 400),
+        Throttled(10**400),
+        Throttled(headers=["Retry-After: 5"]),
     ],
-    ids=["no error", "no hint", "negative", "nan", "inf", "bool", "date", "no header"],
+    ids=[
+        "no error",
+        "no hint",
+        "negative",
+        "nan",
+        "inf",
+        "bool",
+        "date",
+        "no header",
+        "no number",
+        "beyond floats",
+        "beyond all bounds",
+        "no mapping",
+    ],
 )
 def test_without_a_usable_hint_the_fallback_says_it(error):
     assert ErrorHintBackOffPolicy(FixedBackOffPolicy(1)).delay(after(1, error)) == 1
+
+
+@pytest.mark.parametrize("hint", ["soon", True, [5], object()], ids=type)
+def test_a_hint_that_is_no_duration_counts_as_none(hint):
+    assert ErrorHintBackOffPolicy(FixedBackOffPolicy(1), lambda _: hint).delay(after(1, OSError())) == 1
+
+
+def test_a_hint_that_raises_counts_as_none_and_is_logged(caplog):
+    def hint(error):
+        raise KeyError("wait")
+
+    template = RetryTemplate(back_off_policy=ErrorHintBackOffPolicy(FixedBackOffPolicy(1), hint), clock=ManualClock())
+    assert template.execute(Fails(OSError())) == "done"
+    assert "hint could not be read" in caplog.text
+    assert "KeyError: 'wait'" in caplog.text
 
 
 def test_the_hint_can_be_the_users_own_function():

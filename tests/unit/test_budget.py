@@ -27,6 +27,21 @@ def test_a_retry_takes_a_whole_token_and_a_call_pays_a_part_of_one():
     assert budget.take()
 
 
+@pytest.mark.parametrize("calls", [3, 5, 7, 10, 20, 30, 49])
+def test_as_many_calls_as_the_ratio_says_pay_for_one_retry(calls):
+    budget = RetryBudget(ratio=1 / calls, reserve=1)
+    policy = BudgetRetryPolicy(budget)
+    assert budget.take()
+    for _ in range(3):
+        for _ in range(calls):
+            assert not policy.decide(SimpleNamespace(retry_count=1)).retry
+            assert not budget.take()
+            budget.deposit()
+        assert policy.decide(SimpleNamespace(retry_count=1)).retry
+        assert budget.take()
+        assert budget.tokens >= 0
+
+
 def test_threads_take_no_more_than_there_is():
     budget = RetryBudget(ratio=0, reserve=50)
     taken = []

@@ -97,6 +97,29 @@ def test_a_wrong_call_raises_type_error_without_an_attempt(options):
     assert calls == []
 
 
+def test_a_parameter_may_have_the_name_of_a_builtin():
+    @retryable
+    def convert(Exception, int, dict=None):  # noqa: A002, N803 - that is the point
+        raise OSError(Exception)
+
+    with pytest.raises(OSError, match="x"):
+        convert("x", 1)
+
+
+def test_tracebacks_show_the_line_of_the_wrapper_that_was_called():
+    def fetch(url):
+        raise OSError(url)
+
+    called = {}
+    for options in [{}, {"key": lambda *_, **_kwargs: None}]:
+        called[bool(options)] = retryable(max_attempts=1, **options)(fetch)
+    for decorated in called.values():
+        with pytest.raises(OSError, match="u") as caught:
+            decorated("u")
+        wrapper = next(frame for frame in traceback.extract_tb(caught.tb) if "wrapper" in frame.filename)
+        assert "_rk_drive" in wrapper.line
+
+
 def test_the_defaults_are_the_functions_own_objects():
     sentinel = object()
 
@@ -173,7 +196,7 @@ def test_a_traceback_through_the_wrapper_shows_its_line():
     with pytest.raises(OSError, match="down") as caught:
         fetch("u")
     shown = "".join(traceback.format_exception(caught.value))
-    assert "<retrykit wrapper (url)>" in shown
+    assert "<retrykit direct wrapper (url)>" in shown
 
 
 def test_the_package_lists_its_names_and_has_no_others():
