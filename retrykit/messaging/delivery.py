@@ -56,6 +56,10 @@ class TransactionMisuseError(TypeError):
     """What `transaction` gives would never commit: no delivery can be handled, so the container stops."""
 
 
+class _MisusedError(BaseException):
+    """Ends a call as an interrupt does: nothing is counted against the message."""
+
+
 Handler = Callable[..., Any]
 Transaction = Callable[[], AbstractContextManager[Any]]
 
@@ -114,9 +118,11 @@ class Work:
         delivery = _Delivery(self, session, message)
         try:
             delivery.run()
+        except _MisusedError as misused:
+            session.rollback(message)
+            self.tally.add(withheld=1)
+            raise TransactionMisuseError(str(misused)) from None
         except CommitInDoubtError:
-            if delivery.misuse is not None:
-                raise delivery.misuse from None
             self.tally.add(in_doubt=1)
             raise
         except BaseException as error:
@@ -196,7 +202,6 @@ class _Delivery:
         self.context: RetryContext | None = None
         self.committed = False
         self.recovering = False
-        self.misuse: TransactionMisuseError | None = None
         self.refused: BrokerRefusedError | None = None
 
     def run(self) -> None:
@@ -333,9 +338,7 @@ class _UnitOfWork:
             self._database.__exit__(None, None, None)
             kind = type(given).__name__
             msg = f"transaction: a {kind} of SQLAlchemy is closed at its end, without a commit: give its `begin`"
-            self._delivery.misuse = TransactionMisuseError(msg)
-            # Nothing has happened that could be counted against the message.
-            raise CommitInDoubtError from self._delivery.misuse
+            raise _MisusedError(msg)
         return given
 
     def __exit__(
