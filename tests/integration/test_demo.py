@@ -19,7 +19,7 @@ from retrykit.cli.commands import retrykit
 from retrykit.cli.demo.display import Silence
 from retrykit.cli.demo.plan import generated, make_plan
 from retrykit.cli.demo.report import Facts, report
-from retrykit.cli.demo.run import Settings, run_demo
+from retrykit.cli.demo.run import Settings, Watch, run_demo
 from retrykit.messaging.stomp import StompBroker
 from retrykit.testing import StompServer
 
@@ -148,6 +148,22 @@ def test_a_message_that_somebody_takes_away_is_reported_as_lost():
     assert found.lost == 1
     assert not found.kept
     assert [promise.text for promise in found.promises if promise.broken_by] == ["no message is lost"]
+
+
+def test_a_message_that_is_left_in_the_users_own_queue_is_reported(monkeypatch):
+    with StompServer() as server:
+        url = f"{server.url}/queue/mine"
+        done = Watch.until_done
+
+        def leave_one(watch, supervisor):
+            done(watch, supervisor)
+            supervisor.stop()
+            server.publish("/queue/mine", b"left")
+
+        monkeypatch.setattr(Watch, "until_done", leave_one)
+        found = run_demo(Settings(plan=make_plan(generated(3, 1), 1), workers=1, broker=url), Silence())
+        assert [promise.text for promise in found.promises if promise.broken_by] == ["nothing is left in the queue"]
+        assert [message.body for message in server.messages("/queue/mine")] == [b"left"]
 
 
 def steal_one(server, url):

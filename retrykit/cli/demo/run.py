@@ -7,6 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -53,10 +54,15 @@ class Settings:
 
 @attrs.frozen
 class Queue:
-    """Where the messages go; `left` counts those that are still there, where that can be asked."""
+    """Where the messages go.
+
+    `left` counts those that are still there while consumers are at work, where that can be asked; `left_at_the_end`
+    when there are none any more.
+    """
 
     url: str = attrs.field(repr=False)
-    left: Callable[[], int] = lambda: 0
+    left: Callable[[], int]
+    left_at_the_end: Callable[[], int]
 
 
 def run_demo(settings: Settings, display: Display) -> Report:
@@ -88,7 +94,7 @@ def carry_out(watch: Watch, supervisor: Supervisor) -> Report:
         watch.until_done(supervisor)
     watch.news()
     watch.display.update(watch.progress)
-    facts = watch.facts(left_in_queue=watch.queue.left())
+    facts = watch.facts(left_in_queue=watch.queue.left_at_the_end())
     return report(facts, process_deaths=watch.progress.deaths, seconds=time.monotonic() - started)
 
 
@@ -169,25 +175,30 @@ class Watch:
 
 def _check_empty(url: str) -> None:
     """The demo would consume whatever else is in the queue."""
-    broker = StompBroker(url)
     try:
-        with closing(broker.connect()) as session:
-            if session.receive(timeout=1.0) is not None:
-                raise UnusableError(f"{broker.destination} is not empty: give the demo a queue of its own")
+        if _seen_in(url):
+            raise UnusableError(f"{StompBroker(url).destination} is not empty: give the demo a queue of its own")
     except BrokerUnavailableError as error:
         raise UnusableError(str(error)) from error
+
+
+def _seen_in(url: str) -> int:
+    """How many messages a look into the queue shows, which takes none away: 0, or 1 for one or more."""
+    with closing(StompBroker(url).connect()) as session:
+        return int(session.receive(timeout=1.0) is not None)
 
 
 @contextmanager
 def _queue(url: str | None) -> Iterator[Queue]:
     if url is not None:
-        yield Queue(url)
+        yield Queue(url, left=lambda: 0, left_at_the_end=lambda: _seen_in(url))
         return
     server = StompServer.process(profile="activemq")
     try:
         with held_back():
             server.start()
-        yield Queue(server.url + QUEUE, lambda: server.depth(QUEUE))
+        depth = partial(server.depth, QUEUE)
+        yield Queue(server.url + QUEUE, left=depth, left_at_the_end=depth)
     finally:
         server.stop()
 
