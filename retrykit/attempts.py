@@ -51,7 +51,10 @@ class _Block:
         return False
 
     def abandon(self) -> None:
-        """The loop was left between two attempts: the next one will not be made, and what was reserved for it is not needed."""
+        """The loop was left between two attempts.
+
+        The next one will not be made, and what was reserved for it is not needed.
+        """
         if not self.ended and self.step is ATTEMPT and not self.entered:
             _abort(self.driver, GeneratorExit())
         self.over()

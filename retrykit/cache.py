@@ -153,7 +153,8 @@ class MapRetryContextCache:
     def _make_room(self, key: str, snapshot: Mapping[str, Any]) -> None:
         if len(self._entries) < self.capacity:
             return
-        # The time is that of the snapshot: its template's clock, not this machine's. Looking at all is not done for each.
+        # The time is that of the snapshot: its template's clock, not this machine's. Looking at all is not done for
+        # each.
         now = snapshot.get("last_failed_at") or snapshot.get("started_at") or 0.0
         if self.time_to_live is not None and now >= self._look_again:
             self._look_again = now + self.time_to_live / 100

@@ -102,7 +102,10 @@ class Call:
 
     @property
     def owner(self) -> str:
-        """What the store calls this call. From the first time it is asked for, this process knows the call to be running."""
+        """What the store calls this call.
+
+        From the first time it is asked for, this process knows the call to be running.
+        """
         if not self.named:
             self.named = begin()
         return self.named

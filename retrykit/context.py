@@ -163,7 +163,10 @@ class RetryContext:
     transaction: Any = None
     decision: RetryDecision | None = None
     fault: BaseException | None = None
-    """Why the failure of this call could not be stored, if it could not: whoever delivers the item again should wait."""
+    """Why the failure of this call could not be stored, if it could not.
+
+    Whoever delivers the item again should wait.
+    """
 
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template

@@ -260,13 +260,21 @@ def _check_function(function: Any) -> None:
         raise TypeError(msg)
     if not callable(function):
         raise wrong_type("function", "callable", function)
-    if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+    if any(map(inspect.isgeneratorfunction, _bodies(function))) or any(
+        map(inspect.isasyncgenfunction, _bodies(function))
+    ):
+        name = getattr(function, "__qualname__", None) or repr(function)
         msg = (
-            f"function: {function.__qualname__} is a generator function: calling it runs nothing, so there is nothing"
+            f"function: {name} is a generator function: calling it runs nothing, so there is nothing"
             " that could fail and be retried; make a function that does one step retryable, or the one that consumes"
             " the whole generator"
         )
         raise TypeError(msg)
+
+
+def _bodies(function: Any) -> tuple[Any, ...]:
+    """What runs when it is called: itself, or the `__call__` of its class."""
+    return (function, getattr(type(function), "__call__", None))  # noqa: B004 - asked for its kind, not whether it is there
 
 
 class _Handlers:
@@ -274,6 +282,7 @@ class _Handlers:
 
     def __init__(self) -> None:
         self.by_type: dict[type[BaseException], Callable[..., Any]] = {}
+        self.awaited = False
 
     def of(self, error: BaseException | None) -> Callable[..., Any] | None:
         """The handler of the nearest class."""
@@ -290,6 +299,8 @@ class _Handlers:
 
         def registered(handler: F) -> F:
             _check_function(handler)
+            if not self.awaited and any(map(inspect.iscoroutinefunction, _bodies(handler))):
+                raise wrong_type("handler", "a plain function, as the function that it recovers is", handler)
             self.by_type.update(dict.fromkeys(classes, handler))
             return handler
 
@@ -311,14 +322,14 @@ class _Recovery:
         self.arguments = arguments
         self.keywords = keywords
 
-    def handles(self, error: BaseException | None) -> bool:
+    def retrykit_handles(self, error: BaseException | None) -> bool:
         """Whether there is a handler for this failure."""
         return self.handlers.of(error) is not None
 
     def __call__(self, context: RetryContext) -> Any:
         """Run it."""
         handler = self.handlers.of(context.last_error)
-        assert handler is not None  # noqa: S101 - the flow asks `handles` first
+        assert handler is not None  # noqa: S101 - the flow asks `retrykit_handles` first
         return handler(context.last_error, *self.arguments, **self.keywords)
 
 
@@ -326,7 +337,8 @@ def _decorated(function: Callable[..., Any], given: dict[str, Any], handlers: _H
     """The wrapper, with its attributes."""
     _check_function(function)
     options = _checked(given)
-    awaited = inspect.iscoroutinefunction(function)
+    _check_state_options(given)
+    awaited = handlers.awaited = any(map(inspect.iscoroutinefunction, _bodies(function)))
     template = _template(function, options, given, awaited=awaited)
     loop = async_drive if awaited else drive
     if options.key is None and options.transaction is None and template.runs_direct:
@@ -338,6 +350,14 @@ def _decorated(function: Callable[..., Any], given: dict[str, Any], handlers: _H
     wrapper.recover = handlers.register
     wrapper.with_options = lambda **changes: _decorated(function, _merged(given, changes, template), handlers)
     return wrapper
+
+
+def _check_state_options(given: dict[str, Any]) -> None:
+    """What is said of a delivery means nothing where nothing is remembered."""
+    for option in ("redelivered", "recover_on_redelivery"):
+        if option in given and given.get("key") is None:
+            msg = f"{option}: {given[option]!r:.60} was given without a key: there is no history that it could be about"
+            raise ValueError(msg)
 
 
 def _resumer(function: Any, template: Any, handlers: _Handlers) -> Any:

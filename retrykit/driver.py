@@ -79,7 +79,7 @@ class Driver(Call):
         self.recover = recover
         self.transaction = transaction
         if recover is not None:
-            self.recovers = getattr(recover, "handles", _always)
+            self.recovers = getattr(recover, "retrykit_handles", _always)
         if transaction is not None:
             self.transactional = True
 
@@ -194,7 +194,7 @@ async def _dropped(awaitable: Any) -> None:
     await awaitable
 
 
-def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `recover.handles(error)` is
+def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `recover.retrykit_handles(error)` is
     return True
 
 

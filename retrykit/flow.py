@@ -72,7 +72,7 @@ from retrykit.steps import (
 )
 
 
-def run(call: Call) -> Flow:
+def run(call: Call) -> Flow:  # noqa: C901, PLR0912 - the one order of effects, to be read from top to bottom
     """A whole call: opened, attempted until an outcome is reached, closed. The last step is the outcome.
 
     `quiet` calls have nothing to load, to store and nobody to tell: they are most calls, and go through the same lines
@@ -335,7 +335,10 @@ def _claim(call: Call) -> Flow:
 
 
 def _may_be_evicted(call: Call) -> bool:
-    """Whether a history that vanished need not have been settled: a settled one would have left a mark, or is never evicted."""
+    """Whether a history that vanished need not have been settled.
+
+    A settled one would have left a mark, or is never evicted.
+    """
     return call.plan.remember is not None or call.plan.evicts
 
 

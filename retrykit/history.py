@@ -214,18 +214,59 @@ class Flight:
 
 @attrs.define
 class Tally:
-    """How often one branch of a composed policy was asked about a failure, and since when (seconds after the beginning of the operation)."""
+    """How often one branch of a composed policy was asked about a failure.
+
+    `since`: seconds after the beginning of the operation, when it was first asked.
+    """
 
     count: int = 0
     since: float = 0.0
 
 
 class Attributes(dict[str, Any]):
-    """The user's own facts about an item, kept across deliveries: text keys, JSON values, checked when they are set."""
+    """The user's own facts about an item, kept across deliveries: text keys, JSON values, checked when they are set.
+
+    `changed` are the names that this call has set or removed: when others store at the same time, these are its say.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        self.changed: set[str] = set()
+        self.update(*args, **kwargs)
 
     def __setitem__(self, name: str, value: Any) -> None:
         """Keep `value` under `name`; `CodecError` names the attribute that JSON cannot carry."""
         super().__setitem__(checked_attribute_name(name), checked_json(name, value))
+        self.changed.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self.changed.add(name)
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Remove and give the value of `name`."""
+        value = super().pop(name, *default)
+        self.changed.add(name)
+        return value
+
+    def popitem(self) -> tuple[str, Any]:
+        """Remove and give the pair that was set last."""
+        name, value = super().popitem()
+        self.changed.add(name)
+        return name, value
+
+    def clear(self) -> None:
+        """Remove all."""
+        self.changed.update(self)
+        super().clear()
+
+    def say_to(self, others: Attributes) -> None:
+        """Apply what this call has changed to what somebody else stored meanwhile."""
+        for name in self.changed:
+            if name in self:
+                others[name] = self[name]
+            else:
+                others.pop(name, None)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
         """Keep several; all are checked before any is kept."""
@@ -233,6 +274,7 @@ class Attributes(dict[str, Any]):
             checked_attribute_name(name): checked_json(name, value) for name, value in dict(*args, **kwargs).items()
         }
         super().update(checked)
+        self.changed.update(checked)
 
     def setdefault(self, name: str, default: Any = None) -> Any:
         """The value of `name`, kept as `default` if it was not there."""

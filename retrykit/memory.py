@@ -52,6 +52,8 @@ def _keep_own(theirs: History, mine: History) -> None:
         # A withdrawal takes back the veto that it saw, and no other.
         if said is not None or theirs.veto == seen:
             theirs.veto, theirs.own_veto = said, mine.own_veto
+    if mine._attributes is not None:
+        mine._attributes.say_to(theirs.attributes)
     last = mine.last_error
     if (
         isinstance(last, BaseException)
@@ -127,8 +129,6 @@ def take_over(call: Call, stored: Any) -> bool:
         return False
     call.version = None if stored is None else stored.version
     context._history = history = theirs or History()
-    if mine.attributes:
-        history.attributes.update(mine.attributes)
     history.fence = max(history.fence, mine.fence)
     _keep_own(history, mine)
     _forget_own_flights(call, history)
@@ -284,7 +284,9 @@ def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
     call.context.fault = fault
     # Not every exception can carry a note: one that is frozen goes on its way without.
     with suppress(Exception):
-        error.add_note(f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {message_of(fault)}")
+        error.add_note(
+            f"retrykit: this failure of {call.plan.name!r} was not stored: {type(fault).__name__}: {message_of(fault)}"
+        )
     yield Report("store", fault)
 
 
@@ -308,7 +310,9 @@ def keep_veto(call: Call) -> Flow:
 def _says_veto(context: RetryContext) -> bool:
     """Whether this call has spoken a veto that nobody has stored, of an item that nobody has completed."""
     history = context._history
-    return history is not None and history.own_veto is not None and history.completed_at is None and not context.duplicate
+    return (
+        history is not None and history.own_veto is not None and history.completed_at is None and not context.duplicate
+    )
 
 
 # -- settling

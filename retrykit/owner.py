@@ -44,7 +44,7 @@ def _machine() -> str:
     """Host, boot and process-number space: only within one of these can a process number be looked up."""
     try:
         boot = _read("/proc/sys/kernel/random/boot_id").strip()[:8]
-        numbers = os.readlink("/proc/self/ns/pid")
+        numbers = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - as in `_read`
     except OSError:
         return NOWHERE
     return f"{os.uname().nodename}/{boot}/{numbers}"

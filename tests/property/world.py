@@ -567,7 +567,7 @@ class Recovery:
         self.world = world
         self.call = call
 
-    def handles(self, error: BaseException | None) -> bool:
+    def retrykit_handles(self, error: BaseException | None) -> bool:
         self.world.recovering = True
         return True
 
