@@ -6,7 +6,8 @@ first, jitter after it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -145,8 +146,9 @@ class ExponentialBackOffPolicy(Value):
 
 
 def _schedule(value: Iterable[Seconds]) -> tuple[float, ...]:
-    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
-        raise wrong_type("schedule", "intervals in seconds", value)
+    # What has no order is no schedule.
+    if isinstance(value, str | bytes | AbstractSet | Mapping) or not isinstance(value, Iterable):
+        raise wrong_type("schedule", "intervals in seconds, in their order", value)
     return tuple(seconds("schedule", interval) for interval in value)
 
 

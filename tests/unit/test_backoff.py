@@ -138,7 +138,16 @@ def test_a_schedule_goes_through_its_intervals_and_repeats_the_last():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "error"), [((), ValueError), ([1, -1], ValueError), ("12", TypeError), (3, TypeError)], ids=repr
+    ("schedule", "error"),
+    [
+        ((), ValueError),
+        ([1, -1], ValueError),
+        ("12", TypeError),
+        (3, TypeError),
+        ({1, 2}, TypeError),
+        ({1: 2}, TypeError),
+    ],
+    ids=repr,
 )
 def test_a_schedule_that_is_none_is_refused(schedule, error):
     with pytest.raises(error, match="schedule: must be"):
