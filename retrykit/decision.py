@@ -25,7 +25,9 @@ def allowed(call: Call, context: Any) -> RetryDecision:
     history = call.context._history
     if history is None or history.veto is None:
         return decision
-    return RetryDecision(False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable or decision.retry)
+    return RetryDecision(
+        False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable or decision.retry
+    )
 
 
 def undecided(what: str, fault: Exception) -> RetryDecision:
@@ -35,18 +37,25 @@ def undecided(what: str, fault: Exception) -> RetryDecision:
 
 def decide(call: Call) -> RetryDecision:
     """The decision after a failure. The pause is proposed first, so that a policy with a deadline can refuse it."""
-    context, plan = call.context, call.plan
-    if plan.pauses:
-        try:
-            context._facts().pause = max(0.0, plan.back_off.delay(context))
-        except Exception as fault:  # noqa: BLE001 - as in `allowed`
-            return undecided("back-off policy", fault)
-    decision = allowed(call, context)
-    if decision.delay > context.pause:
+    context = call.context
+    if not call.plan.pauses:
+        decision = allowed(call, context)
+        return _scheduled(call, decision, 0.0) if decision.delay and decision.retry else decision
+    try:
+        pause = context._facts().pause = max(0.0, call.plan.back_off.delay(context))
+    except Exception as fault:  # noqa: BLE001 - as in `allowed`
+        return undecided("back-off policy", fault)
+    return _scheduled(call, allowed(call, context), pause)
+
+
+def _scheduled(call: Call, decision: RetryDecision, pause: float) -> RetryDecision:
+    """The decision with its delay and its instant."""
+    context = call.context
+    if decision.delay > pause:
         # A policy that names a pause of its own: the others are asked again, with that pause before their eyes.
         context._facts().pause = decision.delay
         decision = allowed(call, context)
-    delay = decision.delay or context.pause
+    delay = decision.delay or pause
     if not decision.retry or delay <= 0:
         return decision
     context._facts().last_delay = delay
@@ -71,7 +80,8 @@ def count(call: Call, error: Exception, at: float | None) -> None:
         history.live = [(failures, error, context._now)]
     else:
         live.append((failures, error, context._now))
-        del live[:-MAX_ERRORS]
+        if failures > MAX_ERRORS:
+            del live[:-MAX_ERRORS]
     if call.plan.tallied:
         for branch in tallies_of(call.plan.policy, error, ""):
             tally = history.tallies.setdefault(branch, Tally(0, context.elapsed))

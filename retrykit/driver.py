@@ -282,7 +282,10 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
             if step is ATTEMPT:
                 token = _bind(binding)
                 try:
-                    driver.value = refuse_awaitable(function(*arguments, **keywords), "the function")
+                    value = function(*arguments, **keywords)
+                    driver.value = (
+                        refuse_awaitable(value, "the function") if value.__class__ is CoroutineType else value
+                    )
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
                     answer = (error, now())
@@ -305,7 +308,7 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
         # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only
         # gc can find.
         driver.done()
-        answer = first = step = flow = send = binding = driver = None  # type: ignore[assignment]
+        answer = first = step = flow = send = value = binding = driver = None  # type: ignore[assignment]
 
 
 def _perform(driver: Driver, step: Any) -> Any:
