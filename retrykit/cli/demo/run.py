@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
@@ -57,12 +56,12 @@ class Queue:
     """Where the messages go.
 
     `left` counts those that are still there while consumers are at work, where that can be asked; `left_at_the_end`
-    when there are none any more.
+    (by default the same) when there are none any more.
     """
 
     url: str = attrs.field(repr=False)
     left: Callable[[], int]
-    left_at_the_end: Callable[[], int]
+    left_at_the_end: Callable[[], int] = attrs.field(default=attrs.Factory(lambda queue: queue.left, takes_self=True))
 
 
 def run_demo(settings: Settings, display: Display) -> Report:
@@ -197,8 +196,7 @@ def _queue(url: str | None) -> Iterator[Queue]:
     try:
         with held_back():
             server.start()
-        depth = partial(server.depth, QUEUE)
-        yield Queue(server.url + QUEUE, left=depth, left_at_the_end=depth)
+        yield Queue(server.url + QUEUE, left=lambda: server.depth(QUEUE))
     finally:
         server.stop()
 
