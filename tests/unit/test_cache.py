@@ -7,7 +7,7 @@ import copy
 import pytest
 
 from retrykit import CacheCapacityError, MapRetryContextCache, RetryContextCache, RetryTemplate, SystemClock
-from retrykit.cache import JoinableContextCache
+from retrykit.cache import SWEEP, JoinableContextCache
 from tests.doubles import pickled
 
 
@@ -90,6 +90,13 @@ def test_completion_marks_take_no_place_from_histories():
         cache.save("b", {"retry_count": 1}, None)
     assert len(cache) == len(list(cache.items())) == 4
     assert cache.expire(2.0) == 3
+
+
+def test_marks_that_are_over_are_forgotten_as_others_are_stored():
+    cache = MapRetryContextCache()
+    for number in range(2 * SWEEP):
+        cache.save(f"m-{number}", {"completed_at": float(number), "expires_at": number + 10.0}, None)
+    assert len(cache) <= SWEEP + 10
 
 
 def test_a_history_that_is_completed_gives_its_place_to_another():

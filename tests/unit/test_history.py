@@ -281,3 +281,40 @@ def test_a_damaged_snapshot_is_refused(damage):
         del facts["retry_count"]
     with pytest.raises(CodecError, match="the snapshot is damaged"):
         History.from_json(facts)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"veto": 5},
+        {"reason": ["x"]},
+        {"exhausted": 1},
+        {"fence": "x"},
+        {"fence": True},
+        {"not_before": "x"},
+        {"expires_at": [1]},
+        {"last_delay": {}},
+    ],
+    ids=str,
+)
+def test_a_fact_of_the_wrong_kind_is_refused_by_name(damage):
+    (fact,) = damage
+    with pytest.raises(CodecError, match=f"the snapshot is damaged.*{fact} is"):
+        History.from_json({"format": 1, "retry_count": 1} | damage)
+
+
+def test_attributes_that_a_call_did_not_touch_are_left_to_others():
+    mine, theirs = Attributes(), Attributes()
+    for attributes in (mine, theirs):
+        attributes.update(kept=1, set=1, deleted=1, popped=1, last=1)
+        attributes.changed.clear()
+    theirs["kept"] = 2
+    mine["set"] = 3
+    del mine["deleted"]
+    assert mine.pop("popped") == 1
+    assert mine.popitem() == ("last", 1)
+    mine.say_to(theirs)
+    assert theirs == {"kept": 2, "set": 3}
+    mine.clear()
+    mine.say_to(theirs)
+    assert theirs == {}
