@@ -7,7 +7,7 @@ from typing import Any
 import attrs
 
 from retrykit.call import Call, Flow
-from retrykit.check import wrong_type
+from retrykit.check import seconds, wrong_type
 from retrykit.context import RetryState, instant
 from retrykit.history import MAX_ERRORS, History, Tally, message_of
 from retrykit.policy import Branch, RetryDecision, tallies_of
@@ -42,7 +42,7 @@ def decide(call: Call) -> RetryDecision:
         decision = allowed(call, context)
         return _scheduled(call, decision, 0.0) if decision.delay and decision.retry else decision
     try:
-        pause = context._facts().pause = max(0.0, call.plan.back_off.delay(context))
+        pause = context._facts().pause = max(0.0, seconds("delay", call.plan.back_off.delay(context)))
     except Exception as fault:  # noqa: BLE001 - as in `allowed`
         return undecided("back-off policy", fault)
     return _scheduled(call, allowed(call, context), pause)

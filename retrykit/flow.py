@@ -41,7 +41,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from retrykit.call import Call, Flow, raising
+from retrykit.call import Call, Failure, Flow, raising
 from retrykit.circuit import admit, record
 from retrykit.decision import RecoveryView, allowed, count, decide, pay, rethrows, standing_decision
 from retrykit.errors import (
@@ -221,7 +221,7 @@ def _transaction(call: Call, step: Step) -> Flow:
     """The step inside a transaction of its own. None, the failure, or an outcome."""
     failure = yield BEGIN
     if failure is not None:
-        return failure
+        return (yield from _at_the_edge(call, failure))
     failure = yield step
     if failure is not None:
         yield RollBack(failure[0])
@@ -239,10 +239,15 @@ def _transaction(call: Call, step: Step) -> Flow:
     if failure is None:
         return None
     call.settled = False
-    if isinstance(failure[0], CommitInDoubtError):
-        yield from withdraw(call)
-        return Raise(failure[0])
-    return failure
+    return (yield from _at_the_edge(call, failure))
+
+
+def _at_the_edge(call: Call, failure: Failure) -> Flow:
+    """A transaction that did not open or commit is a failed attempt; unless it says itself that nobody can know."""
+    if not isinstance(failure[0], CommitInDoubtError):
+        return failure
+    yield from withdraw(call)
+    return Raise(failure[0])
 
 
 def _succeed(call: Call) -> Flow:

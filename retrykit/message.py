@@ -100,7 +100,11 @@ class Redeliver:
 
 @attrs.frozen
 class Park:
-    """The message is put aside in `destination`, for a person to look at; a copy with these `headers` goes there."""
+    """The message is put aside in `destination`, for a person to look at; a copy with these `headers` goes there.
+
+    Returned by a handler that also writes to a database: the two commits are not one, so after a crash between them the
+    handler runs again, with completion marks or without.
+    """
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)
@@ -109,7 +113,10 @@ class Park:
 
 @attrs.frozen
 class Republish:
-    """A copy of the message with these `headers` goes to `destination`; the original is done with."""
+    """A copy of the message with these `headers` goes to `destination`; the original is done with.
+
+    With a handler's own writes to a database it is not one commit: see `Park`.
+    """
 
     destination: str = attrs.field(validator=is_nonempty_text)
     headers: Mapping[str, str] = attrs.field(factory=dict, converter=_headers, hash=False, kw_only=True)

@@ -20,7 +20,7 @@ from retrykit.call import Plan
 from retrykit.check import as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, RetryState, _bound
-from retrykit.driver import Driver, async_drive, drive
+from retrykit.driver import Driver, async_drive, drive, readable
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
@@ -141,7 +141,7 @@ class _Template(Value):
 
     def _now(self) -> float:
         try:
-            return self.clock.monotonic()
+            return readable(self.clock.monotonic())
         except Exception:  # noqa: BLE001 - a clock's fault changes no outcome; the driver reports it at the next reading
             return monotonic()
 
