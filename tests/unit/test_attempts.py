@@ -15,6 +15,7 @@ from retrykit import (
     BackOffInterruptedError,
     ExhaustedRetryError,
     FixedBackOffPolicy,
+    MapRetryContextCache,
     NeverRetryPolicy,
     RetryError,
     RetryState,
@@ -22,7 +23,7 @@ from retrykit import (
     SimpleRetryPolicy,
     current_context,
 )
-from tests.doubles import AsyncTransaction, Ears, ManualClock, Transaction
+from tests.doubles import AsyncEars, AsyncTransaction, Ears, Fails, ManualClock, Transaction
 
 ERROR = OSError("broken")
 
@@ -310,3 +311,192 @@ def test_a_loop_leaves_no_garbage(failures):
         assert gc.collect() == 0
     finally:
         gc.enable()
+
+
+# -- interruptions outside of the block
+
+
+class ExitsInPauses(ManualClock):
+    """A clock that is interrupted whenever it sleeps."""
+
+    def sleep(self, seconds):
+        raise Exits
+
+
+def test_p9_an_interruption_in_a_pause_closes_the_call_and_makes_no_attempt(way):
+    ears, body = Ears(), Body(ERROR)
+    with pytest.raises(Exits) as caught:
+        way.loop(way.kind(back_off_policy=FixedBackOffPolicy(1), clock=ExitsInPauses(), listeners=[ears]), body)
+    assert ears.log == [("open",), ("on_error", ERROR, True), ("close", caught.value)]
+    assert (body.attempts, body.contexts[0].closed) == ([1], True)
+
+
+def test_p9_an_interruption_in_the_pause_before_the_first_attempt_keeps_the_history(way):
+    template, body = way.kind(back_off_policy=FixedBackOffPolicy(1), clock=ExitsInPauses()), Body(ERROR)
+    state = RetryState(key="m-1")
+    with pytest.raises(OSError, match="broken"):
+        way.loop(template, body, state=state)
+    ears = Ears()
+    again = way.kind(
+        back_off_policy=FixedBackOffPolicy(1),
+        clock=ExitsInPauses(),
+        listeners=[ears],
+        context_cache=template.context_cache,
+    )
+    with pytest.raises(Exits):
+        way.loop(again, body, state=state)
+    assert [event[0] for event in ears.log] == ["open", "close"]
+    stored = template.context_cache.load("retry/m-1").snapshot
+    assert (stored["retry_count"], stored.get("in_flight", [])) == (1, [])
+
+
+class ExitsAtSave(MapRetryContextCache):
+    """A cache that is interrupted once, before the save with the given number."""
+
+    number = 0
+
+    def save(self, key, snapshot, expected):
+        self.number -= 1
+        if self.number == 0:
+            raise Exits
+        return super().save(key, snapshot, expected)
+
+
+@pytest.mark.parametrize("number", [1, 2], ids=["reserved", "stored"])
+def test_p9_an_interruption_while_something_is_stored_leaves_no_reservation(way, number):
+    ears, body, cache = Ears(), Body(ERROR), ExitsAtSave()
+    cache.number = number
+    with pytest.raises(Exits):
+        way.loop(way.kind(context_cache=cache, listeners=[ears]), body, state=RetryState(key="m-1"))
+    assert [event[0] for event in ears.log] == ["open", "close"]
+    stored = cache.load("retry/m-1")
+    assert stored is None or "in_flight" not in stored.snapshot
+    callback = Fails()
+    assert RetryTemplate(context_cache=cache).execute(callback, state=RetryState(key="m-1")) == "done"
+    assert callback.contexts[0].crashes == 0
+
+
+def test_p9_an_interruption_in_a_listener_closes_the_call(way):
+    class Interrupted(Ears):
+        def on_error(self, context, error, decision):
+            raise Exits
+
+    ears = Interrupted()
+    with pytest.raises(Exits) as caught:
+        way.loop(way.kind(listeners=[ears]), Body(ERROR))
+    assert ears.log == [("open",), ("close", caught.value)]
+
+
+class AwaitingEars(AsyncEars):
+    """As `AsyncEars`, but closing it awaits something first."""
+
+    def __init__(self, pause):
+        super().__init__()
+        self.pause = pause
+
+    async def close(self, context, error):
+        await self.pause()
+        await super().close(context, error)
+
+
+class CancelledInPauses(ManualClock):
+    """A clock whose sleeper is cancelled."""
+
+    def __init__(self, cancel):
+        super().__init__()
+        self.cancel = cancel
+
+    async def async_sleep(self, seconds):
+        await self.cancel()
+
+
+def test_p9_a_task_that_is_cancelled_in_a_pause_closes_the_call():
+    async def cancel():
+        asyncio.current_task().cancel()
+        await asyncio.sleep(0)
+
+    ears = AwaitingEars(lambda: asyncio.sleep(0))
+    clock = CancelledInPauses(cancel)
+    template = AsyncRetryTemplate(back_off_policy=FixedBackOffPolicy(1), clock=clock, listeners=[ears])
+    with pytest.raises(asyncio.CancelledError):
+        OnAsyncio.loop(template, Body(ERROR))
+    assert [event[0] for event in ears.log] == ["open", "on_error", "close"]
+
+
+def test_p9_a_scope_of_trio_that_is_cancelled_in_a_pause_closes_the_call():
+    ears = AwaitingEars(trio.lowlevel.checkpoint)
+
+    async def main():
+        with trio.CancelScope() as scope:
+
+            async def cancel():
+                scope.cancel()
+                await trio.lowlevel.checkpoint()
+
+            clock = CancelledInPauses(cancel)
+            template = AsyncRetryTemplate(back_off_policy=FixedBackOffPolicy(1), clock=clock, listeners=[ears])
+            async for attempt in template.attempts():
+                async with attempt:
+                    raise ERROR
+        return scope.cancelled_caught
+
+    assert trio.run(main)
+    assert [event[0] for event in ears.log] == ["open", "on_error", "close"]
+
+
+# -- loops that are left between two attempts
+
+
+def left_before_an_attempt(way, template, **options):
+    """Leave the loop in front of its first attempt."""
+
+    def sync():
+        for _ in template.attempts(**options):
+            break
+
+    async def main():
+        async for _ in template.attempts(**options):
+            break
+
+    sync() if way is Sync else way.run(main)
+
+
+def test_a_loop_that_is_left_before_its_first_attempt_closes_the_call(way):
+    ears = Ears()
+    left_before_an_attempt(way, way.kind(listeners=[ears]))
+    assert [event[0] for event in ears.log] == ["open", "close"]
+
+
+def test_a_loop_that_is_left_before_its_first_attempt_reserves_nothing(way):
+    template, state = way.kind(), RetryState(key="m-1")
+    for _ in range(3):
+        left_before_an_attempt(way, template, state=state)
+        assert len(template.context_cache) == 0
+    body = Body()
+    way.loop(template, body, state=state)
+    assert body.attempts == [1]
+
+
+def test_a_loop_that_is_left_before_a_later_attempt_closes_the_call_and_keeps_the_failures_before_it():
+    ears = Ears()
+    template = RetryTemplate(listeners=[ears])
+    for attempt in template.attempts(state=RetryState(key="m-1", rollback_for=lambda _: False)):
+        if ears.log[-1][0] == "on_error":
+            break
+        with attempt:
+            raise ERROR
+    assert [event[0] for event in ears.log] == ["open", "on_error", "close"]
+    stored = template.context_cache.load("retry/m-1").snapshot
+    assert (stored["retry_count"], stored.get("crashes", 0), stored.get("in_flight", [])) == (1, 0, [])
+
+
+def test_an_interruption_between_the_loop_and_its_block_reserves_nothing():
+    template = RetryTemplate()
+
+    def interrupted():
+        for _ in template.attempts(state=RetryState(key="m-1")):
+            raise Exits
+
+    with pytest.raises(Exits):
+        interrupted()
+    assert len(template.context_cache) == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
+import dataclasses
 import functools
 import inspect
 import threading
@@ -24,6 +26,7 @@ from retrykit import (
     TimeoutRetryPolicy,
     current_context,
     retryable,
+    veto,
 )
 from retrykit.decorators import AsyncRetryable, Retryable, RetryableOfClass
 from retrykit.history import StoredError
@@ -692,3 +695,86 @@ def test_what_type_checkers_see_of_a_decorated_function_does_not_run(kind):
     for use in (seen, seen.recover, seen.with_options, lambda: seen.__get__(None, object)):
         with pytest.raises(NotImplementedError):
             use()
+
+
+# -- threads and tasks of the first attempt
+
+
+def test_a_veto_from_a_thread_of_the_first_attempt_ends_the_attempts():
+    failed, vetoed, calls, seen = threading.Event(), threading.Event(), [], []
+
+    def late():
+        assert failed.wait(30)
+        veto("late")
+        seen.append(current_context())
+        vetoed.set()
+
+    @retryable(max_attempts=6)
+    def fetch():
+        calls.append(1)
+        if len(calls) == 1:
+            thread = threading.Thread(target=contextvars.copy_context().run, args=(late,))
+            thread.start()
+            threads.append(thread)
+        else:
+            failed.set()
+            assert vetoed.wait(30)
+            seen.append(current_context())
+        raise ConnectionError
+
+    threads = []
+    with pytest.raises(ConnectionError):
+        fetch()
+    threads[0].join(30)
+    assert len(calls) == 2
+    assert seen[0] is seen[1]
+    assert seen[0].veto_reason == "late"
+
+
+def test_a_veto_from_a_task_of_the_first_attempt_ends_the_attempts():
+    calls, tasks = [], []
+
+    @retryable(max_attempts=6)
+    async def fetch(failed, vetoed):
+        async def late():
+            await failed.wait()
+            veto("late")
+            vetoed.set()
+
+        calls.append(1)
+        if len(calls) == 1:
+            tasks.append(asyncio.create_task(late()))
+        else:
+            failed.set()
+            await vetoed.wait()
+        raise ConnectionError
+
+    async def main():
+        try:
+            await fetch(asyncio.Event(), asyncio.Event())
+        finally:
+            await tasks[0]
+
+    with pytest.raises(ConnectionError):
+        asyncio.run(main())
+    assert len(calls) == 2
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+@pytest.mark.parametrize("shortened", [True, False], ids=["short cut", "whole flow"])
+def test_p8_an_exception_that_is_frozen_is_retried_and_raised_itself(shortened):
+    flaky = Flaky(*[FrozenError(n) for n in range(3)])
+    last = flaky.errors[-1]
+
+    @retryable
+    def fetch():
+        flaky()
+
+    with short_cut(shortened), pytest.raises(FrozenError) as caught:
+        fetch()
+    assert caught.value is last
+    assert flaky.calls == 3

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+import dataclasses
 import logging
 import traceback
 from datetime import UTC, datetime, timedelta
@@ -31,7 +33,9 @@ from retrykit import (
     TerminatedRetryError,
     TimeoutRetryPolicy,
     current_context,
+    retryable,
 )
+from retrykit.context import _bound
 from retrykit.errors import AttemptsInFlightError, CommitInDoubtError
 from retrykit.history import StoredError
 from retrykit.owner import begin
@@ -964,3 +968,249 @@ def test_p9_the_transaction_of_a_cancelled_task_is_rolled_back():
     with pytest.raises(asyncio.CancelledError):
         OnAsyncio.run(AsyncRetryTemplate(), attempt, transaction=AsyncTransaction(log))
     assert log == ["begin", "roll back"]
+
+
+# -- exceptions that resist
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    code: int
+
+
+class NotedError(Exception):
+    """An exception that no note can be added to."""
+
+    __notes__ = ()
+
+
+class WordlessError(Exception):
+    """An exception that cannot be put into words."""
+
+    def __str__(self):
+        raise RuntimeError("no words")
+
+
+def test_p8_an_exception_that_is_frozen_is_retried_and_raised_itself(way, shortened):
+    errors = [FrozenError(n) for n in range(3)]
+    callback = Fails(*errors)
+    with pytest.raises(FrozenError) as caught:
+        way.run(way.kind(), callback)
+    assert caught.value is errors[2]
+    assert callback.calls == 3
+
+
+def test_p8_an_exception_that_is_frozen_is_rethrown_itself_and_remembered(way):
+    template, error = way.kind(), FrozenError(1)
+    assert deliver(way, template, Fails(error)) is error
+    assert template.context_cache.load("retry/m-1").snapshot["retry_count"] == 1
+
+
+@pytest.mark.parametrize("error", [FrozenError(1), NotedError()], ids=["frozen", "noted"])
+def test_p8_an_exception_that_takes_no_note_is_raised_itself_when_it_cannot_be_stored(way, error, caplog):
+    template = way.kind(context_cache=BrokenCache(save=OSError("full")))
+    with caplog.at_level(logging.ERROR, "retrykit"):
+        assert deliver(way, template, Fails(error)) is error
+    assert "fault in store" in caplog.text
+
+
+class Wordless:
+    """A policy and a back-off that fail without words."""
+
+    def decide(self, context):
+        raise WordlessError
+
+    def delay(self, context):
+        raise WordlessError
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"retry_policy": Wordless()}, {"back_off_policy": Wordless()}],
+    ids=lambda options: next(iter(options)),
+)
+@pytest.mark.parametrize("state", [None, RetryState(key="m-1")], ids=["stateless", "stateful"])
+def test_p8_a_policy_that_fails_without_words_hides_nothing(way, shortened, options, state):
+    callback = Fails(ERROR)
+    with pytest.raises(OSError, match="broken") as caught:
+        way.run(way.kind(**options), callback, state=state)
+    assert caught.value is ERROR
+    assert callback.calls == 1
+
+
+@pytest.mark.parametrize("verb", ["load", "save", "remove"])
+def test_p11_a_store_that_fails_without_words_hides_nothing(way, verb, caplog):
+    template = way.kind(context_cache=BrokenCache(**{verb: WordlessError()}))
+    with caplog.at_level(logging.ERROR, "retrykit"):
+        assert deliver(way, template, Fails(ERROR)) is ERROR
+        assert deliver(way, template, Fails()) == "done"
+    assert "fault in" in caplog.text
+
+
+# -- managers of both kinds
+
+
+class Dual:
+    """A context manager of both kinds."""
+
+    def __enter__(self):
+        return "sync"
+
+    def __exit__(self, kind, error, trace):
+        pass
+
+    async def __aenter__(self):
+        return "async"
+
+    async def __aexit__(self, kind, error, trace):
+        pass
+
+
+def test_a_manager_of_both_kinds_is_entered_as_the_template_can(way):
+    seen = []
+
+    def callback(context):
+        seen.append(context.transaction)
+
+    way.run(way.kind(), callback, transaction=Dual)
+    assert seen == ["sync" if way is Sync else "async"]
+
+
+def test_a_transaction_that_is_none_may_be_a_nullcontext(way):
+    callback = Fails()
+    assert way.run(way.kind(), callback, transaction=contextlib.nullcontext) == "done"
+    assert callback.calls == 1
+
+
+# -- vetoes of several people
+
+
+def test_p4_a_veto_that_a_call_gave_and_withdrew_takes_no_others_veto_with_it():
+    template = RetryTemplate(retry_policy=SimpleRetryPolicy(50))
+
+    def callback(context):
+        context.veto("mine")
+        context.withdraw_veto()
+        template.veto("m-1", "the operator's")
+        raise ERROR
+
+    assert deliver(Sync, template, callback) is ERROR
+    assert template.history("m-1").veto_reason == "the operator's"
+
+
+class Withdraws(Ears):
+    """Withdraws the veto that it finds, and lets somebody else write before the next save."""
+
+    def __init__(self, meanwhile):
+        super().__init__()
+        self.meanwhile = meanwhile
+
+    def open(self, context):
+        super().open(context)
+        context.withdraw_veto()
+        self.meanwhile()
+
+
+def touch(cache):
+    """Somebody else stores what is stored."""
+    stored = cache.load("retry/m-1")
+    assert cache.save("retry/m-1", stored.snapshot, stored.version)
+
+
+def test_p4_a_withdrawal_is_not_lost_when_somebody_else_writes_first():
+    template = RetryTemplate(retry_policy=SimpleRetryPolicy(50))
+    template.veto("m-1", "poison")
+    listener = Withdraws(lambda: touch(template.context_cache))
+    callback = Fails(ERROR)
+    assert deliver(Sync, attrs.evolve(template, listeners=[listener]), callback) is ERROR
+    assert callback.calls == 1
+    assert template.history("m-1").veto_reason is None
+
+
+def test_p4_a_withdrawal_that_nobody_has_stored_is_not_lost_when_somebody_else_writes_first():
+    template = RetryTemplate(retry_policy=SimpleRetryPolicy(50))
+    template.veto("m-1", "poison")
+
+    def callback(context):
+        touch(template.context_cache)
+        raise ERROR
+
+    listener = Withdraws(lambda: None)
+    assert deliver(Sync, attrs.evolve(template, listeners=[listener]), callback, journal="never") is ERROR
+    assert template.history("m-1").veto_reason is None
+
+
+def test_p4_a_withdrawal_takes_back_the_veto_that_it_saw_and_no_other():
+    template = RetryTemplate(retry_policy=SimpleRetryPolicy(50))
+    template.veto("m-1", "poison")
+    listener = Withdraws(lambda: template.veto("m-1", "still poison"))
+    callback = Fails()
+    assert type(deliver(Sync, attrs.evolve(template, listeners=[listener]), callback)) is TerminatedRetryError
+    assert callback.calls == 0
+    assert template.history("m-1").veto_reason == "still poison"
+
+
+# -- telling, time, and asking
+
+
+def test_p9_an_interruption_in_close_tells_no_listener_twice_and_forgets_none(way):
+    log = []
+
+    class Interrupted(Ears):
+        def close(self, context, error):
+            super().close(context, error)
+            if error is None:
+                raise Exits
+
+    template = way.kind(listeners=[Ears(log, "first"), Interrupted(log, "last")])
+    with pytest.raises(Exits):
+        way.run(template, Fails())
+    assert [event[0] for event in log if event[1] == "close"] == ["last", "first"]
+
+
+class OddClock(ManualClock):
+    """A clock whose named hand gives what is no time."""
+
+    def __init__(self, hand, instant):
+        super().__init__()
+        self.odd = {hand: instant}
+
+    def time(self):
+        return self.odd.get("time", super().time())
+
+    def monotonic(self):
+        return self.odd.get("monotonic", super().monotonic())
+
+
+IN_PLACE = RetryState(key="m-1", rollback_for=lambda _: False)
+
+
+@pytest.mark.parametrize("instant", [float("nan"), float("inf"), float("-inf")], ids=str)
+@pytest.mark.parametrize("hand", ["time", "monotonic"])
+def test_p11_a_clock_that_gives_no_time_changes_no_outcome(way, hand, instant):
+    for state in (None, IN_PLACE):
+        clock = OddClock(hand, instant)
+        template = way.kind(clock=clock, back_off_policy=FixedBackOffPolicy(2))
+        assert way.run(template, Fails(ERROR), state=state) == "done"
+        assert clock.slept == [2]
+
+
+@pytest.mark.parametrize("instant", [None, "noon"])
+def test_p11_a_clock_that_gives_no_time_of_day_changes_no_outcome(way, instant):
+    template = way.kind(clock=OddClock("time", instant), back_off_policy=FixedBackOffPolicy(2))
+    assert way.run(template, Fails(ERROR), state=IN_PLACE) == "done"
+
+
+def test_asking_for_the_context_again_and_again_keeps_nothing():
+    failures = [ERROR]
+
+    @retryable
+    def fetch():
+        if failures:
+            raise failures.pop()
+        found = {current_context() for _ in range(100)}
+        return len(found), len(_bound.get())
+
+    contexts, bound = fetch()
+    assert contexts == 1
+    assert bound < 10
