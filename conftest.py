@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import sys
 import tempfile
 import types
@@ -66,6 +67,17 @@ class PageTest(pytest.Item):
     def reportinfo(self) -> tuple[Path, int, str]:
         """Where the page is."""
         return self.path, 0, str(self.path.relative_to(ROOT))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:  # noqa: ARG001 - the hook's name for it
+    """What a page (or a test) tells the library's logger holds for that page only."""
+    logger = logging.getLogger("retrykit")
+    level = logger.level
+    try:
+        return (yield)
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -204,6 +204,9 @@ def _try_to_withdraw(call: Call, flight: int) -> Flow:
             call.version = None if answer is True else answer
             return False
     stored = yield Load(key)
+    if stored is None:
+        # Settled or forgotten meanwhile: a veto of this call has nothing left to be about.
+        context._facts().own_veto = None
     return take_over(call, stored) and context._facts().flight(flight) is not None
 
 
@@ -297,6 +300,10 @@ def keep_veto(call: Call) -> Flow:
         saved = yield Save(key, context.snapshot(), call.version)
         if saved is None:
             saved = yield Load(key)
+            if saved is None and call.seen:
+                # As in `_try_to_withdraw`.
+                context._facts().own_veto = None
+                return
             if not isinstance(saved, Exception):
                 take_over(call, saved)
                 continue
