@@ -1041,10 +1041,13 @@ def test_p8_a_policy_that_fails_without_words_hides_nothing(way, shortened, opti
 @pytest.mark.parametrize("verb", ["load", "save", "remove"])
 def test_p11_a_store_that_fails_without_words_hides_nothing(way, verb, caplog):
     template = way.kind(context_cache=BrokenCache(**{verb: WordlessError()}))
+    error = ValueError("mine")
     with caplog.at_level(logging.ERROR, "retrykit"):
-        assert deliver(way, template, Fails(ERROR)) is ERROR
+        assert deliver(way, template, Fails(error)) is error
         assert deliver(way, template, Fails()) == "done"
     assert "fault in" in caplog.text
+    notes = getattr(error, "__notes__", [])
+    assert ["WordlessError" in note for note in notes] == ([] if verb == "remove" else [True])
 
 
 # -- managers of both kinds
