@@ -424,7 +424,7 @@ class History:
             failures=facts["retry_count"],
             last_error=error_from_json(last) if last else None,
             errors=tuple(ErrorSummary(**error) for error in facts.get("errors", ())),
-            in_flight=tuple(Flight(**flight) for flight in facts.get("in_flight", ())),
+            in_flight=tuple(Flight(**_sound_flight(flight)) for flight in facts.get("in_flight", ())),
             _tallies={label: Tally(*tally) for label, tally in facts.get("tallies", {}).items()},
             _attributes=attributes,
             **plain,
@@ -460,6 +460,15 @@ def _sound(fact: str, value: Any) -> Any:
         msg = f"{fact} is {value!r:.80}"
         raise ValueError(msg)
     return value
+
+
+def _sound_flight(fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The fields of a flight, if its numbers are numbers."""
+    for fact in ("fence", "since", "until"):
+        if not isinstance(fields[fact], int | float):
+            msg = f"{fact} of a flight is {fields[fact]!r:.80}"
+            raise TypeError(msg)
+    return fields
 
 
 def check_format(facts: Mapping[str, Any]) -> None:

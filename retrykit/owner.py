@@ -47,6 +47,7 @@ def _machine() -> str:
         numbers = os.readlink("/proc/self/ns/pid")  # noqa: PTH115 - as in `_read`
     except OSError:
         return NOWHERE
+    # Where these files are, there is a uname.
     return f"{os.uname().nodename}/{boot}/{numbers}"
 
 

@@ -10,9 +10,11 @@ import trio
 
 from retrykit import (
     AsyncRetryTemplate,
+    CodecError,
     ExceptionClassifierRetryPolicy,
     MapRetryContextCache,
     MaxAttemptsRetryPolicy,
+    RetryContext,
     RetryState,
     RetryTemplate,
     SimpleRetryPolicy,
@@ -201,3 +203,10 @@ def test_p11_a_damaged_history_keeps_no_work_from_being_done_and_is_not_overwrit
         assert deliver(template, Fails()) == "done"
     assert "fault in load" in caplog.text
     assert template.context_cache.load(KEY).snapshot == snapshot
+
+
+def test_a_flight_whose_time_is_no_number_is_a_damaged_history():
+    flight = {"fence": 1, "owner": "elsewhere/1/2/3", "since": 0.0, "until": "x"}
+    snapshot = {"format": 1, "name": "retry", "key": "m-1", "retry_count": 0, "in_flight": [flight]}
+    with pytest.raises(CodecError, match="until of a flight"):
+        RetryContext.from_snapshot(snapshot)
