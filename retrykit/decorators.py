@@ -19,7 +19,7 @@ from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.check import Seconds, error_types, is_callable_or_none, one_of, wrong_type
 from retrykit.clock import Clock
 from retrykit.context import RetryContext, RetryState
-from retrykit.driver import Driver, async_drive, drive
+from retrykit.driver import Driver, async_drive, drive, without_frame
 from retrykit.key import Key
 from retrykit.listener import RetryListener
 from retrykit.policy import (
@@ -31,7 +31,7 @@ from retrykit.policy import (
     nearest,
 )
 from retrykit.signature import direct_wrapper, driven_wrapper
-from retrykit.template import AsyncRetryTemplate, RetryTemplate, _Template, without_frame
+from retrykit.template import AsyncRetryTemplate, RetryTemplate, _Template
 
 P = ParamSpec("P")
 Q = ParamSpec("Q")
@@ -295,7 +295,7 @@ class _Handlers:
         """The decorator that registers a handler; used bare, or with no classes, for every failure."""
         if len(types) == 1 and not isinstance(types[0], type) and callable(types[0]):
             return self.register()(types[0])
-        classes = error_types_of(types or (Exception,))
+        classes = error_types("error_types", types or (Exception,))
 
         def registered(handler: F) -> F:
             _check_function(handler)
@@ -305,11 +305,6 @@ class _Handlers:
             return handler
 
         return registered
-
-
-def error_types_of(types: tuple[Any, ...]) -> tuple[type[Exception], ...]:
-    """The classes given to `.recover`."""
-    return error_types("error_types", types)
 
 
 class _Recovery:

@@ -258,12 +258,17 @@ def log_fault(call: Call, what: str, fault: BaseException) -> None:
     )
 
 
-def own_frame_off(error: BaseException) -> BaseException:
-    """The error without the frame of the loop that caught it: raising it there again adds that frame once more."""
+def without_frame(error: BaseException) -> BaseException:
+    """The error, the frame that caught it taken off its traceback: it is on it again when the error leaves."""
     trace = error.__traceback__
-    if trace is not None and trace.tb_frame.f_code in _LOOPS:
-        trace = trace.tb_next
-    return error.with_traceback(trace)
+    # Not by assignment: a frozen exception would refuse it.
+    return error.with_traceback(None if trace is None else trace.tb_next)
+
+
+def own_frame_off(error: BaseException) -> BaseException:
+    """The error without the frame of the loop that caught it, if one did: raising it there adds that frame again."""
+    trace = error.__traceback__
+    return without_frame(error) if trace is not None and trace.tb_frame.f_code in _LOOPS else error
 
 
 def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:

@@ -20,7 +20,7 @@ from retrykit.call import Plan
 from retrykit.check import as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, RetryState, _bound
-from retrykit.driver import Driver, async_drive, drive, readable
+from retrykit.driver import Driver, async_drive, drive, readable, without_frame
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
@@ -165,13 +165,6 @@ class _Template(Value):
 
 def _always(context: RetryContext) -> None:
     """What the block style has for a callback: the block is the attempt."""
-
-
-def without_frame(error: BaseException) -> None:
-    """Take the frame that caught the error off its traceback: it is on it again when the error leaves."""
-    trace = error.__traceback__
-    # Not by assignment: a frozen exception would refuse it.
-    error.with_traceback(None if trace is None else trace.tb_next)
 
 
 def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
