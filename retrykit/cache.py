@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -19,7 +20,14 @@ from retrykit.errors import CacheCapacityError
 from retrykit.key import canonical_key
 from retrykit.value import Value
 
-__all__ = ["JoinableContextCache", "MapRetryContextCache", "RetryContextCache", "StoredContext", "canonical_key"]
+__all__ = [
+    "AsyncRetryContextCache",
+    "JoinableContextCache",
+    "MapRetryContextCache",
+    "RetryContextCache",
+    "StoredContext",
+    "canonical_key",
+]
 
 
 SWEEP: Final = 1_000
@@ -39,7 +47,8 @@ class RetryContextCache(Protocol):
     """A store of histories. `key` is canonical text (`canonical_key`), at most 512 characters.
 
     The methods of a cache for `AsyncRetryTemplate` may be coroutine functions. Faults are raised as
-    `ContextCacheError`.
+    `ContextCacheError`. A store that several machines share has an attribute `store_clock`, a
+    `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -58,8 +67,11 @@ class RetryContextCache(Protocol):
     def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
         """All keys that begin with the prefix, in order, with what is stored: for operators."""
 
-    def expire(self, now: float) -> int:
-        """Forget what need not be kept any longer at `now` (seconds since the epoch). How many histories went."""
+    def expire(self, now: float | None = None) -> int:
+        """Forget what need not be kept any longer at `now` (seconds since the epoch). How many snapshots went.
+
+        None: by the store's own clock; a store without one takes the machine's.
+        """
 
 
 @runtime_checkable
@@ -71,6 +83,25 @@ class JoinableContextCache(RetryContextCache, Protocol):
 
         What is saved there commits or rolls back with the work. None when it is not on this store's database.
         """
+
+
+class AsyncRetryContextCache(Protocol):
+    """The same store for `AsyncRetryTemplate`, its verbs coroutine functions."""
+
+    async def load(self, key: str) -> StoredContext | None:
+        """As `RetryContextCache.load`."""
+
+    async def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
+        """As `RetryContextCache.save`."""
+
+    async def remove(self, key: str, expected: int | None = None) -> bool:
+        """As `RetryContextCache.remove`."""
+
+    def items(self, prefix: str = "") -> AsyncIterator[tuple[str, StoredContext]]:
+        """As `RetryContextCache.items`."""
+
+    async def expire(self, now: float | None = None) -> int:
+        """As `RetryContextCache.expire`."""
 
 
 is_cache = has("load", "save", "remove")
@@ -184,10 +215,10 @@ class MapRetryContextCache:
             if stored is not None:
                 yield key, stored
 
-    def expire(self, now: float) -> int:
+    def expire(self, now: float | None = None) -> int:
         """Forget completion marks that are over, and histories not touched for `time_to_live`."""
         with self._lock:
-            return self._drop_over(now)
+            return self._drop_over(time.time() if now is None else now)
 
     def _drop_over(self, now: float) -> int:
         dropped = 0

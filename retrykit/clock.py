@@ -1,4 +1,4 @@
-"""Time as a collaborator: what o'clock it is, how long something took, and how a pause is spent."""
+"""Time as a collaborator: what o'clock it is, here or at a store, how long something took, and how a pause is spent."""
 
 from __future__ import annotations
 
@@ -58,3 +58,44 @@ class SystemClock(Value):
 
 
 SYSTEM_CLOCK = SystemClock()
+
+
+class StoreClock:
+    """The time of a store that several machines share, as seen from here: one clock for all of them.
+
+    Whoever talks to the store tells it what the store's clock said, and when that was asked and answered (`observe`).
+    The truth lies between the two: each observation narrows the interval in which the distance of the two clocks must
+    be (Marzullo's rule), and asking for the time costs no I/O. An observation that contradicts what is known (the
+    store's clock was set, ours drifted or slept) replaces it. Safe to use from any thread.
+    """
+
+    __slots__ = ("_distance",)
+
+    def __init__(self) -> None:
+        self._distance: tuple[float, float] | None = None
+
+    def __repr__(self) -> str:
+        if self._distance is None:
+            return "StoreClock(not observed yet)"
+        return f"StoreClock(known to {self._distance[1] - self._distance[0]:.6f} s)"
+
+    @property
+    def known(self) -> bool:
+        """Whether the store's time has been observed at all."""
+        return self._distance is not None
+
+    def observe(self, sent: float, at: float, received: float) -> None:
+        """The store said `at` (seconds since the epoch) between two readings of `time.monotonic()`."""
+        lowest, highest = at - received, at - sent
+        if self._distance is not None:
+            # One tuple, replaced as a whole: a race of two observations loses a narrowing, nothing else.
+            low, high = max(lowest, self._distance[0]), min(highest, self._distance[1])
+            if low <= high:
+                lowest, highest = low, high
+        self._distance = lowest, highest
+
+    def time(self) -> float:
+        """Seconds since the epoch (UTC), by the store's clock. `ValueError` before the first observation."""
+        if self._distance is None:
+            raise ValueError("the store's clock has not been observed yet")
+        return time.monotonic() + (self._distance[0] + self._distance[1]) / 2

@@ -394,9 +394,9 @@ class RetryContext:
         The distance of the two clocks is read once a call, so a jump cannot tear it.
         """
         if self._wall is None:
-            clock: Clock = self._template.clock
+            template = self._template
             try:
-                self._wall = clock.time() - clock.monotonic()
+                self._wall = template.time() - template.clock.monotonic()
             except Exception:  # noqa: BLE001 - a clock's fault changes no outcome; the machine's own will do
                 self._wall = SYSTEM_CLOCK.time() - SYSTEM_CLOCK.monotonic()
         return self._wall + monotonic
@@ -435,6 +435,10 @@ class Detached:
     name: str
     retry_policy: Any = None
     clock: Clock = SYSTEM_CLOCK
+
+    def time(self) -> float:
+        """The time of day."""
+        return self.clock.time()
 
 
 def first_fence(now: float) -> int:

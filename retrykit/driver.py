@@ -106,11 +106,11 @@ class Driver(Call):
             return max(self.context._now, self.context._started)
 
     def wall(self) -> float:
-        """The time of day; worked out from the last known one when the clock fails."""
+        """The time of day, the store's if it has a clock; worked out from the last known one when the clock fails."""
         context = self.context
         monotonic = context._now = self.now()
         try:
-            wall = readable(self.template.clock.time())
+            wall = readable(self.template.time())
         except Exception as fault:  # noqa: BLE001 - as in `now`
             log_fault(self, "clock", fault)
             wall = time() if context._wall is None else monotonic + context._wall

@@ -139,6 +139,14 @@ class _Template(Value):
         check_key(key)
         return in_namespace(self._space, key)
 
+    def time(self) -> float:
+        """Seconds since the epoch: by the clock of the store, where it has one for all who share it; else by ours.
+
+        Leases and due times are compared with it, so that machines whose clocks disagree agree about them.
+        """
+        store_clock = getattr(self.context_cache, "store_clock", None)
+        return (self.clock if store_clock is None or not store_clock.known else store_clock).time()
+
     def _now(self) -> float:
         try:
             return readable(self.clock.monotonic())

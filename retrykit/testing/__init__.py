@@ -7,13 +7,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from retrykit.testing.blocking import BlockingContextCache
 from retrykit.testing.cache_contract import ContextCacheContract
 from retrykit.testing.stomp_server import QueuedMessage, StompServer, StompServerProcess
 
 if TYPE_CHECKING:
     from retrykit.testing.broker_contract import BrokerContract
 
-__all__ = ["BrokerContract", "ContextCacheContract", "QueuedMessage", "StompServer", "StompServerProcess"]
+__all__ = [
+    "BlockingContextCache",
+    "BrokerContract",
+    "ContextCacheContract",
+    "QueuedMessage",
+    "StompServer",
+    "StompServerProcess",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -203,6 +203,13 @@ class ContextCacheContract:
         assert cache.expire(200.0) == 0
         assert [key for key, _ in cache.items()] == ["a/history", "a/later"]
 
+    def test_expire_without_a_time_goes_by_the_store_s_own_clock(self, tmp_path: Path) -> None:
+        cache = self.make_cache(tmp_path)
+        _saved(cache, "a/over", {"completed_at": 50.0, "expires_at": 100.0})
+        _saved(cache, "a/later", {"completed_at": 50.0, "expires_at": 4e9})
+        assert cache.expire() == 1
+        assert [key for key, _ in cache.items()] == ["a/later"]
+
     def test_time_of_the_last_save_is_what_counts(self, tmp_path: Path) -> None:
         cache = self.make_cache(tmp_path)
         first = _saved(cache, "a/1", {"expires_at": 100.0, "completed_at": 1.0})

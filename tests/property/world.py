@@ -160,7 +160,7 @@ class Store:
     def items(self, prefix: str = "") -> Iterator[Any]:
         return self.real.items(prefix)
 
-    def expire(self, now: float) -> int:
+    def expire(self, now: float | None = None) -> int:
         return self.real.expire(now)
 
     def joined(self, transaction: Any) -> JoinedStore | None:

@@ -460,7 +460,7 @@ class OwnCache:
     def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
         return iter(())
 
-    def expire(self, now: float) -> int:
+    def expire(self, now: float | None = None) -> int:
         return 0
 
 
