@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.servers.fixtures import activemq
+from tests.servers.fixtures import activemq, mariadb, postgresql, redis_server
 
-__all__ = ["activemq"]
+__all__ = ["activemq", "mariadb", "postgresql", "redis_server"]

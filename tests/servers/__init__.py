@@ -3,6 +3,21 @@
 from __future__ import annotations
 
 from tests.servers.activemq import ActiveMq, activemq_missing
+from tests.servers.mariadb import MariaDb, mariadb_missing
+from tests.servers.postgresql import PostgreSql, postgresql_missing
+from tests.servers.redis_server import RedisServer, redis_missing
 from tests.servers.wire import Frame, StompErrorFrame, Wire
 
-__all__ = ["ActiveMq", "Frame", "StompErrorFrame", "Wire", "activemq_missing"]
+__all__ = [
+    "ActiveMq",
+    "Frame",
+    "MariaDb",
+    "PostgreSql",
+    "RedisServer",
+    "StompErrorFrame",
+    "Wire",
+    "activemq_missing",
+    "mariadb_missing",
+    "postgresql_missing",
+    "redis_missing",
+]
