@@ -64,13 +64,12 @@ class PostgreSql(ServerProcess):
             connection.execute(statement.encode())
 
     def kill(self) -> None:
-        """End the server as a power failure would: the processes of its sessions too, which else see to their end."""
-        # Stopped first, so that it has no more children while they are looked for.
+        """End the server as a power failure would: no session of it has a last word."""
+        # Stopped first, so that it has no more children while they are looked for, and does not see them die.
         self.pause()
-        children = _children(self.pid)
-        super().kill()
-        for child in children:
+        for child in _children(self.pid):
             _end(child)
+        super().kill()
 
     def _prepare(self) -> None:
         if (self.base / "data").exists():
