@@ -12,14 +12,16 @@ except ModuleNotFoundError as error:
 
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
 from retrykit.sql.parked import ParkedItem, park_in, park_in_transaction, parked_item, parked_items, remove_parked_in
+from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import sqlite_engine
-from retrykit.sql.tables import SCHEMA_VERSION, create_tables, metadata, rk_context, rk_parked, rk_schema
+from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_parked, rk_schema
 
 __all__ = [
     "SCHEMA_VERSION",
     "JoinedContextCache",
     "ParkedItem",
     "SqlRetryContextCache",
+    "check_version",
     "create_tables",
     "metadata",
     "park_in",

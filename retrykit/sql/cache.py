@@ -15,8 +15,8 @@ from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock
 from retrykit.errors import CodecError, ContextCacheError
 from retrykit.sql.rows import CHUNK, PAGE, ContextRows, OnFull
+from retrykit.sql.schema import open_tables
 from retrykit.sql.sqlite import alone, database_of, engine_of, hint, reading, start_writing
-from retrykit.sql.tables import create_tables
 from retrykit.sql.transaction import joinable
 
 
@@ -117,7 +117,7 @@ class SqlRetryContextCache(_Verbs):
 
     def _open(self) -> None:
         with _faults("open", "", self._url):
-            create_tables(self._engine)
+            open_tables(self._engine)
             with self._reader.connect() as connection:
                 self._file = database_of(connection)
 

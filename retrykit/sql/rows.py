@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, Literal
 
@@ -56,7 +57,7 @@ _expired = select(_c.id).where(_c.expires_at <= bindparam("now")).order_by(_c.ex
 _oldest = (
     select(_c.id)
     .where(_c.completed_at.is_(None))
-    .order_by(_c.updated_at, _c.id)
+    .order_by(_c.completed_at, _c.updated_minute, _c.id)
     .limit(bindparam("surplus", type_=Integer))
 )
 
@@ -191,6 +192,7 @@ class ContextRows:
         return {
             "context_key": _checked(key),
             "revision": 0,
+            "token": secrets.randbits(63),
             "name": _text(snapshot.get("name"), 255),
             "retry_count": _count(snapshot.get("retry_count")),
             "last_failed_at": _number(snapshot.get("last_failed_at")),
@@ -200,6 +202,7 @@ class ContextRows:
             "completed_at": _number(snapshot.get("completed_at")),
             "expires_at": self._until(snapshot, now),
             "updated_at": now,
+            "updated_minute": int(now // 60),
             "snapshot": _encoded(key, snapshot),
         }
 

@@ -5,9 +5,14 @@ C, utf8mb4_nopad_bin): a store that found `Order-1` under `order-1` would merge 
 twice, not even after a delete (AUTOINCREMENT, IDENTITY, AUTO_INCREMENT of InnoDB): versions of histories are made of
 them.
 
-`metadata` may be merged into an application's own migrations. The counter of histories is kept by triggers on SQLite
-only: its writers come one after the other anyway. On servers with concurrent writers one counter row would make them
-do so.
+`metadata` may be merged into an application's own migrations, and then `retrykit.sql.migrations` belongs there too. The
+counter of histories is kept by triggers on SQLite only: its writers come one after the other anyway. On servers with
+concurrent writers one counter row would make them do so; they count over an index.
+
+That index is on the minute of the last save, not on its very time: PostgreSQL updates a row without touching any index
+(HOT) only while no indexed column changes. Measured on 1,000 histories, each failing again and again: half the WAL, a
+quarter of the table's and a 60th of the index's size. For the same reason pages there are filled to 70 %: a new version
+of a row finds room beside the old one.
 """
 
 from __future__ import annotations
@@ -21,7 +26,6 @@ from sqlalchemy import (
     Column,
     Connection,
     Double,
-    Engine,
     Index,
     Integer,
     LargeBinary,
@@ -31,16 +35,14 @@ from sqlalchemy import (
     Text,
     event,
     insert,
-    select,
+    literal_column,
+    text,
 )
 from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.types import TypeEngine
 
-from retrykit.errors import ContextCacheError
-from retrykit.sql.sqlite import reading, start_writing
-
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MAX_KEY: Final = 600
 
 metadata = MetaData()
@@ -73,7 +75,12 @@ _innodb: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in ("mysql"
 rk_schema = Table(
     "rk_schema",
     metadata,
-    Column("name", String(50), primary_key=True, comment="version, or contexts: how many histories there are (SQLite)"),
+    Column(
+        "name",
+        String(50),
+        primary_key=True,
+        comment="version; identity: a random number; contexts: how many histories there are (SQLite)",
+    ),
     Column("value", BigInteger, nullable=False),
     **_innodb,
 )
@@ -86,6 +93,13 @@ rk_context = Table(
         "context_key", _exact(MAX_KEY), nullable=False, unique=True, comment="canonical text of template name and key"
     ),
     Column("revision", Integer, nullable=False, comment="grows with every save"),
+    Column(
+        "token",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="random, of the last save: tells its writer, whose connection was lost, that it was done",
+    ),
     Column("name", String(255), comment="of the template"),
     Column("retry_count", Integer),
     Column("last_failed_at", Double, comment="seconds since the epoch, as all times here"),
@@ -95,21 +109,33 @@ rk_context = Table(
     Column("completed_at", Double, comment="not null: a completion mark, no history"),
     Column("expires_at", Double, comment="may be dropped from then on"),
     Column("updated_at", Double, nullable=False),
+    Column(
+        "updated_minute",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="updated_at in whole minutes: seldom changes with it, so it can be indexed",
+    ),
     Column("snapshot", _long_text(), nullable=False, comment="JSON; the columns above repeat parts of it for people"),
     **_innodb,
     sqlite_autoincrement=True,
+    postgresql_with={"fillfactor": 70},
 )
 
+# What may be dropped, the longest over first.
 Index(
     "ix_rk_context_expires_at",
     rk_context.c.expires_at,
     sqlite_where=rk_context.c.expires_at.is_not(None),
     postgresql_where=rk_context.c.expires_at.is_not(None),
 )
-# Which history was stored longest ago, however many completion marks lie around it.
+# How many histories there are, and which was stored longest ago, however many completion marks lie around: these are
+# out of the index where it can be partial, and beyond its NULLs on MariaDB. To be asked with `completed_at IS NULL` and
+# ORDER BY completed_at, updated_minute: PostgreSQL does not take a column that is null for one that is constant.
 Index(
-    "ix_rk_context_updated_at",
-    rk_context.c.updated_at,
+    "ix_rk_context_histories",
+    rk_context.c.completed_at,
+    rk_context.c.updated_minute,
     sqlite_where=rk_context.c.completed_at.is_(None),
     postgresql_where=rk_context.c.completed_at.is_(None),
 )
@@ -161,38 +187,17 @@ for _name, (_when, _value) in _COUNTED.items():
     event.listen(rk_context, "after_create", _ddl.execute_if(dialect="sqlite"))
 
 
+# A random number of 63 bits, made by the database: a script for it, printed once, may run on many.
+RANDOM: Final[dict[str, str]] = {
+    "sqlite": "random() & 9223372036854775807",
+    "postgresql": "('x' || md5(gen_random_uuid()::text))::bit(64)::bigint & 9223372036854775807",
+    "mariadb": "CAST(CONV(HEX(RANDOM_BYTES(8)), 16, 10) AS UNSIGNED) & 9223372036854775807",
+}
+RANDOM["mysql"] = RANDOM["mariadb"]
+
+
 @event.listens_for(rk_schema, "after_create")
 def _seed(_table: Table, connection: Connection, **_options: Any) -> None:
-    connection.execute(
-        insert(rk_schema), [{"name": "version", "value": SCHEMA_VERSION}, {"name": "contexts", "value": 0}]
-    )
-
-
-def create_tables(engine: Engine) -> None:
-    """Create what is missing, in one transaction: any number of processes may do so at once.
-
-    `ContextCacheError` if the tables there have another version.
-    """
-    if _version(engine) is None:
-        with engine.begin() as connection:
-            start_writing(connection)
-            # The checks for existence come after the lock: who waited for it finds everything there.
-            metadata.create_all(connection)
-    check_version(engine)
-
-
-def check_version(engine: Engine) -> None:
-    """Refuse tables of another version of the schema, before anything is read half or written wrong."""
-    found = _version(engine)
-    if found == SCHEMA_VERSION:
-        return
-    advice = "upgrade retrykit" if found is not None and found > SCHEMA_VERSION else "run: retrykit db upgrade"
-    msg = f"the tables have schema version {found}; this retrykit works with version {SCHEMA_VERSION}: {advice}"
-    raise ContextCacheError(msg, found=found, expected=SCHEMA_VERSION)
-
-
-def _version(engine: Engine) -> int | None:
-    with reading(engine).connect() as connection:
-        if not connection.dialect.has_table(connection, "rk_schema"):
-            return None
-        return connection.scalar(select(rk_schema.c.value).where(rk_schema.c.name == "version"))
+    identity = literal_column(RANDOM[connection.dialect.name], BigInteger)
+    for name, value in (("version", SCHEMA_VERSION), ("contexts", 0), ("identity", identity)):
+        connection.execute(insert(rk_schema).values(name=name, value=value))

@@ -313,12 +313,12 @@ def test_full_cache_drops_what_is_past_its_time_before_it_refuses_or_evicts(open
         cache.save("a/newer", {}, None)
 
 
-def test_eviction_takes_what_was_stored_longest_ago_and_says_so(opened, monkeypatch, caplog):
+def test_eviction_takes_what_was_stored_longest_ago_to_the_minute_and_says_so(opened, monkeypatch, caplog):
     cache = opened(capacity=2, on_full="evict_oldest", clock=Clock())
     for now, key in enumerate(["a/1", "a/2"]):
-        monkeypatch.setattr(Clock, "now", float(now))
+        monkeypatch.setattr(Clock, "now", 60.0 * now)
         cache.save(key, {}, None)
-    monkeypatch.setattr(Clock, "now", 2.0)
+    monkeypatch.setattr(Clock, "now", 120.0)
     cache.save("a/1", {"retry_count": 2}, cache.load("a/1").version)
     cache.save("a/3", {}, None)
     assert keys(cache) == ["a/1", "a/3"]
@@ -631,7 +631,9 @@ def test_table_that_went_missing_is_a_fault_with_its_cause(cache):
     assert isinstance(caught.value.__cause__.orig, sqlite3.OperationalError)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(2, "upgrade retrykit"), (0, "run: retrykit db upgrade")])
+@pytest.mark.parametrize(
+    ("version", "advice"), [(3, "upgrade retrykit"), (1, "run: retrykit db upgrade --store sqlite:///")]
+)
 def test_tables_of_another_version_are_refused_with_what_to_do(cache, url, version, advice):
     with cache.engine.begin() as connection:
         connection.execute(update(rk_schema).where(rk_schema.c.name == "version").values(value=version))
