@@ -131,11 +131,13 @@ Index(
 )
 # How many histories there are, and which was stored longest ago, however many completion marks lie around: these are
 # out of the index where it can be partial, and beyond its NULLs on MariaDB. To be asked with `completed_at IS NULL` and
-# ORDER BY completed_at, updated_minute: PostgreSQL does not take a column that is null for one that is constant.
+# ORDER BY completed_at, updated_minute, id: PostgreSQL does not take a column that is null for a constant one. MariaDB
+# sees the index's order in a DELETE so ordered, but in a SELECT only if its ORDER BY leaves completed_at out.
 Index(
     "ix_rk_context_histories",
     rk_context.c.completed_at,
     rk_context.c.updated_minute,
+    rk_context.c.id,
     sqlite_where=rk_context.c.completed_at.is_(None),
     postgresql_where=rk_context.c.completed_at.is_(None),
 )
