@@ -1,0 +1,297 @@
+"""`RedisRetryContextCache`: histories of stateful retry in Redis or Valkey, shared by all who use the same prefix."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator, Mapping
+from time import monotonic
+from typing import Any, ClassVar, Final, Self, TypeVar
+
+import redis
+import redis.asyncio
+from redis.client import NEVER_DECODE
+from redis.exceptions import NoScriptError
+
+from retrykit.cache import StoredContext
+from retrykit.check import Seconds
+from retrykit.clock import Clock, StoreClock
+from retrykit.redis.client import (
+    BACK_OFF,
+    FAULTS,
+    address_of,
+    client_of,
+    is_async,
+    patience_of,
+    say_what_settings_mean,
+    worded,
+)
+from retrykit.redis.requests import MOMENT, OnFull, Request, checked_requests
+from retrykit.redis.scripts import CHUNK
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
+
+T = TypeVar("T")
+Client = redis.Redis | redis.RedisCluster
+AsyncClient = redis.asyncio.Redis | redis.asyncio.RedisCluster
+
+SETTINGS: Final = ("maxmemory-policy", "appendonly")
+# Answers come as bytes, whatever the client makes of its own.
+_RAW: Final[dict[str, Any]] = {NEVER_DECODE: True}
+
+
+class RedisRetryContextCache:
+    """Histories in Redis (7 or later) or Valkey; each verb is one script and one round trip.
+
+    `client`: a `redis.Redis` or `redis.RedisCluster`, on which nothing is changed, or a URL (`redis://`, `rediss://`,
+    `unix://`), for which one is made that `close()` ends. A client of `redis.asyncio` gives an
+    `AsyncRedisRetryContextCache`. `prefix`: caches with the same prefix share their histories; all that they store has
+    names that begin with `{prefix}:`, which keeps it in one slot of a cluster.
+
+    `capacity`: how many histories are kept (exact, for all who share the prefix; completion marks do not count); None:
+    no limit. A known key is always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or
+    pushes out the one stored longest ago (`"evict_oldest"`, logged), once nothing past its time is left to drop.
+    `time_to_live`: seconds after its last failure at which a history may be dropped; None: never. Every 100th save drops
+    up to 200 snapshots past their time; `expire` drops all. The server's clock tells that time, and the time of
+    leases and pauses (`store_clock`); `clock` puts another in its place.
+
+    `patience`: for so many seconds a verb that met a lost connection, a starting server or a failover tries again
+    before it raises `ContextCacheError`; 0: never. A write that arrives twice, because the answer to the first was
+    lost, is made once. Safe to use from any thread, and in a forked child. Pickling needs a URL; the pickle contains
+    it.
+
+    The first verb asks once for two settings of the server, and logs a warning when they let it forget histories. There
+    is no `joined`: work and history commit apart, so effects happen at least once (see "Keep histories in Redis").
+    """
+
+    _asynchronous: ClassVar[bool] = False
+
+    def __new__(cls, client: Client | AsyncClient | str, **_options: Any) -> Self:  # noqa: D102 - as `__init__`
+        # An asynchronous client decides, not the name that was called.
+        kind: Any = AsyncRedisRetryContextCache if is_async(client) else cls
+        return object.__new__(kind)  # type: ignore[no-any-return] # of this class, or of the one below
+
+    def __init__(
+        self,
+        client: Client | AsyncClient | str,
+        *,
+        prefix: str = "retrykit",
+        capacity: int | None = 100_000,
+        on_full: OnFull = "reject",
+        time_to_live: Seconds | None = None,
+        clock: Clock | None = None,
+        patience: Seconds = 5.0,
+    ) -> None:
+        rules = {
+            "prefix": prefix,
+            "capacity": capacity,
+            "on_full": on_full,
+            "time_to_live": time_to_live,
+            "clock": clock,
+        }
+        self._requests = checked_requests(**rules)
+        self._again = patience_of(patience)
+        self._options = {**rules, "patience": patience}
+        self._given = client
+        self._client = client_of(client, asynchronous=self._asynchronous)
+        self._execute = self._client.execute_command
+        self._address = address_of(self._client)
+        self.store_clock = StoreClock() if clock is None else None
+        self._looked = False
+        self._patient: Any = self._template()
+
+    def _template(self) -> Any:
+        return RetryTemplate(name="retrykit.redis", retry_policy=self._again, back_off_policy=BACK_OFF)
+
+    @property
+    def client(self) -> Any:
+        """The client, made from a URL or given."""
+        return self._client
+
+    @property
+    def on_full(self) -> OnFull:
+        """What happens to a new history when there is no room."""
+        return self._requests.on_full
+
+    def load(self, key: str) -> StoredContext | None:
+        """The snapshot of a key and its version; None if there is none."""
+        return self._send(self._requests.load(key))
+
+    def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
+        """Compare and set: store if the version is still `expected` (None: if the key is not there).
+
+        Returns the new version; None for who lost, and then nothing was changed.
+
+        `CacheCapacityError` when the store is full of histories and this is a new one; `CodecError` when JSON cannot
+        carry the snapshot, `ValueError` when the key has more than 600 characters. Nothing is stored then.
+        """
+        return self._send(self._requests.save(key, snapshot, expected))
+
+    def remove(self, key: str, expected: int | None = None) -> bool:
+        """Forget a key (if its version is still `expected`). False: it was not there, or had another version."""
+        return self._send(self._requests.remove(key, expected))
+
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """Every key with its snapshot, ordered by key, only those behind `after` if it is given; in pages of 500."""
+        while True:
+            found, after = self._send(self._requests.page(prefix, after))
+            yield from found
+            if after is None:
+                return
+
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
+        """Drop the snapshots whose `expires_at` is `now` (epoch seconds) or earlier, 1,000 at a time; how many.
+
+        Without `now`: by the server's clock, or the one that was given. `limit`: at most so many.
+        """
+        total = 0
+        while True:
+            dropped = self._send(self._requests.expire(now, None if limit is None else limit - total))
+            total += dropped
+            if dropped < CHUNK or total == limit:
+                return total
+
+    def close(self) -> None:
+        """Close the connections, if the client was made from a URL."""
+        if isinstance(self._given, str):
+            self._client.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if name != "clock")
+        return f"{type(self).__name__}({self._address!r}, {options})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if not isinstance(self._given, str):
+            raise TypeError(f"{self!r} was made with a client, which cannot be pickled: make it with a URL")
+        return _restored, (type(self), self._given, self._options)
+
+    def _send(self, request: Request[T]) -> T:
+        try:
+            answer = self._patient.execute(lambda _: self._ask(request))
+        except FAULTS as error:
+            raise worded(request.operation, request.key, error) from error
+        finally:
+            self._requests.over(request)
+        if not self._looked:
+            self._look()
+        return request.read(answer)
+
+    def _ask(self, request: Request[Any]) -> Any:
+        sent = monotonic()
+        try:
+            answer = self._execute("EVALSHA", request.script.sha, *request.arguments, **_RAW)
+        except NoScriptError:
+            answer = self._execute("EVAL", request.script.text, *request.arguments, **_RAW)
+        self._observe(sent, answer)
+        return answer
+
+    def _observe(self, sent: float, answer: Any) -> None:
+        if self.store_clock is not None:
+            moment = answer[0] if type(answer) is list else answer
+            self.store_clock.observe(sent, float(moment[:MOMENT]), monotonic())
+
+    def _look(self) -> None:
+        self._looked = True
+        try:
+            settings = self._client.config_get(*SETTINGS)
+        except FAULTS as error:
+            say_what_settings_mean(error, self._address)
+        else:
+            say_what_settings_mean(settings, self._address)
+
+
+class AsyncRedisRetryContextCache(RedisRetryContextCache):
+    """The same cache for `AsyncRetryTemplate` on asyncio: its verbs are coroutine functions.
+
+    `client`: a `redis.asyncio.Redis` or `redis.asyncio.RedisCluster`, or a URL. Its connections belong to one event
+    loop. Nothing is sent before the first verb.
+    """
+
+    _asynchronous: ClassVar[bool] = True
+
+    def _template(self) -> Any:
+        return AsyncRetryTemplate(name="retrykit.redis", retry_policy=self._again, back_off_policy=BACK_OFF)
+
+    async def load(self, key: str) -> StoredContext | None:  # type: ignore[override] # awaited, as the class says
+        """As `RedisRetryContextCache.load`."""
+        return await self._send(self._requests.load(key))
+
+    async def save(  # type: ignore[override] # as in `load`
+        self, key: str, snapshot: Mapping[str, Any], expected: int | None
+    ) -> int | None:
+        """As `RedisRetryContextCache.save`."""
+        return await self._send(self._requests.save(key, snapshot, expected))
+
+    async def remove(self, key: str, expected: int | None = None) -> bool:  # type: ignore[override] # as in `load`
+        """As `RedisRetryContextCache.remove`."""
+        return await self._send(self._requests.remove(key, expected))
+
+    async def items(  # type: ignore[override] # as in `load`
+        self, prefix: str = "", after: str | None = None
+    ) -> AsyncIterator[tuple[str, StoredContext]]:
+        """As `RedisRetryContextCache.items`."""
+        while True:
+            found, after = await self._send(self._requests.page(prefix, after))
+            for item in found:
+                yield item
+            if after is None:
+                return
+
+    async def expire(self, now: float | None = None, limit: int | None = None) -> int:  # type: ignore[override] # as in `load`
+        """As `RedisRetryContextCache.expire`."""
+        total = 0
+        while True:
+            dropped = await self._send(self._requests.expire(now, None if limit is None else limit - total))
+            total += dropped
+            if dropped < CHUNK or total == limit:
+                return total
+
+    async def close(self) -> None:  # type: ignore[override] # as in `load`
+        """Close the connections, if the client was made from a URL."""
+        if isinstance(self._given, str):
+            await self._client.aclose()
+
+    def __enter__(self) -> Self:
+        raise TypeError("AsyncRedisRetryContextCache is closed asynchronously: use `async with`")
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def _send(self, request: Request[T]) -> T:  # type: ignore[override] # as in `load`
+        try:
+            answer = await self._patient.execute(lambda _: self._ask(request))
+        except FAULTS as error:
+            raise worded(request.operation, request.key, error) from error
+        finally:
+            self._requests.over(request)
+        if not self._looked:
+            await self._look()
+        return request.read(answer)
+
+    async def _ask(self, request: Request[Any]) -> Any:
+        sent = monotonic()
+        try:
+            answer = await self._execute("EVALSHA", request.script.sha, *request.arguments, **_RAW)
+        except NoScriptError:
+            answer = await self._execute("EVAL", request.script.text, *request.arguments, **_RAW)
+        self._observe(sent, answer)
+        return answer
+
+    async def _look(self) -> None:  # type: ignore[override] # as in `load`
+        self._looked = True
+        try:
+            settings = await self._client.config_get(*SETTINGS)
+        except FAULTS as error:
+            say_what_settings_mean(error, self._address)
+        else:
+            say_what_settings_mean(settings, self._address)
+
+
+def _restored(kind: type[RedisRetryContextCache], url: str, options: dict[str, Any]) -> RedisRetryContextCache:
+    return kind(url, **options)

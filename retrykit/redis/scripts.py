@@ -1,0 +1,228 @@
+"""The scripts that the server runs, each one verb in one atomic step.
+
+What is stored, all of it under one prefix in braces, so that a cluster keeps it in one slot:
+
+| key | holds |
+|---|---|
+| `{prefix}:h:<key>` | a record: its version, 16 hexadecimal digits, then the snapshot as JSON text |
+| `{prefix}:keys` | the keys of all records, in the order of their bytes, which is that of their code points |
+| `{prefix}:stored` | the keys of the histories, by the time of their last save; not marks, nor states of circuits |
+| `{prefix}:ends` | the keys of what may be dropped some day, by that time |
+| `{prefix}:w:<writer>` | the receipt of a writer's last write, kept for some minutes |
+
+A version is 63 random bits, made by who writes. So it never comes back: not with a key that was removed, not after
+FLUSHALL, not when an older snapshot of the server is restored or a replica that lagged takes over, whatever the clocks
+say. No counter could promise that, because a counter is lost with the rest.
+
+A write leaves its version as its writer's receipt. A write that arrives a second time, because the answer to the first
+was lost on its way, finds its own receipt and changes nothing: even if others have written to the key since, or have
+removed it. A writer has one write under way at a time, so receipts take the place of as many writes as run at once.
+
+Every answer begins with the server's time, 17 characters: the clock that all who share the store go by.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha1
+from typing import Final
+
+import attrs
+
+from retrykit.value import Value
+
+CHUNK: Final = 1_000
+"""So many snapshots at most are dropped by one script: it holds up the server for a millisecond or two."""
+
+RECEIPTS: Final = 300
+"""For so many seconds the receipt of a writer that writes no more is kept; its last write may arrive again so late."""
+
+# Names by position would say nothing: each script gives its own to KEYS and ARGV.
+_HEAD = """
+local moment = redis.call('TIME')
+local now = string.format('%010d.%06d', moment[1], moment[2])
+"""
+
+# The key is what follows `{prefix}:h:` in the name of its record; the index `{prefix}:keys` shows how long that is.
+_MEMBER = """
+local member = string.sub(record, #keys - 1)
+"""
+
+_DROP = """
+local function drop(members)
+  local records, space = {}, string.sub(keys, 1, -5) .. 'h:'
+  for number, name in ipairs(members) do
+    records[number] = space .. name
+  end
+  redis.call('UNLINK', unpack(records))
+  redis.call('ZREM', keys, unpack(members))
+  redis.call('ZREM', stored, unpack(members))
+  redis.call('ZREM', ends, unpack(members))
+end
+"""
+
+_SWEEP = """
+local function sweep(at, limit)
+  local over = redis.call('ZRANGEBYSCORE', ends, '-inf', at, 'LIMIT', 0, limit)
+  if #over > 0 then
+    drop(over)
+  end
+  return #over
+end
+"""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Script(Value):
+    """A script, and the name under which a server that has seen it knows it."""
+
+    text: bytes
+    sha: bytes
+
+
+def _script(*parts: str) -> Script:
+    text = "".join(parts).replace("CHUNK", str(CHUNK)).replace("RECEIPTS", str(RECEIPTS))
+    encoded = text.strip().encode()
+    # Not for security: it is what Redis calls a script.
+    return Script(encoded, sha1(encoded, usedforsecurity=False).hexdigest().encode())
+
+
+# A key that is in the index while its record is not was taken by the server itself (maxmemory-policy), or by hand.
+LOAD: Final = _script(
+    "local record, keys, stored, ends = unpack(KEYS)",
+    _HEAD,
+    _DROP,
+    _MEMBER,
+    """
+local found = redis.call('GET', record)
+if found then
+  return now .. found
+end
+if redis.call('ZSCORE', keys, member) then
+  drop({member})
+  return now .. '?'
+end
+return now
+""",
+)
+
+SAVE: Final = _script(
+    "local record, keys, stored, ends, receipt = unpack(KEYS)\n",
+    "local version, expected, snapshot, kind, till, capacity, swept, given = unpack(ARGV)",
+    _HEAD,
+    _DROP,
+    _SWEEP,
+    _MEMBER,
+    """
+if redis.call('GET', receipt) == version then
+  return now .. '+'
+end
+if redis.call('GETRANGE', record, 0, 15) ~= expected then
+  return now .. '-'
+end
+local at = given ~= '' and given or now
+local evicted = {}
+if swept ~= '0' then
+  sweep(at, swept)
+end
+if expected == '' then
+  local room = tonumber(capacity)
+  if kind ~= 'mark' and room then
+    local surplus = redis.call('ZCARD', stored) - room + 1
+    if surplus > 0 then
+      for _ = 1, 10 do
+        if surplus <= 0 or sweep(at, CHUNK) == 0 then
+          break
+        end
+        surplus = redis.call('ZCARD', stored) - room + 1
+      end
+    end
+    if surplus > 0 then
+      if kind ~= 'evict' then
+        return now .. '!'
+      end
+      evicted = redis.call('ZRANGE', stored, 0, math.min(surplus, CHUNK) - 1)
+      drop(evicted)
+    end
+  end
+  redis.call('ZADD', keys, 0, member)
+end
+redis.call('SET', record, version .. snapshot)
+if kind == 'mark' then
+  redis.call('ZREM', stored, member)
+else
+  redis.call('ZADD', stored, now, member)
+end
+if till == '' then
+  redis.call('ZREM', ends, member)
+else
+  if string.sub(till, 1, 1) == '+' then
+    till = string.format('%.6f', at + till)
+  end
+  redis.call('ZADD', ends, till, member)
+end
+redis.call('SET', receipt, version, 'EX', RECEIPTS)
+if #evicted > 0 then
+  return {now .. '+', unpack(evicted)}
+end
+return now .. '+'
+""",
+)
+
+REMOVE: Final = _script(
+    "local record, keys, stored, ends, receipt = unpack(KEYS)\n",
+    "local token, expected = unpack(ARGV)",
+    _HEAD,
+    _DROP,
+    _MEMBER,
+    """
+if redis.call('GET', receipt) == token then
+  return now .. '+'
+end
+local version = redis.call('GETRANGE', record, 0, 15)
+if version == '' or (expected ~= '' and version ~= expected) then
+  return now .. '-'
+end
+drop({member})
+redis.call('SET', receipt, token, 'EX', RECEIPTS)
+return now .. '+'
+""",
+)
+
+PAGE: Final = _script(
+    "local keys, stored, ends = unpack(KEYS)\n",
+    "local first, last, limit = unpack(ARGV)",
+    _HEAD,
+    _DROP,
+    """
+local members = redis.call('ZRANGEBYLEX', keys, first, last, 'LIMIT', 0, limit)
+if #members == 0 then
+  return {now, {}, {}}
+end
+local records, space = {}, string.sub(keys, 1, -5) .. 'h:'
+for number, name in ipairs(members) do
+  records[number] = space .. name
+end
+local found = redis.call('MGET', unpack(records))
+local gone = {}
+for number, name in ipairs(members) do
+  if not found[number] then
+    gone[#gone + 1] = name
+  end
+end
+if #gone > 0 then
+  drop(gone)
+end
+return {now, members, found}
+""",
+)
+
+EXPIRE: Final = _script(
+    "local keys, stored, ends = unpack(KEYS)\n",
+    "local limit, given = unpack(ARGV)",
+    _HEAD,
+    _DROP,
+    _SWEEP,
+    """
+return now .. sweep(given ~= '' and given or now, limit)
+""",
+)
