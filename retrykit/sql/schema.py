@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from sqlalchemy import URL, Connection, Engine, func, select
+from sqlalchemy import URL, Connection, Engine, func, select, text
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql.sqlite import reading, start_writing
@@ -18,7 +18,8 @@ from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_schema
 
 # Any number that others are unlikely to choose.
 ADVISORY_LOCK: Final = 8_278_104_729_305_617
-LOCK_SECONDS: Final = 300
+# For others who change the tables, and for those who use them.
+LOCK_SECONDS: Final = 60
 
 
 def open_tables(bind: Engine | Connection) -> Mapping[str, int]:
@@ -32,15 +33,13 @@ def open_tables(bind: Engine | Connection) -> Mapping[str, int]:
 def create_tables(bind: Engine | Connection) -> Mapping[str, int]:
     """Create what is missing, in one transaction: any number of processes may do so at once. The rows of `rk_schema`.
 
-    On a Connection: in its transaction, which is the caller's to commit. `ContextCacheError` if the tables there have
-    another version: `retrykit db upgrade` changes them.
+    On a Connection: in its transaction, which is the caller's to commit (DDL commits on MariaDB). `ContextCacheError`
+    if the tables there have another version: `retrykit db upgrade` changes them.
     """
     if not read_schema(bind):
-        with _writing(bind) as connection:
-            lock(connection)
+        with exclusive(bind) as connection:
             # The checks for existence come after the lock: who waited for it finds everything there.
             metadata.create_all(connection)
-            unlock(connection)
     return check_version(bind)
 
 
@@ -53,8 +52,8 @@ def check_version(bind: Engine | Connection) -> Mapping[str, int]:
     found = rows.get("version")
     if found == SCHEMA_VERSION:
         return rows
-    newer = found is not None and found > SCHEMA_VERSION
-    advice = "upgrade retrykit" if newer else f"run: retrykit db upgrade --store {shown_url(bind.engine.url)}"
+    command = f"run: retrykit db upgrade --store {shown_url(bind.engine.url)}"
+    advice = command if found is None or found < SCHEMA_VERSION else "upgrade retrykit"
     what = "the tables are not there" if found is None else f"the tables have schema version {found}"
     msg = f"{what}; this retrykit works with version {SCHEMA_VERSION}: {advice}"
     raise ContextCacheError(msg, found=found, expected=SCHEMA_VERSION)
@@ -76,36 +75,50 @@ def shown_url(url: URL) -> str:
     return url.set(query={}).render_as_string(hide_password=True)
 
 
-def lock(connection: Connection) -> None:
-    """Let nobody else change the tables of this database until `unlock`, or the transaction's end (not on MariaDB).
-
-    DDL commits on MariaDB, so there the lock is one of the connection.
-    """
-    match connection.dialect.name:
-        case "sqlite":
-            start_writing(connection)
-        case "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK)))
-        case _:
-            if connection.scalar(select(func.get_lock(_lock_name(connection), LOCK_SECONDS))) != 1:
-                raise ContextCacheError(f"somebody else has been changing the tables for {LOCK_SECONDS} seconds")
-
-
-def unlock(connection: Connection) -> None:
-    """End the lock where the transaction's end does not."""
-    if connection.dialect.name not in ("sqlite", "postgresql"):
-        connection.execute(select(func.release_lock(_lock_name(connection))))
-
-
-def _lock_name(connection: Connection) -> str:
-    # Locks of MariaDB are the server's: named after the database, within the 64 characters that a name may have.
-    return f"retrykit:{connection.scalar(select(func.md5(func.database())))}"
+@contextmanager
+def exclusive(bind: Engine | Connection) -> Iterator[Connection]:
+    """A connection in a transaction (of a Connection: its own) that alone changes the tables of this database."""
+    if isinstance(bind, Connection):
+        with _locked(bind):
+            yield bind
+        return
+    # AUTOCOMMIT would end the lock at once, and a snapshot taken while waiting for it would show what was before.
+    server = bind.dialect.name != "sqlite"
+    engine = bind.execution_options(isolation_level="READ COMMITTED") if server else bind
+    with engine.begin() as connection, _locked(connection):
+        yield connection
 
 
 @contextmanager
-def _writing(bind: Engine | Connection) -> Iterator[Connection]:
-    if isinstance(bind, Connection):
-        yield bind
-        return
-    with bind.begin() as connection:
-        yield connection
+def _locked(connection: Connection) -> Iterator[None]:
+    match connection.dialect.name:
+        case "sqlite":
+            start_writing(connection)
+            yield
+        case "postgresql":
+            # Both end with the transaction. Who waits for a table keeps all who come later from it: not for long.
+            connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{LOCK_SECONDS}s'")
+            connection.execute(select(func.pg_advisory_xact_lock(ADVISORY_LOCK)))
+            yield
+        case _:
+            with _named_lock(connection):
+                yield
+
+
+@contextmanager
+def _named_lock(connection: Connection) -> Iterator[None]:
+    # MariaDB: DDL commits, so the lock is the connection's. Locks are the server's, so this one is named after the
+    # database, within the 64 characters that a name may have.
+    name = f"retrykit:{connection.scalar(select(func.md5(func.database())))}"
+    if connection.scalar(select(func.get_lock(name, LOCK_SECONDS))) != 1:
+        raise ContextCacheError(f"somebody else has been changing the tables for {LOCK_SECONDS} seconds: try again")
+    patience = connection.scalar(text("SELECT @@lock_wait_timeout"))
+    try:
+        connection.exec_driver_sql(f"SET lock_wait_timeout = {LOCK_SECONDS}")
+        yield
+        # Who waits for the lock shall see the rows that came after the last DDL.
+        connection.exec_driver_sql("COMMIT")
+    finally:
+        if not connection.invalidated:
+            connection.exec_driver_sql(f"SET lock_wait_timeout = {patience}")
+            connection.execute(select(func.release_lock(name)))

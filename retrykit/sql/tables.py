@@ -93,13 +93,6 @@ rk_context = Table(
         "context_key", _exact(MAX_KEY), nullable=False, unique=True, comment="canonical text of template name and key"
     ),
     Column("revision", Integer, nullable=False, comment="grows with every save"),
-    Column(
-        "token",
-        BigInteger,
-        nullable=False,
-        server_default=text("0"),
-        comment="random, of the last save: tells its writer, whose connection was lost, that it was done",
-    ),
     Column("name", String(255), comment="of the template"),
     Column("retry_count", Integer),
     Column("last_failed_at", Double, comment="seconds since the epoch, as all times here"),
@@ -109,6 +102,15 @@ rk_context = Table(
     Column("completed_at", Double, comment="not null: a completion mark, no history"),
     Column("expires_at", Double, comment="may be dropped from then on"),
     Column("updated_at", Double, nullable=False),
+    Column("snapshot", _long_text(), nullable=False, comment="JSON; the columns above repeat parts of it for people"),
+    # Of version 2: last, where the migration puts them.
+    Column(
+        "token",
+        BigInteger,
+        nullable=False,
+        server_default=text("0"),
+        comment="random, of the last save: tells its writer, whose connection was lost, that it was done",
+    ),
     Column(
         "updated_minute",
         BigInteger,
@@ -116,7 +118,6 @@ rk_context = Table(
         server_default=text("0"),
         comment="updated_at in whole minutes: seldom changes with it, so it can be indexed",
     ),
-    Column("snapshot", _long_text(), nullable=False, comment="JSON; the columns above repeat parts of it for people"),
     **_innodb,
     sqlite_autoincrement=True,
     postgresql_with={"fillfactor": 70},
