@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from retrykit.budget import BudgetRetryPolicy, RetryBudget
     from retrykit.cache import MapRetryContextCache, RetryContextCache
     from retrykit.clock import Clock, SystemClock
-    from retrykit.context import RetryContext, RetryState, current_context, veto
+    from retrykit.context import RetryContext, current_context, veto
     from retrykit.decorators import circuit_breaker, retryable
     from retrykit.errors import (
         BackOffInterruptedError,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
         RetryError,
         TerminatedRetryError,
     )
+    from retrykit.front import FrontContextCache
     from retrykit.listener import LoggingListener, RetryListener, StatisticsListener
     from retrykit.policy import (
         AlwaysRetryPolicy,
@@ -48,6 +49,7 @@ if TYPE_CHECKING:
         SimpleRetryPolicy,
         TimeoutRetryPolicy,
     )
+    from retrykit.state import RetryState
     from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "ExhaustedRetryError",
     "ExponentialBackOffPolicy",
     "FixedBackOffPolicy",
+    "FrontContextCache",
     "InconsistentKeyError",
     "LoggingListener",
     "MapRetryContextCache",
@@ -114,6 +117,7 @@ _HOMES = {
     "ExhaustedRetryError": "errors",
     "ExponentialBackOffPolicy": "backoff",
     "FixedBackOffPolicy": "backoff",
+    "FrontContextCache": "front",
     "InconsistentKeyError": "errors",
     "LoggingListener": "listener",
     "MapRetryContextCache": "cache",
@@ -129,7 +133,7 @@ _HOMES = {
     "RetryError": "errors",
     "RetryListener": "listener",
     "RetryPolicy": "policy",
-    "RetryState": "context",
+    "RetryState": "state",
     "RetryTemplate": "template",
     "ScheduleBackOffPolicy": "backoff",
     "SimpleRetryPolicy": "policy",

@@ -64,13 +64,16 @@ class RetryContextCache(Protocol):
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget the key, if its version still is `expected` (None: whatever it is). Whether something was removed."""
 
-    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
-        """All keys that begin with the prefix, in order, with what is stored: for operators."""
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """All keys that begin with the prefix, in order, with what is stored: for operators.
 
-    def expire(self, now: float | None = None) -> int:
+        `after`: only keys behind this one, found without reading those before it.
+        """
+
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """Forget what need not be kept any longer at `now` (seconds since the epoch). How many snapshots went.
 
-        None: by the store's own clock; a store without one takes the machine's.
+        None: by the store's own clock; a store without one takes the machine's. `limit`: at most so many.
         """
 
 
@@ -97,10 +100,10 @@ class AsyncRetryContextCache(Protocol):
     async def remove(self, key: str, expected: int | None = None) -> bool:
         """As `RetryContextCache.remove`."""
 
-    def items(self, prefix: str = "") -> AsyncIterator[tuple[str, StoredContext]]:
+    def items(self, prefix: str = "", after: str | None = None) -> AsyncIterator[tuple[str, StoredContext]]:
         """As `RetryContextCache.items`."""
 
-    async def expire(self, now: float | None = None) -> int:
+    async def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """As `RetryContextCache.expire`."""
 
 
@@ -159,11 +162,11 @@ class MapRetryContextCache:
         """What is stored under the key, or None."""
         with self._lock:
             found = self._home_of(key).get(key)
-        return None if found is None else StoredContext(_copied(found.snapshot), found.version)
+        return None if found is None else StoredContext(copied(found.snapshot), found.version)
 
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
         """Store if the version still is `expected`; the new version, or None."""
-        kept = _copied(snapshot)
+        kept = copied(snapshot)
         completed_at = kept.get("completed_at")
         is_mark = completed_at is not None or "breaker" in kept
         with self._lock:
@@ -206,24 +209,29 @@ class MapRetryContextCache:
             del home[key]
             return True
 
-    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
-        """All keys that begin with the prefix, in order."""
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """All keys that begin with the prefix, in order; only those behind `after`, if it is given."""
         with self._lock:
-            keys = sorted(key for key in (*self._entries, *self._marks) if key.startswith(prefix))
+            keys = sorted(
+                key
+                for key in (*self._entries, *self._marks)
+                if key.startswith(prefix) and (after is None or key > after)
+            )
         for key in keys:
             stored = self.load(key)
             if stored is not None:
                 yield key, stored
 
-    def expire(self, now: float | None = None) -> int:
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """Forget completion marks that are over, and histories not touched for `time_to_live`."""
         with self._lock:
-            return self._drop_over(time.time() if now is None else now)
+            return self._drop_over(time.time() if now is None else now, limit)
 
-    def _drop_over(self, now: float) -> int:
+    def _drop_over(self, now: float, limit: int | None = None) -> int:
         dropped = 0
         for home in (self._entries, self._marks):
-            over = [key for key, stored in home.items() if self._is_over(stored.snapshot, now)]
+            all_over = (key for key, stored in home.items() if self._is_over(stored.snapshot, now))
+            over = list(itertools.islice(all_over, None if limit is None else limit - dropped))
             dropped += len(over)
             for key in over:
                 del home[key]
@@ -237,11 +245,11 @@ class MapRetryContextCache:
         return until is not None and until <= now
 
 
-def _copied(value: Any) -> Any:
+def copied(value: Any) -> Any:
     """A copy of JSON data, so that neither side sees what the other does to its own."""
     if isinstance(value, Mapping):
-        return {name: _copied(part) for name, part in value.items()}
-    return [_copied(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: copied(part) for name, part in value.items()}
+    return [copied(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def _empty(

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any
 
-from retrykit.context import RetryContext, RetryState
+from retrykit.context import RetryContext
 from retrykit.errors import RetryError
 from retrykit.owner import begin
+from retrykit.state import RetryState
 from retrykit.steps import Raise, Step
 
 Flow = Generator[Step, Any, Any]
@@ -26,6 +27,7 @@ class Plan:
         "breakers",
         "budgets",
         "evicts",
+        "fronted",
         "lease",
         "listeners",
         "name",
@@ -35,6 +37,7 @@ class Plan:
         "quiet",
         "recovery_policy",
         "remember",
+        "renews",
         "reversed_listeners",
         "tallied",
         "throw_last",
@@ -60,9 +63,13 @@ class Plan:
     """A deadline is among the policies: time is looked at before each attempt."""
     evicts: bool
     """The store may forget a history that nobody settled."""
+    fronted: bool
+    """The cache tells what this process stored last, before it looks into the store."""
     throw_last: bool
     remember: float | None
     lease: float
+    renews: bool
+    """The store is shared by machines that cannot see each other's processes: leases of long attempts are renewed."""
 
     def __init__(self, **facts: Any) -> None:
         for fact, value in facts.items():
@@ -88,11 +95,20 @@ class Call:
     """The fence under which the present attempt is reserved there."""
     seen: bool = False
     """There was a history in the store."""
+    recent: bool = False
+    """What is known is what this process stored last: only a compare-and-set can tell whether it still holds."""
+    content: str | None = None
+    """The fingerprint of this item, once it was made."""
+    made_out: bool = False
+    collision: str | None = None
+    """The fingerprint of the other item that this key stands for."""
     blind: bool = False
     """The store cannot be read (because of `fault`), so nothing is stored over what cannot be seen."""
     fault: Exception | None = None
     doubtful: bool = False
     """A write seemed to fail: what is stored has to be looked at before the history is settled."""
+    reporting: bool = False
+    """The attempt is over, and what came of it is being stored: nobody need renew its lease."""
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
 

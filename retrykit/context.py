@@ -12,18 +12,18 @@ and tasks inherit it, and after the call it is what it was before.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from retrykit.check import wrong_type, wrong_value
+from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK
 from retrykit.errors import CodecError, RetryError
 from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, Tally, fade, from_faded, summary
-from retrykit.key import Key, check_key, key_from_json, key_to_json
-from retrykit.value import Value
+from retrykit.key import Key, key_from_json, key_to_json
+from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from datetime import datetime
@@ -60,92 +60,27 @@ def context_in(bound: Any) -> RetryContext | None:
     return bound[3]  # type: ignore[no-any-return]
 
 
-def veto(reason: str = "vetoed by the client code") -> None:
+def veto(reason: str = "vetoed by the client code", *, lasts: Seconds | None = None) -> None:
     """Forbid further attempts of the operation that is running around the caller; the present attempt goes on.
 
     Raises `RetryError` outside of every attempt. The veto is kept with the item's history, across deliveries and
-    restarts.
+    restarts; for `lasts` seconds, or (None) until somebody withdraws it.
     """
     context = current_context()
     if context is None:
         msg = f"there is no attempt to veto around this call (reason given: {reason!r})"
         raise RetryError(msg)
-    context.veto(reason)
+    context.veto(reason, lasts=lasts)
 
 
-def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
-    """Every failure is rethrown: the default of `RetryState.rollback_for`."""
-    return True
-
-
-_FIRST: Final = "redelivered"
-_JOURNALS: Final = (_FIRST, "always", "never")
-
-
-@attrs.frozen(kw_only=True, slots=False, init=False, eq=False, repr=False)
-class RetryState(Value):
-    """What makes a call stateful: which item it is about, and what its source says of it.
-
-    `key` names the item across deliveries; None means that there is nothing to remember (each failure is still
-    rethrown). `redelivered`: True looks the history up and counts an attempt that never ended as a crash; False skips
-    the look-up, so give it only for a source that never forgets; None (unknown) looks it up. `fresh` starts the history
-    of an old key anew. `rollback_for(error)`: False means try again in place instead of rethrowing.
-    `recover_on_redelivery`: True (Spring's rule) rethrows the last failure as well and recovers at the next delivery;
-    False recovers in the same call: right when the session is ours. `journal`: "redelivered" stores "attempt n was
-    started" before an attempt unless the source says that it is the first delivery, "always" in any case, "never" not
-    at all (then neither crashes nor attempts that run at the same time are counted before they fail).
-    """
-
-    key: Key | None
-    redelivered: bool | None = None
-    fresh: bool = False
-    rollback_for: Callable[[Exception], bool] = always
-    recover_on_redelivery: bool = True
-    journal: Literal["redelivered", "always", "never"] = "redelivered"
-
-    def __init__(
-        self,
-        *,
-        key: Key | None,
-        redelivered: bool | None = None,
-        fresh: bool = False,
-        rollback_for: Callable[[Exception], bool] = always,
-        recover_on_redelivery: bool = True,
-        journal: Literal["redelivered", "always", "never"] = "redelivered",
-    ) -> None:
-        # One is made for every message, so this does by hand what attrs would do: identity checks first, words only for
-        # what is wrong; and what is not stored here is a default of the class.
-        if type(key) is not str and key is not None:
-            check_key(key)
-        fields = self.__dict__
-        fields["key"] = key
-        if redelivered is False or redelivered is True:
-            fields["redelivered"] = redelivered
-        elif redelivered is not None:
-            raise wrong_type("redelivered", "True, False or None", redelivered)
-        if fresh is not False or rollback_for is not always or recover_on_redelivery is not True or journal != _FIRST:
-            self._set_rare(fresh, rollback_for, recover_on_redelivery, journal)
-
-    plain: ClassVar[bool] = True
-    """Whether the store is not asked anything before a first delivery."""
-
-    def _set_rare(self, fresh: Any, rollback_for: Any, recover_on_redelivery: Any, journal: Any) -> None:
-        """Check and store what few states have."""
-        for name, value in (("fresh", fresh), ("recover_on_redelivery", recover_on_redelivery)):
-            if value is not True and value is not False:
-                raise wrong_type(name, "True or False", value)
-            self.__dict__[name] = value
-        if not callable(rollback_for):
-            raise wrong_type("rollback_for", "callable", rollback_for)
-        if journal not in _JOURNALS:
-            raise (wrong_value if isinstance(journal, str) else wrong_type)("journal", f"one of {_JOURNALS}", journal)
-        self.__dict__.update(rollback_for=rollback_for, journal=journal, plain=not fresh and journal != "always")
-
-
-for _field in attrs.fields(RetryState):
-    if _field.default is not attrs.NOTHING:
-        # A function in a class would become a method of its instances.
-        setattr(RetryState, _field.name, staticmethod(always) if _field.default is always else _field.default)
+def until(lasts: Any, now: float) -> float | None:
+    """The end of a veto that is to last so many seconds (or a `timedelta`) from now; None for one without end."""
+    if lasts is None:
+        return None
+    length = seconds("lasts", lasts)
+    if length <= 0:
+        raise wrong_value("lasts", "more than 0 seconds", lasts)
+    return now + length
 
 
 class RetryContext:
@@ -160,6 +95,8 @@ class RetryContext:
     _wall: float | None = None
     _now: float = 0.0
     duplicate: bool = False
+    lease_lost: bool = False
+    """Somebody believed this attempt dead, because its lease was over: what it does now is not going to count."""
     transaction: Any = None
     decision: RetryDecision | None = None
     fault: BaseException | None = None
@@ -341,14 +278,21 @@ class RetryContext:
         history = self._history
         return history is not None and history.recovered
 
-    def veto(self, reason: str = "vetoed") -> None:
-        """Forbid further attempts, also in later deliveries and other processes.
+    @property
+    def veto_until(self) -> datetime | None:
+        """When the veto ends by itself, if it does."""
+        history = self._history
+        return None if history is None or history.veto_until is None else instant(history.veto_until)
+
+    def veto(self, reason: str = "vetoed", *, lasts: Seconds | None = None) -> None:
+        """Forbid further attempts, also in later deliveries and other processes: for `lasts` seconds, or for good.
 
         The present attempt goes on and may still succeed.
         """
         if not isinstance(reason, str):
             raise wrong_type("reason", "a str", reason)
-        self._facts().say(reason or "vetoed")
+        end = until(lasts, self._wall_of(self._now or self._started))
+        self._facts().say(reason or "vetoed", end)
 
     def withdraw_veto(self) -> None:
         """Allow further attempts again, as far as the policy does."""

@@ -8,9 +8,10 @@ import attrs
 
 from retrykit.call import Call, Flow
 from retrykit.check import seconds, wrong_type
-from retrykit.context import RetryState, instant
+from retrykit.context import instant
 from retrykit.history import MAX_ERRORS, History, Tally, message_of
 from retrykit.policy import Branch, RetryDecision, tallies_of
+from retrykit.state import RetryState
 from retrykit.steps import Take
 
 

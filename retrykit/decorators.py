@@ -18,7 +18,7 @@ from retrykit.backoff import BackOffPolicy, NoBackOffPolicy, is_back_off
 from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.check import Seconds, error_types, is_callable_or_none, one_of, wrong_type
 from retrykit.clock import Clock
-from retrykit.context import RetryContext, RetryState
+from retrykit.context import RetryContext
 from retrykit.driver import Driver, async_drive, drive, without_frame
 from retrykit.key import Key
 from retrykit.listener import RetryListener
@@ -31,6 +31,7 @@ from retrykit.policy import (
     nearest,
 )
 from retrykit.signature import direct_wrapper, driven_wrapper
+from retrykit.state import RetryState
 from retrykit.template import AsyncRetryTemplate, RetryTemplate, _Template
 
 P = ParamSpec("P")

@@ -16,7 +16,9 @@ from typing import Any
 
 from retrykit.call import Call
 from retrykit.context import RetryContext, _bound
+from retrykit.flight import renew
 from retrykit.flow import abort, run
+from retrykit.lease import hold
 from retrykit.owner import end, is_running
 from retrykit.steps import (
     ANSWER_NOTHING,
@@ -33,6 +35,7 @@ from retrykit.steps import (
     Pause,
     Probe,
     Raise,
+    Recent,
     Remove,
     Report,
     RollBack,
@@ -53,6 +56,8 @@ class Driver(Call):
     """
 
     manager: Any = None
+    releasing: Any = None
+    awaits_store: bool = False
     opening: Any = None
     view: Any = None
     value: Any = None
@@ -123,9 +128,65 @@ class Driver(Call):
         """Read from the cache, or through the open transaction."""
         return self._store(step).load(step.key)
 
+    def look_back(self, step: Recent) -> Any:
+        """What this process stored last, as the cache remembers it."""
+        return self.template.context_cache.recent(step.key)
+
+    def hold(self) -> None:
+        """Have the lease of the present attempt renewed until `done`."""
+        self.release()
+        # At each third of it: one renewal may fail, and the next is still in time.
+        self.releasing = hold(self, self.plan.lease / 3, asynchronous=self.awaits_store)
+
+    def release(self) -> None:
+        """The lease need not be renewed any longer."""
+        releasing, self.releasing = self.releasing, None
+        if releasing is not None:
+            releasing()
+
+    def renew(self) -> bool:
+        """Renew the lease, beside the attempt: nothing of the call is touched but what the flow itself says."""
+        flow, answer = renew(self), None
+        while True:
+            try:
+                step = flow.send(answer)
+            except StopIteration as over:
+                return self._believed(over.value)
+            answer = self._beside(step)
+
+    async def async_renew(self) -> bool:
+        """As `renew`, awaiting the store."""
+        flow, answer = renew(self), None
+        while True:
+            try:
+                step = flow.send(answer)
+            except StopIteration as over:
+                return self._believed(over.value)
+            answer = self._beside(step)
+            if isawaitable(answer):
+                try:
+                    answer = await answer
+                except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
+                    answer = fault
+
+    def _beside(self, step: Any) -> Any:
+        try:
+            # The call's own reading of the clock is left alone: it is in the middle of something.
+            return self.template.time() if step is NOW else self.perform(step)
+        except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
+            return fault
+
+    def _believed(self, answer: bool) -> bool:  # noqa: FBT001 - the flow's last word
+        if not answer:
+            self.context.lease_lost = True
+            log_lost_lease(self)
+        return answer
+
     def save(self, step: Save) -> Any:
         """Compare-and-set."""
-        return self._store(step).save(step.key, step.snapshot, step.expected)
+        saved = self._store(step).save(step.key, step.snapshot, step.expected)
+        self.awaits_store = saved.__class__ is CoroutineType
+        return saved
 
     def remove(self, step: Remove) -> Any:
         """Forget."""
@@ -134,11 +195,18 @@ class Driver(Call):
     def _store(self, step: Load | Save | Remove) -> Any:
         return self.view if step.joined else self.template.context_cache
 
-    def join(self) -> bool:
+    def join(self) -> Any:
         """See the cache through the open transaction, if it is on the same database."""
         join = getattr(self.template.context_cache, "joined", None)
-        self.view = None if join is None else join(self.context.transaction)
-        return self.view is not None
+        view = None if join is None else join(self.context.transaction)
+        return self._join_later(view) if isawaitable(view) else self._join(view)
+
+    def _join(self, view: Any) -> bool:
+        self.view = view
+        return view is not None
+
+    async def _join_later(self, view: Any) -> bool:
+        return self._join(await view)
 
     # -- the transaction
 
@@ -183,6 +251,7 @@ class Driver(Call):
     def done(self) -> None:
         """Let go of everything alive; what nobody else has seen goes as a whole, without being put into words."""
         if self.named:
+            self.release()
             end(self.named)
         if type(self.binding) is list and len(self.binding) == 1:
             self.context._history = None
@@ -200,6 +269,7 @@ def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `re
 
 _SIMPLE: dict[str, Callable[[Driver], Any]] = {
     "NOW": Driver.wall,
+    "HOLD": Driver.hold,
     "JOIN": Driver.join,
     "BEGIN": Driver.begin,
     "COMMIT": lambda driver: driver.leave(None),
@@ -208,6 +278,7 @@ _SIMPLE: dict[str, Callable[[Driver], Any]] = {
 _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     type(NOW): Driver.simple,
     Load: Driver.load,
+    Recent: Driver.look_back,
     Save: Driver.save,
     Remove: Driver.remove,
     RollBack: lambda driver, step: driver.leave(step.error),
@@ -255,6 +326,20 @@ def log_fault(call: Call, what: str, fault: BaseException) -> None:
     logger = logging.getLogger("retrykit")
     logger.error(
         "%s key=%r: fault in %s, the operation goes on", call.plan.name, call.context.key, what, exc_info=fault
+    )
+
+
+def log_lost_lease(call: Call) -> None:
+    """Somebody believed a running attempt dead: whoever reads the log has to know before its work is rolled back."""
+    import logging
+
+    logging.getLogger("retrykit").warning(
+        "%s key=%r: the lease of attempt %s (fence %s) is lost: it was believed dead, and what it does is not going to "
+        "count",
+        call.plan.name,
+        call.context.key,
+        call.context.attempt,
+        call.flight,
     )
 
 

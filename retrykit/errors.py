@@ -75,7 +75,11 @@ class CacheCapacityError(ContextCacheError):
 
 
 class InconsistentKeyError(ContextCacheError):
-    """The key {key!r} no longer names the item that its history was kept for."""
+    """The key {key!r} of {name} names two items: its history is that of one with another content ({stored}).
+
+    `stored` and `fingerprint` are what the two were told apart by. Nothing was run, counted or stored. A failure that
+    comes to light while it is to be stored is not added to the other item's history; it carries this error as a note.
+    """
 
 
 class CodecError(ContextCacheError):

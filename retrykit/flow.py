@@ -52,8 +52,10 @@ from retrykit.errors import (
     RecoveryFailedError,
     TerminatedRetryError,
 )
-from retrykit.memory import keep_veto, recall, reserve, settle, settle_within, store_failure, take_off, withdraw
+from retrykit.flight import reserve, take_off, withdraw
+from retrykit.memory import collision, keep_veto, recall, store_failure
 from retrykit.policy import Branch, RetryDecision
+from retrykit.settlement import settle, settle_within
 from retrykit.steps import (
     ANSWER_NOTHING,
     ATTEMPT,
@@ -149,11 +151,16 @@ def _before_attempt(call: Call) -> Flow:
     while not context.duplicate:
         if context._history is not None:
             context._history.pause = 0.0
-        outcome = (yield from _standing(call)) or (yield from _wait_until_due(call))
-        if outcome is not None:
-            return outcome
-        if call.key is None or (yield from reserve(call)):
-            return (yield from _pass_the_gate(call))
+        refusal = yield from _standing(call)
+        if refusal is None:
+            outcome = yield from _wait_until_due(call)
+            if outcome is not None:
+                return outcome
+            if call.key is None or (yield from reserve(call)):
+                return (yield from _pass_the_gate(call))
+        elif not call.recent:
+            return refusal if type(refusal) is Raise else (yield from _recover(call, refusal))
+        # Somebody else stored something first; or what says no is only what this process knew last.
         yield from recall(call, again=True)
     return ANSWER_NOTHING
 
@@ -170,8 +177,10 @@ def _pass_the_gate(call: Call) -> Flow:
 
 
 def _standing(call: Call) -> Flow:
-    """What the history says before anything is tried: None to go on, or the outcome."""
+    """What the history says before anything is tried: None to go on, the decision that refuses, or an outcome."""
     context, history = call.context, call.context._history
+    if call.collision is not None:
+        return Raise(collision(call, call.collision))
     if history is None or not (history.failures or history.veto or history.in_flight or history.exhausted):
         return None
     if call.plan.timed:
@@ -181,7 +190,7 @@ def _standing(call: Call) -> Flow:
     if running and not (decision.retry and allowed(call, Branch(context, "", extra=running, paid=True)).retry):
         # What runs elsewhere may still succeed, so it is neither repeated beyond the limit nor recovered.
         return raising(AttemptsInFlightError, call, context.last_error, running=running, reason=f"{running} running")
-    return None if decision.retry else (yield from _recover(call, decision))
+    return None if decision.retry else decision
 
 
 def _wait_until_due(call: Call) -> Flow:
@@ -328,6 +337,8 @@ def _claim(call: Call) -> Flow:
     while not (yield from take_off(call, recovery=True)):
         error = context.last_error
         yield from recall(call, again=True)
+        if call.collision is not None:
+            return Raise(collision(call, call.collision))
         if context.duplicate or (call.version is None and not _may_be_evicted(call)):
             context.duplicate = True
             return ANSWER_NOTHING

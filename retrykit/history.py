@@ -314,8 +314,9 @@ class History:
     """The facts about one key. Instants are seconds since the epoch; the list of errors is bounded to the last ten.
 
     `live` are the failures of the present call that have not been put into words: (number, error, monotonic time).
-    `pause` is what the back-off proposes, in seconds, while a decision is made. `own_veto`: what this
-    call has said about the veto and nobody has stored: (the one it saw, its own or None).
+    `pause` is what the back-off proposes, in seconds, while a decision is made. `veto` lasts until `veto_until` (None:
+    until it is withdrawn). `own_veto`: what this call has said about the veto and nobody has stored: (the one it saw,
+    its own or None, until when). `fingerprint` is that of the item's content, where the source gives one.
     """
 
     # One is made at every first failure, and most end with the call: only what every failure stores is set when one is
@@ -330,7 +331,9 @@ class History:
     completed_at: float | None = None
     expires_at: float | None = None
     veto: str | None = None
-    own_veto: tuple[str | None, str | None] | None = None
+    veto_until: float | None = None
+    own_veto: tuple[str | None, str | None, float | None] | None = None
+    fingerprint: str | None = None
     errors: tuple[ErrorSummary, ...] = ()
     in_flight: tuple[Flight, ...] = ()
     exhausted: bool = False
@@ -369,11 +372,17 @@ class History:
             self.say(None)
             self.exhausted = False
 
-    def say(self, veto: str | None) -> None:
+    def say(self, veto: str | None, until: float | None = None) -> None:
         """Set or withdraw the veto, knowing which one was there before this call said anything."""
         seen = self.veto if self.own_veto is None else self.own_veto[0]
-        self.own_veto = None if seen == veto else (seen, veto)
-        self.veto = veto
+        self.own_veto = None if seen == veto and self.veto_until == until else (seen, veto, until)
+        self.veto, self.veto_until = veto, until
+
+    def lapse(self, now: float) -> None:
+        """Forget a veto whose time is over: then the policy alone decides, as after a withdrawal."""
+        if self.veto is not None and self.veto_until is not None and self.veto_until <= now:
+            self.veto = self.veto_until = None
+            self.exhausted = False
 
     def flight(self, fence: int) -> Flight | None:
         """The running attempt with this fence, if it is still believed to run."""
@@ -440,6 +449,8 @@ _PLAIN: Final = (
     "not_before",
     "last_delay",
     "veto",
+    "veto_until",
+    "fingerprint",
     "exhausted",
     "recovered",
     "recovery_failures",
@@ -449,7 +460,7 @@ _PLAIN: Final = (
 )
 
 
-_TEXTS: Final = frozenset({"veto", "reason"})
+_TEXTS: Final = frozenset({"veto", "reason", "fingerprint"})
 _FLAGS: Final = frozenset({"exhausted", "recovered"})
 
 

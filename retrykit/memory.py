@@ -1,5 +1,5 @@
-"""The flow's dealings with the store: recalling, reserving, storing a failure, settling. See the essay in
-`retrykit.flow` for the why.
+"""The flow's dealings with the store: recalling a history, storing a failure. See the essay in `retrykit.flow` for the
+why; `retrykit.flight` reserves attempts, `retrykit.settlement` brings histories to their end.
 
 Every write is a compare-and-set. When it finds that somebody else was first, their facts are read and ours are applied
 to them.
@@ -10,12 +10,13 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Any
 
-from retrykit.call import Call, Flow, raising
+from retrykit.cache import StoredContext
+from retrykit.call import Call, Flow
 from retrykit.context import RetryContext, first_fence
 from retrykit.decision import count, decide, pay
-from retrykit.errors import CommitInDoubtError, TerminatedRetryError
+from retrykit.errors import InconsistentKeyError
 from retrykit.history import Flight, History, StoredError, message_of
-from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Probe, Remove, Report, Save, Step
+from retrykit.steps import NOW, Load, Probe, Recent, Report, Save
 
 # -- recalling
 
@@ -25,7 +26,8 @@ def recall(call: Call, *, again: bool = False) -> Flow:
     state, context = call.state, call.context
     if state is None or call.blind or (state.redelivered is False and not state.fresh and not again):
         return
-    stored = yield Load(call.key or "")
+    call.collision = None
+    stored = yield from _look_up(call, again=again)
     history = history_of(stored)
     if isinstance(history, Exception):
         # Go on without it, and store nothing over what cannot be seen.
@@ -42,16 +44,35 @@ def recall(call: Call, *, again: bool = False) -> Flow:
         _keep_own(context._facts(), mine)
 
 
+def _look_up(call: Call, *, again: bool) -> Flow:
+    """What is stored; or, where a compare-and-set is going to tell whether it still holds, what was stored last."""
+    call.recent = False
+    if call.plan.fronted and not again and journals(call):
+        stored = yield Recent(call.key or "")
+        if isinstance(stored, StoredContext):
+            call.recent = True
+            return stored
+    return (yield Load(call.key or ""))
+
+
+def journals(call: Call) -> bool:
+    """Whether an attempt of this call is reserved before it is made."""
+    state = call.state
+    if state is None or call.blind or state.journal == "never":
+        return False
+    return state.journal == "always" or state.redelivered is not False
+
+
 def _keep_own(theirs: History, mine: History) -> None:
     """What this call itself has said or seen, and nobody has stored.
 
     Its veto, and the live exception behind a stored description.
     """
     if mine.own_veto is not None:
-        seen, said = mine.own_veto
+        seen, said, until = mine.own_veto
         # A withdrawal takes back the veto that it saw, and no other.
         if said is not None or theirs.veto == seen:
-            theirs.veto, theirs.own_veto = said, mine.own_veto
+            theirs.veto, theirs.veto_until, theirs.own_veto = said, until, mine.own_veto
     if mine._attributes is not None:
         mine._attributes.say_to(theirs.attributes)
     last = mine.last_error
@@ -78,8 +99,12 @@ def _read(call: Call, history: History) -> Flow:
     context, state = call.context, call.state
     assert state is not None  # noqa: S101 - only stateful calls have a history
     now = yield NOW
+    over = history.completed_at is not None and history.expires_at is not None and history.expires_at <= now
+    yield from make_out(call)
+    if not (over or state.fresh) and collides(call, history):
+        call.collision = history.fingerprint
+        return
     if history.completed_at is not None:
-        over = history.expires_at is not None and history.expires_at <= now
         context.duplicate = not (over or state.fresh)
         context._history = history if context.duplicate else History(fence=history.fence)
         return
@@ -89,7 +114,8 @@ def _read(call: Call, history: History) -> Flow:
         return
     call.seen = True
     context._history = history
-    _forget_own_flights(call, history)
+    history.lapse(now)
+    forget_own_flights(call, history)
     for flight in history.in_flight:
         running = yield Probe(flight.owner)
         # What is certainly running is believed; of the others the source may know, or the lease decides.
@@ -98,7 +124,36 @@ def _read(call: Call, history: History) -> Flow:
     context.attempt = history.failures + 1
 
 
-def _forget_own_flights(call: Call, history: History) -> None:
+def make_out(call: Call) -> Flow:
+    """Make the fingerprint of the item's content, once, if the source gives one."""
+    state = call.state
+    if state is None or state.fingerprint is None or call.made_out:
+        return
+    call.made_out = True
+    try:
+        call.content = state.content()
+    except Exception as fault:  # noqa: BLE001 - the source's own function; without its answer nothing is told apart
+        yield Report("fingerprint", fault)
+
+
+def collides(call: Call, theirs: History | None) -> bool:
+    """Whether the history is that of an item with another content."""
+    if theirs is None or call.content is None:
+        return False
+    return theirs.fingerprint is not None and theirs.fingerprint != call.content
+
+
+def collision_with(call: Call, theirs: History | None) -> InconsistentKeyError | None:
+    """The error that says so, if it is."""
+    return collision(call, theirs.fingerprint) if theirs is not None and collides(call, theirs) else None
+
+
+def collision(call: Call, stored: str | None) -> InconsistentKeyError:
+    """The error that says that the key stands for an item with another content."""
+    return InconsistentKeyError(name=call.plan.name, key=call.context.key, stored=stored, fingerprint=call.content)
+
+
+def forget_own_flights(call: Call, history: History) -> None:
     """A flight of this call that it does not know of was stored by a write that seemed to fail.
 
     It is no attempt of its own.
@@ -131,86 +186,19 @@ def take_over(call: Call, stored: Any) -> bool:
     context._history = history = theirs or History()
     history.fence = max(history.fence, mine.fence)
     _keep_own(history, mine)
-    _forget_own_flights(call, history)
+    forget_own_flights(call, history)
     return theirs is not None
 
 
-# -- reserving
-
-
-def reserve(call: Call) -> Flow:
-    """Store that an attempt is running, if it is to be journaled. False: somebody else stored something first."""
-    state, context = call.state, call.context
-    if state is None or call.blind:
-        return True
-    if state.journal == "never" or (state.journal == "redelivered" and state.redelivered is False):
-        if context._history is not None:
-            context._history.fence += 1 if context._history.fence else 0
-        return True
-    return (yield from take_off(call, recovery=False))
-
-
-def take_off(call: Call, *, recovery: bool) -> Flow:
-    """Store a flight. False: somebody else stored something first."""
-    context = call.context
-    now = yield NOW
-    history = context._facts()
-    _begun(call, history)
-    history.fence = max(history.fence + 1, first_fence(now))
-    history.in_flight = (*history.in_flight, Flight(history.fence, call.owner, now, now + call.plan.lease, recovery))
-    # Known before it is answered: whoever is interrupted in the middle of the write withdraws it.
-    call.flight = history.fence
-    saved = yield Save(call.key or "", context.snapshot(), call.version)
-    if saved is None:
-        call.flight = None
-        return False
-    if isinstance(saved, Exception):
-        # Without a reservation crashes go uncounted, but the work can be done: a store's fault changes no outcome.
-        call.flight, call.doubtful = None, True
-        history.land(history.fence)
-        yield Report("journal", saved)
-        return True
-    call.version, call.seen, history.own_veto = saved, True, None
-    return True
-
-
-def _begun(call: Call, history: History) -> None:
+def begun(call: Call, history: History) -> None:
+    """Note when the item was first tried, and by what it is known."""
     if history.started_at is None:
         history.started_at = call.context._wall_of(call.context._started)
+    if history.fingerprint is None:
+        history.fingerprint = call.content
 
 
-def withdraw(call: Call) -> Flow:
-    """The reserved attempt will not report: it never was one."""
-    if call.flight is None:
-        yield from keep_veto(call)
-        return
-    while call.flight is not None and (yield from _try_to_withdraw(call, call.flight)):
-        pass
-    call.flight = None
-
-
-def _try_to_withdraw(call: Call, flight: int) -> Flow:
-    """One compare-and-set of the history without the flight. True: try again, theirs still has it."""
-    context, key = call.context, call.key or ""
-    if call.version is not None:
-        history = context._facts()
-        history.land(flight)
-        step: Step = Save(key, context.snapshot(), call.version) if _is_known(history) else Remove(key, call.version)
-        answer = yield step
-        if isinstance(answer, Exception):
-            yield Report("withdraw", answer)
-            return False
-        if answer is not None and answer is not False:
-            call.version = None if answer is True else answer
-            return False
-    stored = yield Load(key)
-    if stored is None:
-        # Settled or forgotten meanwhile: a veto of this call has nothing left to be about.
-        context._facts().own_veto = None
-    return take_over(call, stored) and context._facts().flight(flight) is not None
-
-
-def _is_known(history: History) -> bool:
+def is_known(history: History) -> bool:
     """Whether a history says more than that nothing has happened."""
     facts = (history.failures, history.veto, history.in_flight, history.recovery_failures, history.attributes)
     return any(facts)
@@ -225,11 +213,14 @@ def store_failure(call: Call, error: Exception) -> Flow:
     The decision that follows from it.
     """
     context = call.context
+    call.reporting = True
+    yield from make_out(call)
     now = yield NOW
     paid = False
     while True:
         history = context._facts()
-        _begun(call, history)
+        begun(call, history)
+        history.lapse(now)
         if call.flight is not None and history.flight(call.flight) is None:
             # Somebody believed this attempt dead and counted it: it is counted once.
             history.last_error = error
@@ -269,8 +260,9 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
         return True
     stored = yield Load(key)
     theirs = history_of(stored)
-    if isinstance(theirs, Exception):
-        yield from _not_stored(call, error, theirs)
+    hindrance = theirs if isinstance(theirs, Exception) else collision_with(call, theirs)
+    if hindrance is not None or isinstance(theirs, Exception):
+        yield from _not_stored(call, error, hindrance)
         return True
     if theirs is not None and theirs.completed_at is not None:
         # Somebody else has completed the item: nothing is stored over that, and nothing more is tried.
@@ -282,7 +274,7 @@ def _try_to_store(call: Call, error: Exception) -> Flow:
     return False
 
 
-def _not_stored(call: Call, error: Exception, fault: BaseException) -> Flow:
+def _not_stored(call: Call, error: Exception, fault: Any) -> Flow:
     """The failure could not be stored: its exception says so, and goes on its way."""
     call.context.fault = fault
     # Not every exception can carry a note: one that is frozen goes on its way without.
@@ -304,6 +296,8 @@ def keep_veto(call: Call) -> Flow:
                 # As in `_try_to_withdraw`.
                 context._facts().own_veto = None
                 return
+            theirs = history_of(saved)
+            saved = (None if isinstance(theirs, Exception) else collision_with(call, theirs)) or saved
             if not isinstance(saved, Exception):
                 take_over(call, saved)
                 continue
@@ -320,88 +314,3 @@ def _says_veto(context: RetryContext) -> bool:
     return (
         history is not None and history.own_veto is not None and history.completed_at is None and not context.duplicate
     )
-
-
-# -- settling
-
-
-def _has_to_settle(call: Call) -> bool:
-    if call.key is None or call.blind or call.settled:
-        return False
-    return call.plan.remember is not None or call.version is not None or call.doubtful
-
-
-def _settling(call: Call, *, joined: bool) -> Flow:
-    """One try to bring the stored history to its end: a completion mark, or nothing left."""
-    context, key, remember = call.context, call.key or "", call.plan.remember
-    if remember is None:
-        return True if call.version is None else (yield Remove(key, call.version, joined=joined))
-    now = yield NOW
-    mark = History(
-        failures=context.retry_count,
-        fence=context.fence,
-        recovered=context.recovered,
-        completed_at=now,
-        expires_at=now + remember,
-    )
-    return (yield Save(key, mark.to_json(call.plan.name, context.json_key), call.version, joined=joined))
-
-
-def settle(call: Call) -> Flow:
-    """Settle the history after a confirmed outcome, unless that was done within the transaction."""
-    while _has_to_settle(call):
-        if call.doubtful:
-            call.doubtful = False
-            stored = yield Load(call.key or "")
-            call.version = getattr(stored, "version", None)
-        answer = yield from _settling(call, joined=False)
-        if isinstance(answer, Exception):
-            yield Report("settle", answer)
-            return
-        if answer is not None and answer is not False:
-            return
-        stored = yield Load(call.key or "")
-        if isinstance(stored, Exception) or (stored is None and call.plan.remember is None):
-            return
-        # Gone, but not settled by anybody: evicted or forgotten. The mark is still to be made.
-        call.version = None if stored is None else stored.version
-
-
-def settle_within(call: Call) -> Flow:
-    """Settle the history inside the work's own transaction, if the cache can join it.
-
-    The outcome if somebody else had it.
-    """
-    if not _has_to_settle(call):
-        return None
-    joined = yield JOIN
-    if joined is not True:
-        if isinstance(joined, Exception):
-            yield Report("join", joined)
-        return None
-    while True:
-        answer = yield from _settling(call, joined=True)
-        if isinstance(answer, Exception):
-            return raising(CommitInDoubtError, call, answer)
-        if answer is not None and answer is not False:
-            call.settled = True
-            return None
-        stored = yield Load(call.key or "", joined=True)
-        outcome = _overtaken(call, stored)
-        if outcome is not None:
-            return outcome
-
-
-def _overtaken(call: Call, stored: Any) -> Any:
-    """Somebody else changed the history while the attempt ran: may it still settle?"""
-    theirs = history_of(stored)
-    if isinstance(theirs, Exception):
-        return raising(CommitInDoubtError, call, theirs)
-    if theirs is not None and theirs.completed_at is not None:
-        call.context.duplicate = True
-        return ANSWER_NOTHING
-    if call.flight is not None and theirs is not None and theirs.flight(call.flight) is None:
-        reason = "it was believed dead, counted as a crash and overtaken; its work is rolled back"
-        return raising(TerminatedRetryError, call, None, reason=reason)
-    call.version = None if stored is None else stored.version
-    return None

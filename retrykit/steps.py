@@ -10,9 +10,11 @@ what came of it.
 | `RollBack(error)` | leave the transaction after a failure | None |
 | `JOIN` | see whether the cache can join the open transaction | True or False |
 | `Load(key)` | load from the cache | `StoredContext`, None, or the fault |
+| `Recent(key)` | ask the cache what this process stored last, without I/O | `StoredContext`, None, or the fault |
 | `Save(key, snapshot, expected)` | compare-and-set | the new version, None, or the fault |
 | `Remove(key, expected)` | remove | True, False, or the fault |
 | `NOW` | read the clock | seconds since the epoch |
+| `HOLD` | renew the lease of the present attempt until the call is over | None |
 | `Probe(owner)` | see whether a call is still running | True, False, or None: nobody here can know |
 | `Pause(seconds)` | spend the time: sleep, await, or hand it to whoever can wait | None, or what interrupted it |
 | `Notify(listener, event, arguments)` | tell a listener; `VALUE` stands for the result | None (faults are logged) |
@@ -60,6 +62,7 @@ BEGIN: Final = Simple("BEGIN")
 COMMIT: Final = Simple("COMMIT")
 JOIN: Final = Simple("JOIN")
 NOW: Final = Simple("NOW")
+HOLD: Final = Simple("HOLD")
 RETURN: Final = Simple("RETURN")
 ANSWER_NOTHING: Final = Simple("ANSWER_NOTHING")
 VALUE: Final = Simple("VALUE")
@@ -83,6 +86,15 @@ class Load(Step):
     def __init__(self, key: str, *, joined: bool = False) -> None:
         self.key = key
         self.joined = joined
+
+
+class Recent(Step):
+    """What this process stored last under a key, if the cache remembers."""
+
+    __slots__ = ("key",)
+
+    def __init__(self, key: str) -> None:
+        self.key = key
 
 
 class Save(Step):

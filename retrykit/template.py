@@ -17,14 +17,15 @@ from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.budget import BudgetRetryPolicy
 from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cache
 from retrykit.call import Plan
-from retrykit.check import as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
+from retrykit.check import Seconds, as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
-from retrykit.context import RetryContext, RetryState, _bound
+from retrykit.context import RetryContext, _bound, until
 from retrykit.driver import Driver, async_drive, drive, readable, without_frame
 from retrykit.history import History
 from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
+from retrykit.state import RetryState
 from retrykit.value import Value
 
 T = TypeVar("T")
@@ -120,6 +121,8 @@ class _Template(Value):
             throw_last=self.throw_last,
             remember=self.remember_completed,
             lease=self.lease,
+            renews=getattr(self.context_cache, "store_clock", None) is not None,
+            fronted=hasattr(self.context_cache, "recent"),
         )
 
     def _needs_no_flow(self) -> bool:
@@ -269,10 +272,12 @@ class RetryTemplate(_Template):
         """What is remembered of a key: a context to look at, None if nothing is."""
         return _context_of(self.context_cache.load(self.key_of(key)))
 
-    def veto(self, key: Key, reason: str) -> None:
-        """Forbid further attempts of an item, from outside: it takes effect at its next delivery, in every process."""
-        _check_reason(reason)
-        self._change(key, lambda history: setattr(history, "veto", reason))
+    def veto(self, key: Key, reason: str, *, lasts: Seconds | None = None) -> None:
+        """Forbid further attempts of an item, from outside: it takes effect at its next delivery, in every process.
+
+        `lasts`: for so many seconds; None: until it is withdrawn.
+        """
+        self._change(key, vetoing(reason, until(lasts, self.time())))
 
     def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
@@ -408,10 +413,9 @@ class AsyncRetryTemplate(_Template):
         """What is remembered of a key: a context to look at, None if nothing is."""
         return _context_of(await _awaited(self.context_cache.load(self.key_of(key))))
 
-    async def veto(self, key: Key, reason: str) -> None:
-        """Forbid further attempts of an item, from outside: it takes effect at its next delivery, in every process."""
-        _check_reason(reason)
-        await self._change(key, lambda history: setattr(history, "veto", reason))
+    async def veto(self, key: Key, reason: str, *, lasts: Seconds | None = None) -> None:
+        """As `RetryTemplate.veto`."""
+        await self._change(key, vetoing(reason, until(lasts, self.time())))
 
     async def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
@@ -437,11 +441,17 @@ def _context_of(stored: StoredContext | None) -> RetryContext | None:
     return None if stored is None else RetryContext.from_snapshot(stored.snapshot)
 
 
-def _check_reason(reason: object) -> None:
+def vetoing(reason: object, end: float | None) -> Callable[[History], None]:
+    """The change of a history that forbids further attempts."""
     if not isinstance(reason, str):
         raise wrong_type("reason", "a str", reason)
     if not reason:
         raise wrong_value("reason", "a text that says why", reason)
+
+    def change(history: History) -> None:
+        history.veto, history.veto_until = reason, end
+
+    return change
 
 
 def _changed(name: str, key: Key, stored: StoredContext | None, change: Callable[[History], None]) -> dict[str, Any]:

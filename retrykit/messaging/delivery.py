@@ -36,7 +36,6 @@ import attrs
 from retrykit.cache import JoinableContextCache
 from retrykit.check import wrong_type
 from retrykit.clock import Clock, SystemClock
-from retrykit.context import RetryState
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
@@ -44,6 +43,7 @@ from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer, may_travel
+from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext

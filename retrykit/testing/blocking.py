@@ -49,13 +49,13 @@ class BlockingContextCache:
         """As the cache's own."""
         return self.run(self.cache.remove(key, expected))
 
-    def expire(self, now: float | None = None) -> int:
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """As the cache's own."""
-        return self.run(self.cache.expire(now))
+        return self.run(self.cache.expire(now, limit))
 
-    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
         """As the cache's own, one after the other."""
-        items = aiter(self.cache.items(prefix))
+        items = aiter(self.cache.items(prefix, after))
         nothing: Any = object()
         while (item := self.run(_next(items, nothing))) is not nothing:
             yield item

@@ -185,6 +185,14 @@ class ContextCacheContract:
         prefixes = {"a/": ["a/1", "a/2"], "a%": ["a%/1"], "a_": ["a_/1"], "b/1": ["b/1"], "c": [], "b/11": []}
         assert {prefix: [key for key, _ in cache.items(prefix)] for prefix in prefixes} == prefixes
 
+    def test_items_go_on_after_a_key_whether_it_is_there_or_not(self, tmp_path: Path) -> None:
+        cache = self.make_cache(tmp_path)
+        for number in (1, 2, 4, 5):
+            _saved(cache, f"a/{number}", {})
+        _saved(cache, "b/1", {})
+        after = {"a/2": ["a/4", "a/5"], "a/3": ["a/4", "a/5"], "a/5": [], "": ["a/1", "a/2", "a/4", "a/5"], "b/0": []}
+        assert {key: [found for found, _ in cache.items("a/", key)] for key in after} == after
+
     def test_items_may_be_removed_while_they_are_gone_through(self, tmp_path: Path) -> None:
         cache = self.make_cache(tmp_path)
         for number in range(20):
@@ -202,6 +210,14 @@ class ContextCacheContract:
         assert cache.expire(200.0) == 1
         assert cache.expire(200.0) == 0
         assert [key for key, _ in cache.items()] == ["a/history", "a/later"]
+
+    def test_expire_drops_at_most_so_many_when_it_is_told_to(self, tmp_path: Path) -> None:
+        cache = self.make_cache(tmp_path)
+        for number in range(5):
+            _saved(cache, f"a/{number}", {"completed_at": 50.0, "expires_at": 100.0 + number})
+        assert cache.expire(200.0, 2) == 2
+        assert len(list(cache.items())) == 3
+        assert cache.expire(200.0, 7) == 3
 
     def test_expire_without_a_time_goes_by_the_store_s_own_clock(self, tmp_path: Path) -> None:
         cache = self.make_cache(tmp_path)

@@ -27,6 +27,7 @@ from retrykit import (
     ExceptionClassifierRetryPolicy,
     ExponentialBackOffPolicy,
     FixedBackOffPolicy,
+    FrontContextCache,
     LoggingListener,
     MapRetryContextCache,
     MaxAttemptsRetryPolicy,
@@ -92,6 +93,10 @@ class Kind:
 
     def or_none(self) -> Kind:
         return Kind(lambda value: value is None or self.right(value), self.near)
+
+
+def _is_fingerprint(value: Any) -> bool:
+    return callable(value) or (isinstance(value, str) and 0 < len(value) <= 200)
 
 
 def _is_number(value: Any) -> bool:
@@ -219,6 +224,7 @@ STATE = {
     "rollback_for": CALLABLE,
     "recover_on_redelivery": BOOL,
     "journal": among("redelivered", "always", "never"),
+    "fingerprint": Kind(_is_fingerprint, st.sampled_from(["", "x" * 201])).or_none(),
 }
 RETRYABLE = {
     "retry_for": ERRORS,
@@ -270,6 +276,7 @@ CONSTRUCTORS: dict[Any, dict[str, Kind]] = {
     },
     ScheduleBackOffPolicy: {"schedule": SCHEDULE},
     ErrorHintBackOffPolicy: {"fallback": BACK_OFF, "hint": CALLABLE, "max_interval": lasting(more_than(0))},
+    FrontContextCache: {"store": CACHE, "capacity": whole(1)},
     MapRetryContextCache: {
         "capacity": whole(1),
         "on_full": among("reject", "evict_oldest"),
@@ -290,6 +297,7 @@ NEEDED: dict[Any, dict[str, Any]] = {
     BudgetRetryPolicy: {"budget": RetryBudget()},
     UniformRandomBackOffPolicy: {"min_interval": 0, "max_interval": timedelta.max},
     RetryState: {"key": "m-1"},
+    FrontContextCache: {"store": MapRetryContextCache()},
 }
 WITHOUT_ARGUMENTS = {
     "AlwaysRetryPolicy",

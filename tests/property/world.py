@@ -157,11 +157,11 @@ class Store:
             raise fault
         return removed
 
-    def items(self, prefix: str = "") -> Iterator[Any]:
-        return self.real.items(prefix)
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[Any]:
+        return self.real.items(prefix, after)
 
-    def expire(self, now: float | None = None) -> int:
-        return self.real.expire(now)
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
+        return self.real.expire(now, limit)
 
     def joined(self, transaction: Any) -> JoinedStore | None:
         return JoinedStore(self, transaction) if self.world.joins else None

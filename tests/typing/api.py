@@ -457,10 +457,10 @@ class OwnCache:
     def remove(self, key: str, expected: int | None = None) -> bool:
         return False
 
-    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
         return iter(())
 
-    def expire(self, now: float | None = None) -> int:
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
         return 0
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.context import RetryState
 from retrykit.errors import ExhaustedRetryError
 from retrykit.messaging import (
     BrokerUnavailableError,
@@ -33,6 +32,7 @@ from retrykit.messaging import (
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.patience import Patience
 from retrykit.policy import SimpleRetryPolicy
+from retrykit.state import RetryState
 from retrykit.template import RetryTemplate
 
 ORDERS = "/queue/orders"

@@ -30,8 +30,8 @@ from retrykit import (
     retryable,
     veto,
 )
-from retrykit.context import always
 from retrykit.history import StoredError
+from retrykit.state import always
 from tests.doubles import EPOCH, Fails, ManualClock, pickled
 
 
@@ -526,6 +526,7 @@ def test_every_field_of_a_state_is_kept():
         "rollback_for": bool,
         "recover_on_redelivery": False,
         "journal": "never",
+        "fingerprint": "d41d8cd9",
     }
     state = RetryState(**given)
     assert {name: getattr(state, name) for name in given} == given

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 
+import attrs
 import pytest
 
 from retrykit import (
@@ -49,8 +50,8 @@ class View:
 class Joinable(MapRetryContextCache):
     """A cache that joins transactions, unless it is told that they are of another database."""
 
-    def __init__(self, log, *, elsewhere=False, fault=None):
-        super().__init__()
+    def __init__(self, log, *, elsewhere=False, fault=None, on_full="reject"):
+        super().__init__(on_full=on_full)
         self.log, self.elsewhere, self.fault = log, elsewhere, fault
 
     def joined(self, transaction):
@@ -156,11 +157,29 @@ def test_an_item_that_somebody_else_completed_meanwhile_is_a_duplicate():
     assert log == ["begin", "joined remove", "joined load", "roll back"]
 
 
-def test_work_whose_history_was_forgotten_or_evicted_meanwhile_is_committed():
-    log, template = joined()
+def test_work_whose_history_may_have_been_evicted_meanwhile_is_committed():
+    log, template = joined(on_full="evict_oldest")
     forget = during(lambda: template.forget("m-1"))
     assert deliver(template, forget, transaction=Transaction(log)) == "done"
     assert log[-1] == "commit"
+
+
+def test_work_whose_history_was_settled_by_somebody_else_meanwhile_is_rolled_back():
+    log, template = joined()
+    settle = during(lambda: template.forget("m-1"))
+    error = deliver(template, settle, transaction=Transaction(log))
+    assert type(error) is TerminatedRetryError
+    assert "settled or forgotten" in str(error)
+    assert log[-1] == "roll back"
+
+
+def test_work_whose_mark_is_to_be_kept_is_committed_when_its_history_was_forgotten():
+    log, template = joined()
+    template = attrs.evolve(template, remember_completed=60.0)
+    forget = during(lambda: template.forget("m-1"))
+    assert deliver(template, forget, transaction=Transaction(log)) == "done"
+    assert log[-1] == "commit"
+    assert template.context_cache.load(KEY).snapshot["completed_at"] is not None
 
 
 def test_work_that_was_believed_dead_and_overtaken_is_rolled_back():
@@ -261,3 +280,24 @@ def test_a_snapshot_that_cannot_be_made_hides_nothing(monkeypatch, caplog):
     with caplog.at_level(logging.ERROR, "retrykit"):
         assert deliver(RetryTemplate(), Fails(ERROR), journal="never") is ERROR
     assert "fault in store" in caplog.text
+
+
+class Undone(Joinable):
+    """A cache of which the transaction that joined it is rolled back: what was removed in it is still there."""
+
+    def joined(self, transaction):
+        view = super().joined(transaction)
+        view.remove = lambda key, expected: self.load(key).version == expected
+        return view
+
+
+def test_failure_that_others_stored_survives_a_commit_that_fails_after_the_history_was_settled_in_it():
+    log = []
+    template = RetryTemplate(context_cache=Undone(log))
+
+    def somebody_else_fails():
+        mark(template, in_flight=template.context_cache.load(KEY).snapshot["in_flight"])
+
+    error = deliver(template, during(somebody_else_fails), transaction=Transaction(log, commit=ERROR))
+    assert error is ERROR
+    assert template.context_cache.load(KEY).snapshot["retry_count"] == 2

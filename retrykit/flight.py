@@ -1,0 +1,111 @@
+"""Attempts that are running: reserved before they are made, believed in while their lease lasts, withdrawn without an
+outcome. See the essay in `retrykit.flow` for the why.
+"""
+
+from __future__ import annotations
+
+from retrykit.call import Call, Flow
+from retrykit.context import first_fence
+from retrykit.history import Flight
+from retrykit.memory import begun, history_of, is_known, journals, keep_veto, make_out, take_over
+from retrykit.steps import HOLD, NOW, Load, Remove, Report, Save, Step
+
+
+def reserve(call: Call) -> Flow:
+    """Store that an attempt is running, if it is to be journaled. False: somebody else stored something first."""
+    if journals(call):
+        return (yield from take_off(call, recovery=False))
+    history = call.context._history
+    if history is not None and not call.blind:
+        history.fence += 1 if history.fence else 0
+    return True
+
+
+def take_off(call: Call, *, recovery: bool) -> Flow:
+    """Store a flight. False: somebody else stored something first."""
+    context = call.context
+    yield from make_out(call)
+    now = yield NOW
+    history = context._facts()
+    begun(call, history)
+    history.fence = max(history.fence + 1, first_fence(now))
+    history.in_flight = (*history.in_flight, Flight(history.fence, call.owner, now, now + call.plan.lease, recovery))
+    # Known before it is answered: whoever is interrupted in the middle of the write withdraws it.
+    call.flight = history.fence
+    saved = yield Save(call.key or "", context.snapshot(), call.version)
+    if saved is None:
+        call.flight = None
+        return False
+    if isinstance(saved, Exception):
+        # Without a reservation crashes go uncounted, but the work can be done: a store's fault changes no outcome.
+        call.flight, call.doubtful = None, True
+        history.land(history.fence)
+        yield Report("journal", saved)
+        return True
+    call.version, call.seen, call.recent, history.own_veto = saved, True, False, None
+    if call.plan.renews:
+        call.reporting = False
+        yield HOLD
+    return True
+
+
+def withdraw(call: Call) -> Flow:
+    """The reserved attempt will not report: it never was one."""
+    call.reporting = True
+    if call.flight is None:
+        yield from keep_veto(call)
+        return
+    while call.flight is not None and (yield from _try_to_withdraw(call, call.flight)):
+        pass
+    call.flight = None
+
+
+def _try_to_withdraw(call: Call, flight: int) -> Flow:
+    """One compare-and-set of the history without the flight. True: try again, theirs still has it."""
+    context, key = call.context, call.key or ""
+    if call.version is not None:
+        history = context._facts()
+        history.land(flight)
+        step: Step = Save(key, context.snapshot(), call.version) if is_known(history) else Remove(key, call.version)
+        answer = yield step
+        if isinstance(answer, Exception):
+            yield Report("withdraw", answer)
+            return False
+        if answer is not None and answer is not False:
+            call.version = None if answer is True else answer
+            return False
+    stored = yield Load(key)
+    if stored is None:
+        # Settled or forgotten meanwhile: a veto of this call has nothing left to be about.
+        context._facts().own_veto = None
+    return take_over(call, stored) and context._facts().flight(flight) is not None
+
+
+def renew(call: Call) -> Flow:
+    """Believe in the running attempt for another lease. False: somebody believed it dead already.
+
+    Driven beside the attempt, by a keeper of leases, so it leaves the call's own view of the history alone: when the
+    call stores something itself it finds that the version has moved on, and reads again.
+    """
+    key, flight = call.key or "", call.flight
+    while not call.reporting:
+        stored = yield Load(key)
+        history = history_of(stored)
+        if isinstance(history, Exception):
+            yield Report("renew", history)
+            return True
+        mine = None if history is None or flight is None else history.flight(flight)
+        if history is None or mine is None:
+            # Unless the call itself has just brought it to its end.
+            return call.reporting or call.flight != flight
+        mine.until = (yield NOW) + call.plan.lease
+        snapshot = history.to_json(call.plan.name, stored.snapshot.get("key"))
+        saved = yield Save(key, snapshot, stored.version)
+        if isinstance(saved, Exception):
+            yield Report("renew", saved)
+            return True
+        if saved is not None:
+            if call.version == stored.version:
+                call.version = saved
+            return True
+    return True

@@ -1,0 +1,130 @@
+"""The end of a history: dropped, or replaced by a completion mark, after a confirmed outcome or together with it.
+
+See the essay in `retrykit.flow` for the why.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrykit.call import Call, Flow, raising
+from retrykit.errors import CommitInDoubtError, TerminatedRetryError
+from retrykit.history import History
+from retrykit.memory import collision_with, history_of, make_out
+from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Raise, Remove, Report, Save
+
+
+def _has_to_settle(call: Call) -> bool:
+    if call.key is None or call.blind or call.settled:
+        return False
+    return call.plan.remember is not None or call.version is not None or call.doubtful
+
+
+def _settling(call: Call, version: int | None, *, joined: bool) -> Flow:
+    """One try to bring the stored history to its end: a completion mark, or nothing left."""
+    context, key, remember = call.context, call.key or "", call.plan.remember
+    if remember is None:
+        return True if version is None else (yield Remove(key, version, joined=joined))
+    yield from make_out(call)
+    now = yield NOW
+    mark = History(
+        failures=context.retry_count,
+        fence=context.fence,
+        recovered=context.recovered,
+        fingerprint=call.content,
+        completed_at=now,
+        expires_at=now + remember,
+    )
+    return (yield Save(key, mark.to_json(call.plan.name, context.json_key), version, joined=joined))
+
+
+def settle(call: Call) -> Flow:
+    """Settle the history after a confirmed outcome, unless that was done within the transaction."""
+    call.reporting = True
+    while _has_to_settle(call):
+        if call.doubtful:
+            call.doubtful = False
+            stored = yield Load(call.key or "")
+            call.version = getattr(stored, "version", None)
+            if (yield from _belongs_to_another(call, stored)):
+                return
+        answer = yield from _settling(call, call.version, joined=False)
+        if isinstance(answer, Exception):
+            yield Report("settle", answer)
+            return
+        if answer is not None and answer is not False:
+            return
+        stored = yield Load(call.key or "")
+        if isinstance(stored, Exception) or (stored is None and call.plan.remember is None):
+            return
+        if (yield from _belongs_to_another(call, stored)):
+            return
+        # Gone, but not settled by anybody: evicted or forgotten. The mark is still to be made.
+        call.version = None if stored is None else stored.version
+
+
+def _belongs_to_another(call: Call, stored: Any) -> Flow:
+    """Whether the history that is found under the key is that of another item: then it is not ours to settle."""
+    theirs = history_of(stored)
+    fault = None if isinstance(theirs, Exception) else collision_with(call, theirs)
+    if fault is None:
+        return False
+    yield Report("settle", fault)
+    return True
+
+
+def settle_within(call: Call) -> Flow:
+    """Settle the history inside the work's own transaction, if the cache can join it.
+
+    The outcome if somebody else had it.
+    """
+    if not _has_to_settle(call):
+        return None
+    call.reporting = True
+    joined = yield JOIN
+    if joined is not True:
+        if isinstance(joined, Exception):
+            yield Report("join", joined)
+        return None
+    # The call itself goes on knowing what it has read: should the commit fail, what others stored is not overwritten.
+    version, known = call.version, not call.doubtful
+    while True:
+        answer = (yield from _settling(call, version, joined=True)) if known else None
+        if isinstance(answer, Exception):
+            return raising(CommitInDoubtError, call, answer)
+        if answer is not None and answer is not False:
+            call.settled = True
+            return None
+        stored = yield Load(call.key or "", joined=True)
+        outcome = _overtaken(call, stored)
+        if outcome is not None:
+            return outcome
+        version, known = None if stored is None else stored.version, True
+
+
+def _overtaken(call: Call, stored: Any) -> Any:
+    """Somebody else changed the history while the attempt ran: may it still settle?"""
+    theirs = history_of(stored)
+    if isinstance(theirs, Exception):
+        return raising(CommitInDoubtError, call, theirs)
+    fault = collision_with(call, theirs)
+    if fault is not None:
+        return Raise(fault)
+    if theirs is not None and theirs.completed_at is not None:
+        call.context.duplicate = True
+        return ANSWER_NOTHING
+    overtaken = None if call.flight is None else _how_overtaken(call, theirs)
+    if overtaken is not None:
+        return raising(TerminatedRetryError, call, None, reason=f"{overtaken}; its work is rolled back")
+    return None
+
+
+def _how_overtaken(call: Call, theirs: History | None) -> str | None:
+    """What befell a reserved attempt that the history knows no longer; None if it is known, or was perhaps evicted."""
+    assert call.flight is not None  # noqa: S101 - asked of reserved attempts only
+    if theirs is not None:
+        gone = theirs.flight(call.flight) is None
+        return "it was believed dead, counted as a crash and overtaken" if gone else None
+    # Where marks are kept there would be one.
+    evictable = call.plan.remember is not None or call.plan.evicts
+    return None if evictable else "its history was settled or forgotten by somebody else"
