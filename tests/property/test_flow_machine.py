@@ -120,6 +120,7 @@ class Rules:
     remember: float | None
     joins: bool
     awaits: bool
+    fronted: bool
 
     def delay(self, failures: int) -> float:
         """The pause after so many failures, worked out here once more."""
@@ -135,7 +136,8 @@ class Machine:
         self.rules = rules
         self.watcher = Watcher()
         policy = SimpleRetryPolicy(rules.limit, no_retry_for=Fatal)
-        self.world = World(policy, rules.back_off, self.watcher, rules.remember, rules.joins, rules.awaits)
+        rest = (rules.remember, rules.joins, rules.awaits, rules.fronted)
+        self.world = World(policy, rules.back_off, self.watcher, *rest)
         self.items: dict[tuple[str, Any], Item] = {}
         self.timely = True
 
@@ -331,6 +333,7 @@ class FlowMachine(RuleBasedStateMachine):
         remember=st.none() | st.just(60.0),
         joins=st.booleans(),
         awaits=st.booleans(),
+        fronted=st.booleans(),
     )
     def start(self, **rules: Any) -> None:
         self.rules = Rules(**rules)

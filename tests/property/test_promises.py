@@ -36,12 +36,19 @@ from retrykit.errors import CacheCapacityError
 from tests.property.test_flow_machine import Machine, Rules
 from tests.property.world import Failed, Script
 
+DEFAULTS = {
+    "limit": 3,
+    "back_off": NoBackOffPolicy(),
+    "remember": None,
+    "joins": False,
+    "awaits": True,
+    "fronted": False,
+}
+
 
 @contextmanager
 def machine(**rules):
-    made = Machine(
-        Rules(**{"limit": 3, "back_off": NoBackOffPolicy(), "remember": None, "joins": False, "awaits": True, **rules})
-    )
+    made = Machine(Rules(**DEFAULTS | rules))
     try:
         yield made
     finally:

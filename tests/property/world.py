@@ -18,6 +18,7 @@ import trio
 
 from retrykit import (
     AsyncRetryTemplate,
+    FrontContextCache,
     MapRetryContextCache,
     RetryListener,
     RetryState,
@@ -342,7 +343,7 @@ class AsyncListener(Listener):
 @attrs.define(slots=False)
 class World:
     """Everything around the templates. `watch(event, *facts)` is called for each event; `awaits`: store, listeners and
-    transactions of asynchronous templates are asynchronous too."""
+    transactions of asynchronous templates are asynchronous too; `fronted`: memory in front of the store."""
 
     policy: Any
     back_off: Any
@@ -350,6 +351,7 @@ class World:
     remember: float | None = None
     joins: bool = False
     awaits: bool = True
+    fronted: bool = False
     trace: list[str] = attrs.field(factory=list)
     script: Script = attrs.field(factory=Script)
     faults: dict[tuple[str, int], str] = attrs.field(factory=dict)
@@ -367,7 +369,14 @@ class World:
         self.store = Store(self)
         self.async_store = AsyncStore(self)
         self.async_store.real = self.store.real
+        self.begin_process()
         self.loop = asyncio.Runner()
+
+    def begin_process(self) -> None:
+        """A process that begins remembers nothing in front of the store."""
+        self.caches = (self.store, self.async_store)
+        if self.fronted:
+            self.caches = tuple(FrontContextCache(store, capacity=2) for store in self.caches)
 
     def close(self) -> None:
         self.loop.close()
@@ -507,7 +516,7 @@ class World:
             name=script.name,
             retry_policy=self.policy,
             back_off_policy=self.back_off,
-            context_cache=self.async_store if parts else self.store,
+            context_cache=self.caches[parts],
             listeners=((AsyncListener if parts else Listener)(self),),
             clock=self.clock,
             remember_completed=self.remember,
@@ -530,6 +539,7 @@ class World:
         assert current_context() is None, "P10: a context was left bound"
         if self.dead:
             outcome = ("died", None)
+            self.begin_process()
         self.faults, self.dead = {}, False
         self.trace.append(f"outcome {outcome!r}")
         if self.violation is not None:
