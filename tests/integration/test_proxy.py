@@ -184,6 +184,18 @@ def test_a_request_is_lost_before_it_arrives(server, proxy, connect):
     assert server.asked == [b"INSERT"]
 
 
+def test_an_answer_is_lost_after_others_were_not(server, proxy, connect):
+    client = connect()
+    proxy.lose_answers(b"COMMIT", after=1, times=2)
+    assert [client.ask(line) for line in (b"COMMIT", b"SELECT")] == [b"COMMIT", b"SELECT"]
+    for _ in range(2):
+        with pytest.raises(ConnectionResetError):
+            client.ask(b"COMMIT")
+        client = connect()
+    assert client.ask(b"COMMIT") == b"COMMIT"
+    assert proxy.lost == 2
+
+
 def test_the_connection_breaks_within_an_answer(proxy, connect):
     client = connect()
     assert client.ask(b"12345") == b"12345"

@@ -106,16 +106,16 @@ class TcpProxy:
         """Hand on this many bytes more of the server's answers, in all, then reset their connection, once."""
         self._set(budget=answered)
 
-    def lose_answers(self, to: bytes = b"", *, times: int = 1) -> None:
+    def lose_answers(self, to: bytes = b"", *, after: int = 0, times: int = 1) -> None:
         """The next request that contains these bytes arrives, and its answer does not: the connection is reset instead.
 
-        Exactly that makes a COMMIT doubtful. `lost` counts how often it has happened.
+        Exactly that makes a COMMIT doubtful. `after` so many of them, and so many `times`; `lost` counts.
         """
-        self._set(trap=_Trap(to, times, arrives=True))
+        self._set(trap=_Trap(to, after, times, arrives=True))
 
-    def lose_requests(self, to: bytes = b"", *, times: int = 1) -> None:
+    def lose_requests(self, to: bytes = b"", *, after: int = 0, times: int = 1) -> None:
         """The next request that contains these bytes does not arrive: the connection is reset instead."""
-        self._set(trap=_Trap(to, times, arrives=False))
+        self._set(trap=_Trap(to, after, times, arrives=False))
 
     def await_lost(self, number: int, timeout: float = 20.0) -> None:
         """Wait until so many answers and requests were lost."""
@@ -163,12 +163,14 @@ class TcpProxy:
     def trap_for(self, request: bytes) -> _Trap | None:
         """The fault that this request has run into, which is used up by that."""
         with self._changed:
-            for trap in self._traps:
-                if trap.pattern in request:
-                    self._traps.remove(trap)
-                    if trap.times > 1:
-                        self._traps.append(trap._replace(times=trap.times - 1))
-                    return trap
+            for place, trap in enumerate(self._traps):
+                if trap.pattern not in request:
+                    continue
+                if trap.after:
+                    self._traps[place] = trap._replace(after=trap.after - 1)
+                    continue
+                self._traps[place : place + 1] = [trap._replace(times=trap.times - 1)] if trap.times > 1 else []
+                return trap
         return None
 
     def allowed(self, answer: bytes) -> bytes | None:
@@ -232,6 +234,7 @@ class _Trap(NamedTuple):
     """A request that runs into a fault."""
 
     pattern: bytes
+    after: int
     times: int
     arrives: bool
 
