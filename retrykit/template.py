@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from inspect import isawaitable
 from time import monotonic
 from types import CoroutineType
-from typing import Any, ClassVar, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 import attrs
 
@@ -19,14 +19,16 @@ from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cac
 from retrykit.call import Plan
 from retrykit.check import Seconds, as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
-from retrykit.context import RetryContext, _bound, until
+from retrykit.context import RetryContext, _bound
 from retrykit.driver import Driver, async_drive, drive, readable, without_frame
-from retrykit.history import History
-from retrykit.key import Key, check_key, in_namespace, key_to_json, namespace
+from retrykit.key import Key, check_key, in_namespace, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
 from retrykit.state import RetryState
 from retrykit.value import Value
+
+if TYPE_CHECKING:
+    from retrykit.histories import AsyncHistories, Histories
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -277,22 +279,21 @@ class RetryTemplate(_Template):
 
         `lasts`: for so many seconds; None: until it is withdrawn.
         """
-        self._change(key, vetoing(reason, until(lasts, self.time())))
+        self._histories().veto((self.name, key), reason, lasts=lasts)
 
     def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
-        self._change(key, History.withdraw_veto)
+        self._histories().withdraw_veto((self.name, key))
 
     def forget(self, key: Key) -> bool:
         """Drop the history of a key: its next delivery is the first. Whether there was one."""
-        return bool(self.context_cache.remove(self.key_of(key)))
+        return self._histories().forget((self.name, key))
 
-    def _change(self, key: Key, change: Callable[[History], None]) -> None:
-        text, saved = self.key_of(key), None
-        while saved is None:
-            stored = self.context_cache.load(text)
-            snapshot = _changed(self.name, key, stored, change)
-            saved = self.context_cache.save(text, snapshot, None if stored is None else stored.version)
+    def _histories(self) -> Histories:
+        # What operators need is not loaded by programs that only retry.
+        from retrykit.histories import Histories
+
+        return Histories(self.context_cache, self.clock)
 
 
 class AsyncRetryTemplate(_Template):
@@ -415,22 +416,20 @@ class AsyncRetryTemplate(_Template):
 
     async def veto(self, key: Key, reason: str, *, lasts: Seconds | None = None) -> None:
         """As `RetryTemplate.veto`."""
-        await self._change(key, vetoing(reason, until(lasts, self.time())))
+        await self._histories().veto((self.name, key), reason, lasts=lasts)
 
     async def withdraw_veto(self, key: Key) -> None:
         """Allow further attempts of an item again, as far as the policy does."""
-        await self._change(key, History.withdraw_veto)
+        await self._histories().withdraw_veto((self.name, key))
 
     async def forget(self, key: Key) -> bool:
         """Drop the history of a key: its next delivery is the first. Whether there was one."""
-        return bool(await _awaited(self.context_cache.remove(self.key_of(key))))
+        return await self._histories().forget((self.name, key))
 
-    async def _change(self, key: Key, change: Callable[[History], None]) -> None:
-        text, saved = self.key_of(key), None
-        while saved is None:
-            stored = await _awaited(self.context_cache.load(text))
-            snapshot = _changed(self.name, key, stored, change)
-            saved = await _awaited(self.context_cache.save(text, snapshot, None if stored is None else stored.version))
+    def _histories(self) -> AsyncHistories:
+        from retrykit.histories import AsyncHistories
+
+        return AsyncHistories(self.context_cache, self.clock)
 
 
 async def _awaited(value: Any) -> Any:
@@ -439,22 +438,3 @@ async def _awaited(value: Any) -> Any:
 
 def _context_of(stored: StoredContext | None) -> RetryContext | None:
     return None if stored is None else RetryContext.from_snapshot(stored.snapshot)
-
-
-def vetoing(reason: object, end: float | None) -> Callable[[History], None]:
-    """The change of a history that forbids further attempts."""
-    if not isinstance(reason, str):
-        raise wrong_type("reason", "a str", reason)
-    if not reason:
-        raise wrong_value("reason", "a text that says why", reason)
-
-    def change(history: History) -> None:
-        history.veto, history.veto_until = reason, end
-
-    return change
-
-
-def _changed(name: str, key: Key, stored: StoredContext | None, change: Callable[[History], None]) -> dict[str, Any]:
-    history = History() if stored is None else History.from_json(stored.snapshot)
-    change(history)
-    return history.to_json(name, key_to_json(key))

@@ -36,7 +36,7 @@ import attrs
 from retrykit.cache import JoinableContextCache
 from retrykit.check import wrong_type
 from retrykit.clock import Clock, SystemClock
-from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
+from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
@@ -210,22 +210,34 @@ class _Delivery:
             self.session.rollback(self.message)
             self.work.tally.add(withheld=1)
             return
-        self.work.template.execute(
-            self.attempt,
-            None if self.work.recover is None else self.recovery,
-            state=self.state(),
-            transaction=lambda: _UnitOfWork(self),
-        )
+        key = self.message.key
+        try:
+            self.execute(key)
+        except InconsistentKeyError as collision:
+            # Neither is to be lost, nor to be counted as the other: this one goes on under a name of its own.
+            _log.error("message %r is not the one that has this key already: %s", key, collision)
+            self.context = None
+            self.execute((key, collision.fingerprint))
         if not self.committed:
             # The template had the answer already: nothing ran, so no transaction was opened.
             self.session.commit(self.message)
             self.work.tally.add(duplicates=1)
         self.work.patience.forgive(self.message.key)
 
-    def state(self) -> RetryState:
+    def execute(self, key: Any) -> None:
+        self.work.template.execute(
+            self.attempt,
+            None if self.work.recover is None else self.recovery,
+            state=self.state(key),
+            transaction=lambda: _UnitOfWork(self),
+        )
+
+    def state(self, key: Any) -> RetryState:
         trusted = self.session.capabilities.trustworthy_flag and self.work.template.remember_completed is None
         redelivered = True if self.message.redelivered else (False if trusted else None)
-        return RetryState(key=self.message.key, redelivered=redelivered, recover_on_redelivery=False)
+        return RetryState(
+            key=key, redelivered=redelivered, recover_on_redelivery=False, fingerprint=self.message.fingerprint
+        )
 
     def attempt(self, context: RetryContext) -> Any:
         self.context = context

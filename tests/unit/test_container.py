@@ -21,6 +21,7 @@ from retrykit.messaging import (
     Capabilities,
     Discard,
     ListenerContainer,
+    Message,
     NoStableIdError,
     Park,
     Redeliver,
@@ -889,3 +890,33 @@ def test_a_virtual_clock_spends_the_pauses(broker):
     consume(impatient, handler, template=template(clock=clock, back_off_policy=FixedBackOffPolicy(3600)))
     assert handler.calls == ["x"] * 3
     assert clock.slept == [3600.0, 3600.0]
+
+
+# -- one id, two messages
+
+
+def test_message_with_the_id_of_a_failed_one_is_counted_for_itself_and_reported(broker, caplog):
+    shared, key = template(), (ORDERS, "m-1")
+    first = Message(ORDERS, b"first")
+
+    def fails(context):
+        raise ConnectionError
+
+    with pytest.raises(ConnectionError):
+        shared.execute(fails, state=RetryState(key=key, fingerprint=first.fingerprint))
+    broker.publish("second", id="m-1")
+    handler = failing(2)
+    assert consume(broker, handler, template=shared).counters.acknowledged == 1
+    assert handler.calls == ["second"] * 3
+    assert shared.history(key).retry_count == 1
+    assert "two items" in caplog.text
+
+
+def test_message_with_the_id_of_a_completed_one_is_not_taken_for_its_duplicate(broker):
+    calls = []
+    remembering = template(remember_completed=60.0)
+    broker.publish("first", id="m-1")
+    broker.publish("second", id="m-1")
+    broker.publish("first", id="m-1")
+    consume(broker, lambda message: calls.append(message.text), template=remembering)
+    assert calls == ["first", "second"]
