@@ -897,7 +897,7 @@ def test_a_virtual_clock_spends_the_pauses(broker):
 
 def test_message_with_the_id_of_a_failed_one_is_counted_for_itself_and_reported(broker, caplog):
     shared, key = template(), (ORDERS, "m-1")
-    first = Message(ORDERS, b"first")
+    first = Message(destination=ORDERS, body=b"first")
 
     def fails(context):
         raise ConnectionError
