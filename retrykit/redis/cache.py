@@ -48,8 +48,8 @@ class RedisRetryContextCache:
     `capacity`: how many histories are kept (exact, for all who share the prefix; completion marks do not count); None:
     no limit. A known key is always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or
     pushes out the one stored longest ago (`"evict_oldest"`, logged), once nothing past its time is left to drop.
-    `time_to_live`: seconds after its last failure at which a history may be dropped; None: never. Every 100th save drops
-    up to 200 snapshots past their time; `expire` drops all. The server's clock tells that time, and the time of
+    `time_to_live`: seconds after its last failure at which a history may be dropped; None: never. Every 100th save
+    drops up to 200 snapshots past their time; `expire` drops all. The server's clock tells that time, and the time of
     leases and pauses (`store_clock`); `clock` puts another in its place.
 
     `patience`: for so many seconds a verb that met a lost connection, a starting server or a failover tries again
@@ -57,8 +57,8 @@ class RedisRetryContextCache:
     lost, is made once. Safe to use from any thread, and in a forked child. Pickling needs a URL; the pickle contains
     it.
 
-    The first verb asks once for two settings of the server, and logs a warning when they let it forget histories. There
-    is no `joined`: work and history commit apart, so effects happen at least once (see "Keep histories in Redis").
+    The first verb asks once for two settings of the server, and logs a warning if they let it forget histories. There
+    is no `joined`: work and history commit apart, so an effect happens at least once (see "Keep histories in Redis").
     """
 
     _asynchronous: ClassVar[bool] = False

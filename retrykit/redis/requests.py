@@ -39,6 +39,8 @@ SWEEP: Final = 200
 
 MOMENT: Final = 17
 """So many characters of every answer are the server's time."""
+OUTCOME: Final = 18
+"""The character behind it says what became of the request."""
 
 # Escapes keep what no encoding can carry (lone surrogates) out of the text.
 _encode = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
@@ -125,10 +127,10 @@ class Requests(Value):
         """The snapshot and its version."""
 
         def read(answer: bytes) -> StoredContext | None:
-            found = answer[MOMENT:]
-            if len(found) > 1:
-                return _stored(key, found)
-            if found:
+            outcome = answer[MOMENT:OUTCOME]
+            if outcome == b"+":
+                return _stored(key, answer[OUTCOME:])
+            if outcome == b"?":
                 _tell_of_loss(key)
             return None
 

@@ -95,13 +95,13 @@ LOAD: Final = _script(
     """
 local found = redis.call('GET', record)
 if found then
-  return now .. found
+  return now .. '+' .. found
 end
 if redis.call('ZSCORE', keys, member) then
   drop({member})
   return now .. '?'
 end
-return now
+return now .. '-'
 """,
 )
 
