@@ -48,7 +48,9 @@ class RetryContextCache(Protocol):
 
     The methods of a cache for `AsyncRetryTemplate` may be coroutine functions. Faults are raised as
     `ContextCacheError`. A store that several machines share has an attribute `store_clock`, a
-    `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times.
+    `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times. One that may
+    forget histories by itself (because it is full, or they are old) has an attribute `may_forget` that is true: then a
+    history that is gone is not taken for one that somebody settled.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -140,6 +142,11 @@ class MapRetryContextCache:
     _look_again: float = attrs.field(init=False, default=0.0, repr=False)
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
     _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)
+
+    @property
+    def may_forget(self) -> bool:
+        """Whether a history can vanish although nobody settled it."""
+        return self.on_full == "evict_oldest" or self.time_to_live is not None
 
     @property
     def bounds(self) -> tuple[Any, ...]:

@@ -118,7 +118,7 @@ class _Template(Value):
             ),
             pauses=not isinstance(self.back_off_policy, NoBackOffPolicy),
             timed=any(isinstance(part, TimeoutRetryPolicy) for part in parts),
-            evicts=getattr(self.context_cache, "on_full", None) == "evict_oldest",
+            evicts=getattr(self.context_cache, "may_forget", False),
             tallied=hasattr(self.retry_policy, "tally"),
             throw_last=self.throw_last,
             remember=self.remember_completed,
