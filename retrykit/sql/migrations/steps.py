@@ -43,8 +43,9 @@ def refuse_to_drop(*tables: str) -> None:
     """`ContextCacheError` if there is anything in these tables."""
     if op.get_context().as_sql:
         return
-    for name in inspect(op.get_bind()).get_table_names():
-        if name in tables and op.get_bind().execute(table(name, column("id")).select().limit(1)).first() is not None:
+    there = inspect(op.get_bind()).get_table_names()
+    for name in tables:
+        if name in there and op.get_bind().execute(table(name, column("id")).select().limit(1)).first() is not None:
             raise ContextCacheError(f"{name} is not empty, and its rows would be gone with it: delete them first")
 
 
