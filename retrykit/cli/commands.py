@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import sys
@@ -24,7 +25,28 @@ MAX_WORKERS: Final = 32
 INTERRUPTED: Final = 128 + signal.SIGINT
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+# Each group is in a module of its own, which is imported when it is needed.
+GROUPS: Final = {
+    "contexts": "retrykit.cli.contexts",
+    "parked": "retrykit.cli.parked",
+}
+
+
+class _Commands(click.Group):
+    """The commands of this module, and the groups that have modules of their own."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *GROUPS})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        home = GROUPS.get(cmd_name)
+        if home is None:
+            return super().get_command(ctx, cmd_name)
+        group: click.Command = getattr(importlib.import_module(home), cmd_name)
+        return group
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="retrykit", prog_name="retrykit")
 def retrykit() -> None:
     """Retry that survives the rollback.
@@ -33,8 +55,16 @@ def retrykit() -> None:
     holds across roll-backs, processes and crashes; then it is parked with its history. See it work:
 
     \b
-        retrykit demo                 200 messages, two workers, ten seconds
-        retrykit demo --help          with your own messages, broker, database
+        retrykit demo                               200 messages, two workers, ten seconds
+
+    Look after what consumers keep in their database, which --store or RETRYKIT_STORE names:
+
+    \b
+        export RETRYKIT_STORE=sqlite:///orders.db
+        retrykit contexts list --exhausted          what has failed for good, and why
+        retrykit contexts veto orders/m-7 --reason "the customer has cancelled" --for 2h
+        retrykit parked list --name orders          what was put aside
+        retrykit parked requeue 17 --broker stomp://user:password@host:61613
     """  # noqa: D301 - click wants the control character itself: what follows keeps its lines
 
 
