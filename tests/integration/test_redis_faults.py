@@ -19,7 +19,7 @@ from redis.retry import Retry
 
 import retrykit
 from retrykit.errors import ContextCacheError
-from retrykit.redis import AsyncRedisRetryContextCache, RedisRetryContextCache
+from retrykit.redis import AsyncRedisRetryContextCache, RedisRetryContextCache, scripts
 from tests.servers.process import free_port
 from tests.servers.proxy import TcpProxy
 from tests.servers.redis_server import RedisServer, redis_missing
@@ -155,10 +155,10 @@ def test_processes_that_count_on_one_key_at_once_lose_no_count(start, url, cache
 def test_count_is_exact_while_requests_and_answers_are_lost(start, url, cache, proxy):
     processes = [start(COUNT, proxy.via(url), 4, 50) for _ in range(2)]
     go(processes)
-    for lost in range(0, 40, 4):
-        proxy.lose_answers(b"EVAL", times=3)
-        proxy.lose_requests(b"EVAL")
-        proxy.await_lost(lost + 4)
+    for lost in range(0, 80, 8):
+        proxy.lose_answers(scripts.SAVE.sha, times=7)
+        proxy.lose_requests(scripts.SAVE.sha)
+        proxy.await_lost(lost + 8)
     for process in processes:
         finished(process)
     assert cache.load("a/1").snapshot["retry_count"] == 2 * 4 * 50
