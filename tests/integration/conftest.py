@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from tests.servers.fixtures import activemq, mariadb, postgresql, redis_server
+from tests.servers.fixtures import activemq, mariadb, postgresql, rabbitmq, redis_server
 
-__all__ = ["activemq", "mariadb", "postgresql", "redis_server"]
+__all__ = ["activemq", "mariadb", "postgresql", "rabbitmq", "redis_server"]

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import os
 import socket
+import uuid
 from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
 
-from tests.servers import MariaDb, PostgreSql, RedisServer, mariadb_missing, postgresql_missing, redis_missing
+from tests.servers import (
+    MariaDb,
+    PostgreSql,
+    RabbitMq,
+    RedisServer,
+    Wire,
+    mariadb_missing,
+    postgresql_missing,
+    rabbitmq_missing,
+    redis_missing,
+)
 
 
 class Relational:
@@ -52,10 +63,28 @@ class Keyed:
         return None if value is None else int(value)
 
 
+class Queued:
+    """A number in a queue."""
+
+    def __init__(self, server):
+        self.queue = f"/queue/kept.{uuid.uuid4().hex}"
+        self.connect = lambda: Wire(server.host, server.port, virtual_host=None)
+
+    def keep(self, number):
+        with self.connect() as wire:
+            wire.publish(self.queue, str(number).encode())
+
+    def kept(self):
+        with self.connect() as wire:
+            wire.subscribe(self.queue)
+            return int(wire.message().body)
+
+
 KINDS = [
     pytest.param(PostgreSql, Relational, postgresql_missing, id="postgresql"),
     pytest.param(MariaDb, Relational, mariadb_missing, id="mariadb"),
     pytest.param(RedisServer, Keyed, redis_missing, id="redis"),
+    pytest.param(RabbitMq, Queued, rabbitmq_missing, id="rabbitmq"),
 ]
 
 
@@ -87,6 +116,6 @@ def test_a_server_that_cannot_start_says_why_and_leaves_nothing(kind, client, mi
     server = kind()
     with socket.socket() as squatter:
         squatter.bind((server.host, server.port))
-        with pytest.raises(RuntimeError, match=r"did not start:\n(?s:.*)(?i:in use)"), server:
+        with pytest.raises(RuntimeError, match=r"did not start:\n(?s:.*)(?i:in ?use)"), server:
             pass
     assert not server.base.exists()

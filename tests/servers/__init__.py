@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.servers.activemq import ActiveMq, activemq_missing
 from tests.servers.mariadb import MariaDb, mariadb_missing
 from tests.servers.postgresql import PostgreSql, postgresql_missing
+from tests.servers.rabbitmq import RabbitMq, rabbitmq_missing
 from tests.servers.redis_server import RedisServer, redis_missing
 from tests.servers.wire import Frame, StompErrorFrame, Wire
 
@@ -13,11 +14,13 @@ __all__ = [
     "Frame",
     "MariaDb",
     "PostgreSql",
+    "RabbitMq",
     "RedisServer",
     "StompErrorFrame",
     "Wire",
     "activemq_missing",
     "mariadb_missing",
     "postgresql_missing",
+    "rabbitmq_missing",
     "redis_missing",
 ]

@@ -11,6 +11,7 @@ from tests.servers.activemq import ActiveMq, activemq_missing
 from tests.servers.mariadb import MariaDb, mariadb_missing
 from tests.servers.postgresql import PostgreSql, postgresql_missing
 from tests.servers.process import ServerProcess
+from tests.servers.rabbitmq import RabbitMq, rabbitmq_missing
 from tests.servers.redis_server import RedisServer, redis_missing
 
 Server = TypeVar("Server", bound=ServerProcess)
@@ -19,6 +20,7 @@ _ACTIVEMQ = pytest.StashKey[ActiveMq]()
 _POSTGRESQL = pytest.StashKey[PostgreSql]()
 _MARIADB = pytest.StashKey[MariaDb]()
 _REDIS = pytest.StashKey[RedisServer]()
+_RABBITMQ = pytest.StashKey[RabbitMq]()
 
 
 @pytest.fixture(scope="session")
@@ -52,6 +54,12 @@ def mariadb(request: pytest.FixtureRequest) -> MariaDb:
 def redis_server(request: pytest.FixtureRequest) -> RedisServer:
     """A running Redis or Valkey; tests use `fresh_database`, and start servers of their own to kill."""
     return _of_this_process(request, _REDIS, RedisServer, redis_missing())
+
+
+@pytest.fixture(scope="session")
+def rabbitmq(request: pytest.FixtureRequest) -> RabbitMq:
+    """A running RabbitMQ; tests use queue names of their own, and restart what they killed."""
+    return _of_this_process(request, _RABBITMQ, RabbitMq, rabbitmq_missing())
 
 
 def _of_this_process(

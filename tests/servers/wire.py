@@ -50,11 +50,13 @@ class Wire:
         heart_beat: str = "0,0",
         login: tuple[str, str] | None = None,
         connect: bool = True,
+        virtual_host: str | None = "localhost",
     ) -> None:
         """Open the socket and, usually, the session."""
         self.socket = socket.create_connection((host, port), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.version = version
+        self.virtual_host = virtual_host
         self.heart_beats = 0
         self.connected: Frame | None = None
         self._buffer = bytearray()
@@ -68,7 +70,9 @@ class Wire:
 
     def connect(self, heart_beat: str = "0,0", login: tuple[str, str] | None = None) -> Frame:
         """Open the session; the CONNECTED frame."""
-        headers = {"accept-version": self.version, "host": "localhost", "heart-beat": heart_beat}
+        headers = {"accept-version": self.version, "heart-beat": heart_beat}
+        if self.virtual_host is not None:
+            headers["host"] = self.virtual_host
         if login is not None:
             headers |= {"login": login[0], "passcode": login[1]}
         self.raw(_encode("CONNECT", headers, b"", escape=False))
