@@ -7,21 +7,27 @@ from __future__ import annotations
 
 import io
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import attrs
 from alembic import command
 from alembic.config import Config
 from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError
 
 from retrykit.check import wrong_value
 from retrykit.errors import ContextCacheError
 from retrykit.sql.migrations import migrations_path
-from retrykit.sql.schema import exclusive, read_schema
+from retrykit.sql.schema import LOCK_SECONDS, exclusive, read_schema
 from retrykit.sql.tables import SCHEMA_VERSION
 
 DIALECTS: Final = ("sqlite", "postgresql", "mariadb", "mysql")
 _REVISIONS: Final = ("base", *(f"rk_{version:04}" for version in range(1, SCHEMA_VERSION + 1)))
+
+# Of PostgreSQL and MariaDB, when the time for which they wait for a lock is over.
+_LOCKED_OUT: Final = frozenset({"55P03", 1205})
 
 # Alembic's `op` and `context` are one of each for the whole process.
 _turn: Final = threading.Lock()
@@ -40,10 +46,10 @@ def upgrade_tables(bind: Engine | Connection) -> Upgrade:
 
     Any number of processes may do so at once: one does it, the others find it done. It is one transaction on SQLite and
     PostgreSQL. MariaDB commits each step; after an interruption the next upgrade goes on from there. On a Connection
-    the commit is the caller's. `ContextCacheError` if the tables are newer than this retrykit, or if somebody else has
-    been changing them for a minute.
+    the commit is the caller's. `ContextCacheError` if the tables are newer than this retrykit, or if others have been
+    using or changing them for a minute.
     """
-    with _turn, exclusive(bind) as connection:
+    with _turn, _in_words(), exclusive(bind) as connection:
         before = read_schema(connection).get("version", 0)
         if before > SCHEMA_VERSION:
             msg = f"the tables have schema version {before}; this retrykit knows {SCHEMA_VERSION}: upgrade retrykit"
@@ -53,6 +59,17 @@ def upgrade_tables(bind: Engine | Connection) -> Upgrade:
         command.stamp(config, _REVISIONS[before], purge=True)
         command.upgrade(config, _REVISIONS[SCHEMA_VERSION])
     return Upgrade(before, SCHEMA_VERSION)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        if not _LOCKED_OUT & {getattr(error.orig, "sqlstate", None), *getattr(error.orig, "args", ())[:1]}:
+            raise
+        msg = f"others have been using the tables in their transactions for {LOCK_SECONDS} seconds: try again"
+        raise ContextCacheError(msg) from error
 
 
 def upgrade_sql(dialect: str, *, start: int = 0, end: int = SCHEMA_VERSION) -> str:

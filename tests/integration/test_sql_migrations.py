@@ -22,6 +22,7 @@ from sqlalchemy.pool import NullPool
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql import SCHEMA_VERSION, check_version, create_tables, metadata, migrations_path, rk_context, rk_parked
+from retrykit.sql import schema as schema_module
 from retrykit.sql.migrate import Upgrade, upgrade_sql, upgrade_tables
 from retrykit.sql.schema import exclusive, open_tables, read_schema
 
@@ -332,6 +333,7 @@ WORKER = """
 import sys
 from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
+from retrykit.sql import schema as schema_module
 from retrykit.sql.migrate import upgrade_tables
 print("ready", flush=True)
 print(upgrade_tables(create_engine(sys.argv[1], poolclass=NullPool)).before, flush=True)
@@ -396,6 +398,19 @@ def test_creation_that_is_interrupted_at_any_statement_is_taken_up_by_the_next(e
     assert number > 10
     assert schema(engine) == wanted
     assert check_version(engine)["contexts"] == 0
+
+
+def test_upgrade_does_not_wait_forever_for_a_transaction_that_uses_the_tables(version_1, monkeypatch):
+    if version_1.dialect.name == "sqlite":
+        pytest.skip("SQLite's own busy timeout says how long")
+    monkeypatch.setattr(schema_module, "LOCK_SECONDS", 1)
+    before = content(version_1), schema(version_1)
+    with version_1.begin() as reader:
+        reader.execute(text("SELECT count(*) FROM rk_context"))
+        with pytest.raises(ContextCacheError, match="others have been using the tables"):
+            upgrade_tables(version_1)
+    assert (content(version_1), schema(version_1)) == before
+    assert upgrade_tables(version_1) == Upgrade(1, SCHEMA_VERSION)
 
 
 @contextmanager
