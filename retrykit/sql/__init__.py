@@ -10,18 +10,22 @@ except ModuleNotFoundError as error:
     msg = 'retrykit.sql keeps histories in a SQL database and needs SQLAlchemy: pip install "retrykit[sql]"'
     raise ModuleNotFoundError(msg, name="sqlalchemy") from error
 
+from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
 from retrykit.sql.migrations import migrations_path
 from retrykit.sql.parked import ParkedItem, park_in, park_in_transaction, parked_item, parked_items, remove_parked_in
 from retrykit.sql.schema import check_version, create_tables
-from retrykit.sql.sqlite import sqlite_engine
+from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_parked, rk_schema
 
 __all__ = [
     "SCHEMA_VERSION",
+    "AsyncJoinedContextCache",
+    "AsyncSqlRetryContextCache",
     "JoinedContextCache",
     "ParkedItem",
     "SqlRetryContextCache",
+    "async_sqlite_engine",
     "check_version",
     "create_tables",
     "metadata",

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Self
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, Literal, Self, TypeVar, overload
 
 from sqlalchemy import URL, Connection, Engine, Transaction
-from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from retrykit.cache import StoredContext
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
-from retrykit.clock import SYSTEM_CLOCK, Clock
-from retrykit.errors import CodecError, ContextCacheError
-from retrykit.sql.rows import CHUNK, PAGE, ContextRows, OnFull
-from retrykit.sql.schema import open_tables
-from retrykit.sql.sqlite import alone, database_of, engine_of, hint, reading, start_writing
+from retrykit.clock import Clock, StoreClock
+from retrykit.errors import ContextCacheError
+from retrykit.sql.capacity import OnFull
+from retrykit.sql.connections import Connections, connections_of
+from retrykit.sql.dialects import Database, database_of
+from retrykit.sql.engines import engine_of, own_engine, sync_engine_of
+from retrykit.sql.faults import STORE_FAULTS, worded, wording
+from retrykit.sql.opening import opened
+from retrykit.sql.places import Place
+from retrykit.sql.resilience import resilience
+from retrykit.sql.rows import CHUNK, PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
 from retrykit.sql.transaction import joinable
+from retrykit.sql.urls import database_url, is_async, shown_url
+
+T = TypeVar("T")
+Kind = Literal["reading", "single", "several"]
+
+PATIENCE: Final = 5.0
 
 
 class _Verbs(ABC):
@@ -27,13 +38,17 @@ class _Verbs(ABC):
     _url: URL
 
     @abstractmethod
-    def _connected(self, *, write: bool) -> AbstractContextManager[Connection]:
-        """The connection for one verb."""
+    def _perform(self, kind: Kind, work: Callable[[Connection, bool], T]) -> T:
+        """Do the work on a connection of that kind. Its second argument: whether it may have been done before."""
 
     def load(self, key: str) -> StoredContext | None:
         """The snapshot of a key and its version; None if there is none."""
-        with _faults("load", key, self._url), self._connected(write=False) as connection:
-            return self._rows.load(connection, key)
+        rows = self._rows
+        readable(key)
+        try:
+            return self._perform("reading", lambda connection, _: rows.load(connection, key))
+        except STORE_FAULTS as error:
+            raise worded(error, "load", key, self._url) from error
 
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
         """Compare and set: store if the version is still `expected` (None: if the key is not there).
@@ -41,90 +56,179 @@ class _Verbs(ABC):
         Returns the new version; None for who lost, and then nothing was changed.
 
         `CacheCapacityError` when the store is full of histories and this is a new one; `CodecError` when JSON cannot
-        carry the snapshot, `ValueError` when the key has more than 600 characters. Nothing is stored then.
+        carry the snapshot or text the key, `ValueError` when the key has more than 600 characters. Nothing is stored
+        then.
         """
-        with _faults("save", key, self._url), self._connected(write=True) as connection:
-            return self._rows.save(connection, key, snapshot, expected)
+        rows = self._rows
+        row = rows.row(checked(key), snapshot)
+        kind: Kind = "single" if expected is None or not is_worn(expected) else "several"
+        try:
+            return self._perform(kind, lambda connection, again: rows.save(connection, row, expected, again=again))
+        except STORE_FAULTS as error:
+            raise worded(error, "save", key, self._url) from error
 
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget a key (if its version is still `expected`). False: it was not there, or had another version."""
-        with _faults("remove", key, self._url), self._connected(write=True) as connection:
-            return self._rows.remove(connection, key, expected)
+        rows = self._rows
+        readable(key)
+        try:
+            return self._perform(
+                "single", lambda connection, again: rows.remove(connection, key, expected, again=again)
+            )
+        except STORE_FAULTS as error:
+            raise worded(error, "remove", key, self._url) from error
 
-    def items(self, prefix: str = "") -> Iterator[tuple[str, StoredContext]]:
-        """Every key with its snapshot, ordered by key; read in pages of 500, between which nothing is held open."""
-        after: str | None = None
+    def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """Every key with its snapshot, ordered by key, from the one behind `after` on.
+
+        Read in pages of 500, between which nothing is held open.
+        """
         while True:
-            with _faults("items", prefix, self._url), self._connected(write=False) as connection:
-                page = self._rows.page(connection, prefix, after)
+            page = self._page(prefix, after)
             yield from page
             if len(page) < PAGE:
                 return
             after = page[-1][0]
 
-    def expire(self, now: float) -> int:
-        """Drop the snapshots whose `expires_at` is `now` (epoch seconds) or earlier, 1,000 a transaction; how many."""
+    def _page(self, prefix: str, after: str | None) -> Page:
+        readable(prefix)
+        with wording("items", prefix, self._url):
+            return self._perform("reading", lambda connection, _: self._rows.page(connection, prefix, after))
+
+    def expire(self, now: float | None = None, limit: int | None = None) -> int:
+        """Drop the snapshots whose `expires_at` is `now` (epoch seconds) or earlier, 1,000 a transaction; how many.
+
+        `now=None`: by the store's own time. `limit`: at most so many.
+        """
         total = 0
-        while True:
-            with _faults("expire", "", self._url), self._connected(write=True) as connection:
-                dropped = self._rows.expire(connection, now)
+        while limit is None or total < limit:
+            chunk = CHUNK if limit is None else min(CHUNK, limit - total)
+            dropped = self._expire(now, chunk)
             total += dropped
-            if dropped < CHUNK:
-                return total
+            if dropped < chunk:
+                break
+        return total
+
+    def _expire(self, now: float | None, chunk: int) -> int:
+        rows = self._rows
+        with wording("expire", "", self._url):
+            return self._perform(
+                "single",
+                lambda connection, _: rows.expire(connection, rows.now() if now is None else now, chunk),
+            )
 
 
 class SqlRetryContextCache(_Verbs):
-    """Histories in the table `rk_context` of a SQLite database (other databases follow).
+    """Histories in the table `rk_context` of a SQLite, PostgreSQL (15 or newer) or MariaDB (10.11 or newer) database.
 
-    `engine`: a SQLAlchemy Engine, used as it is, or a URL, for which `sqlite_engine` makes one (then `engine` is
-    yours to use too, and `close()` ends it). Give the work's Session the same engine or the same file: SQLite has one
-    write lock, and while the work's transaction holds it only `joined` verbs can go on; they commit or roll back with
-    the work, on whichever engine it is. On your own engine nothing is set; what you want is in `sqlite_engine`: WAL,
-    a long busy timeout, BEGIN IMMEDIATE. Only, what a failed COMMIT left open is rolled back when its connection goes
-    back to the pool: SQLAlchemy takes it for ended.
+    `engine`: a SQLAlchemy Engine, used as it is, or a URL, for which one is made (then `engine` is yours to use too,
+    and `close()` ends it). An AsyncEngine, or the URL of an asynchronous driver, gives an `AsyncSqlRetryContextCache`.
+    Give the work's Session the same engine, or one of the same database: then what is `joined` commits or rolls back
+    with the work.
 
-    `capacity`: how many histories are kept (exact; completion marks do not count); None: no limit. A known key is
-    always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or pushes out the one stored
-    longest ago (`"evict_oldest"`, logged), once nothing past its time is left to drop. `time_to_live`: seconds after
-    its last failure at which a history may be dropped; None: never. Every 1,000th save drops up to 1,000 snapshots
-    past their time; `expire` drops all. `clock` tells that time.
+    SQLite has one write lock, and while the work's transaction holds it only `joined` verbs can go on. On your own
+    engine nothing is set; what you want is in `sqlite_engine`: WAL, a long busy timeout, BEGIN IMMEDIATE. Only, what a
+    failed COMMIT left open is rolled back when its connection goes back to the pool: SQLAlchemy takes it for ended.
+    There the tables are made when the cache is, by one process of any number; on servers `retrykit db upgrade` makes
+    them.
 
-    Tables are made when the cache is, by one process of any number. Faults of the store are `ContextCacheError`, from
+    `capacity`: how many histories are kept (completion marks do not count); None: no limit. On SQLite it is exact, on
+    servers each process beyond the first may exceed it by a hundredth. A known key is always updated. A new one is
+    refused with `CacheCapacityError` (`on_full="reject"`) or pushes out the one stored longest ago, to the minute
+    (`"evict_oldest"`, logged), once nothing past its time is left to drop. `time_to_live`: seconds after its last
+    failure at which a history may be dropped; None: never. Every 1,000th save drops up to 1,000 snapshots past their
+    time; `expire` drops all.
+
+    On servers the server's clock decides what is over (`store_clock`), unless `clock` is given. When a connection is
+    lost, the server starts or ends, or a deadlock comes up, a verb is tried again for up to `patience` seconds; that
+    happens to `joined` verbs never. Other faults of the store, and those that last, are `ContextCacheError`, from
     SQLAlchemy's. Safe to use from any thread, and in a forked child, which opens connections of its own. Pickling
     needs a URL; the pickle contains it.
     """
 
+    _in_loop = False
+
+    @overload
+    def __new__(cls, engine: Engine | URL | str, **options: Any) -> Self: ...
+
+    @overload
+    def __new__(cls, engine: AsyncEngine, **options: Any) -> Any: ...
+
+    def __new__(cls, engine: Any, **options: Any) -> Any:  # noqa: ARG004 - they are __init__'s
+        """One of the kind that the engine is."""
+        kind: type[SqlRetryContextCache] = cls
+        if cls is SqlRetryContextCache and _is_for_a_loop(engine):
+            from retrykit.sql.asynchronous import AsyncSqlRetryContextCache
+
+            kind = AsyncSqlRetryContextCache
+        return super().__new__(kind)
+
     def __init__(
         self,
-        engine: Engine | URL | str,
+        engine: Engine | AsyncEngine | URL | str,
         *,
         capacity: int | None = 100_000,
         on_full: OnFull = "reject",
         time_to_live: Seconds | None = None,
-        clock: Clock = SYSTEM_CLOCK,
+        clock: Clock | None = None,
+        patience: Seconds = PATIENCE,
     ) -> None:
-        self._rows = _rules(capacity, on_full, time_to_live, clock)
+        self._options = _options(capacity, on_full, time_to_live, clock)
+        self._patience = _patience(patience)
         self._given = engine
-        with _faults("open", "", None if isinstance(engine, str) else getattr(engine, "url", None)):
-            self._engine = engine_of(engine)
-        self._url = self._engine.url
-        self._reader = reading(self._engine)
+        self._engine = engine_of(engine)
+        self._own: Engine | AsyncEngine | None = None
+        beneath = sync_engine_of(self._engine)
+        self._url = beneath.url
+        self._database: Database = database_of(beneath)  # type: ignore[assignment] # engine_of has asked
+        if self._database.is_server and not isinstance(engine, Engine | AsyncEngine):
+            self._own = own_engine(beneath.url)
+        self._rows = rows_for(self._database, **self._options)
+        self._rows_within = self._rows.in_a_transaction()
+        self._connections = self._connect()
+        self._resilience = resilience(self._database, self._patience, in_loop=self._in_loop)
+        self._place: Place | None = None
+        self._start()
+
+    def _connect(self) -> Connections:
+        own = None if self._own is None else sync_engine_of(self._own)
+        return connections_of(sync_engine_of(self._engine), self._database, own, in_loop=self._in_loop)
+
+    def _start(self) -> None:
         try:
             self._open()
         except BaseException:
             self.close()
             raise
 
-    def _open(self) -> None:
-        with _faults("open", "", self._url):
-            open_tables(self._engine)
-            with self._reader.connect() as connection:
-                self._file = database_of(connection)
+    def _open(self) -> Place:
+        """Look whether the tables are there, and where; once."""
+        if self._place is None:
+            with wording("open", "", self._url):
+                self._place = self._resilience.run(
+                    lambda _: opened(sync_engine_of(self._engine), self._connections, self._database, self._rows)
+                )
+        return self._place
 
     @property
     def engine(self) -> Engine:
         """The engine; the work's Sessions may use it too."""
-        return self._engine
+        return self._engine  # type: ignore[return-value] # an AsyncEngine makes this an AsyncSqlRetryContextCache
+
+    @property
+    def store_clock(self) -> StoreClock | None:
+        """The server's time, as it is known here; None on SQLite, and where `clock` decides."""
+        return self._rows.store_clock
+
+    @property
+    def on_full(self) -> OnFull:
+        """What happens to a new key in a full store."""
+        return self._rows.on_full
+
+    @property
+    def may_forget(self) -> bool:
+        """Whether a history can vanish although nobody settled it."""
+        return self._rows.on_full == "evict_oldest" or self._rows.time_to_live is not None
 
     def joined(self, transaction: object) -> JoinedContextCache | None:
         """The same verbs inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT.
@@ -134,14 +238,27 @@ class SqlRetryContextCache(_Verbs):
         its `run_sync`. It is begun if it was not. A version that a joined `save` returned holds only once that
         transaction has committed.
         """
-        with _faults("join", "", self._url):
-            connection = joinable(transaction, self._engine, self._file)
-        return None if connection is None else JoinedContextCache(self._rows, connection)
+        try:
+            connection = joinable(transaction, sync_engine_of(self._engine), self._open())
+        except STORE_FAULTS as error:
+            raise worded(error, "join", "", self._url) from error
+        return None if connection is None else JoinedContextCache(self._rows_within, connection)
+
+    def _perform(self, kind: Kind, work: Callable[[Connection, bool], T]) -> T:
+        opener = getattr(self._connections, kind)
+
+        def attempt(again: bool) -> T:  # noqa: FBT001 - as resilience calls it
+            with opener() as connection:
+                return work(connection, again)
+
+        return self._resilience.run(attempt)
 
     def close(self) -> None:
         """Close the idle connections, if the engine was made from a URL."""
         if not isinstance(self._given, Engine):
-            self._engine.dispose()
+            for engine in (self._engine, self._own):
+                if engine is not None:
+                    sync_engine_of(engine).dispose()
 
     def __enter__(self) -> Self:
         return self
@@ -152,30 +269,12 @@ class SqlRetryContextCache(_Verbs):
     def __repr__(self) -> str:
         rows = self._rows
         bounds = f"capacity={rows.capacity}, on_full={rows.on_full!r}, time_to_live={rows.time_to_live}"
-        return f"SqlRetryContextCache({_shown(self._url)!r}, {bounds})"
+        return f"{type(self).__name__}({shown_url(self._url)!r}, {bounds})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self._given, Engine):
+        if isinstance(self._given, Engine | AsyncEngine):
             raise TypeError(f"{self!r} was made with an Engine, which cannot be pickled: make it with a URL")
-        rows = self._rows
-        options = {
-            "capacity": rows.capacity,
-            "on_full": rows.on_full,
-            "time_to_live": rows.time_to_live,
-            "clock": rows.clock,
-        }
-        return _restored, (self._given, options)
-
-    @contextmanager
-    def _connected(self, *, write: bool) -> Iterator[Connection]:
-        with alone(self._engine):
-            if not write:
-                with self._reader.connect() as connection:
-                    yield connection
-                return
-            with self._engine.begin() as connection:
-                start_writing(connection)
-                yield connection
+        return _restored, (self._given, {**self._options, "patience": self._patience})
 
 
 class JoinedContextCache(_Verbs):
@@ -188,17 +287,23 @@ class JoinedContextCache(_Verbs):
         self._transaction: Transaction | None = connection.get_transaction()
 
     def __repr__(self) -> str:
-        return f"JoinedContextCache({_shown(self._url)!r})"
+        return f"JoinedContextCache({shown_url(self._url)!r})"
 
-    @contextmanager
-    def _connected(self, *, write: bool) -> Iterator[Connection]:
+    def _perform(self, kind: Kind, work: Callable[[Connection, bool], T]) -> T:
         # A Connection whose transaction is over would begin another one, that nobody commits.
         if self._transaction is None or not self._transaction.is_active:
             raise ContextCacheError("the transaction that was joined is over")
-        yield self._connection
+        # It is lost with its connection: nothing is tried again.
+        return work(self._connection, False)
 
 
-def _rules(capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> ContextRows:
+def _is_for_a_loop(engine: Any) -> bool:
+    if isinstance(engine, AsyncEngine):
+        return True
+    return isinstance(engine, str | URL) and is_async(database_url(engine))
+
+
+def _options(capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> dict[str, Any]:
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int)):
         raise wrong_type("capacity", "an int or None", capacity)
     if capacity is not None and capacity < 1:
@@ -208,33 +313,17 @@ def _rules(capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> Contex
     lifetime = None if time_to_live is None else seconds("time_to_live", time_to_live)
     if lifetime is not None and lifetime <= 0:
         raise wrong_value("time_to_live", "more than 0 seconds", time_to_live)
-    if not isinstance(clock, Clock):
+    if clock is not None and not isinstance(clock, Clock):
         raise wrong_type("clock", "a retrykit.Clock", clock)
-    return ContextRows(capacity=capacity, on_full=on_full, time_to_live=lifetime, clock=clock)
+    return {"capacity": capacity, "on_full": on_full, "time_to_live": lifetime, "clock": clock}
+
+
+def _patience(given: Any) -> float:
+    patience = seconds("patience", given)
+    if patience < 0:
+        raise wrong_value("patience", "0 or more seconds", given)
+    return patience
 
 
 def _restored(url: URL | str, options: dict[str, Any]) -> SqlRetryContextCache:
     return SqlRetryContextCache(url, **options)
-
-
-def _shown(url: URL) -> str:
-    """The URL without its password, nor the options, some of which are secrets too."""
-    return url.set(query={}).render_as_string(hide_password=True)
-
-
-@contextmanager
-def _faults(operation: str, key: str, url: URL | None) -> Iterator[None]:
-    """Word a fault of the store: the operation, the key, the database's own text; never parameters or passwords."""
-    try:
-        yield
-    except UnicodeEncodeError as error:
-        msg = f"{operation} of {key!r}: the key is no text that can be stored: {error.reason}"
-        raise CodecError(msg, reason=error.reason, operation=operation, key=key) from error
-    except SQLAlchemyError as error:
-        told = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-        first = str(told).partition("\n")[0][:300]
-        what = f"{operation} of {key!r}" if key else operation
-        msg = (
-            f"context cache: {what} failed: {type(told).__name__}: {first}{hint(error, url) if url is not None else ''}"
-        )
-        raise ContextCacheError(msg, operation=operation, key=key) from error

@@ -2,10 +2,11 @@
 
 A version is two numbers in one: the row's id, which the database never gives out twice, and the row's revision, which
 grows with every save. So a version that was removed cannot come back with the key (the ABA problem): a new row has a
-new id. Every save is one statement whose WHERE holds the expected version, and the row count tells who lost.
+new id. Revisions of completion marks are odd, those of histories even: a version alone tells what a row was, and so
+whether its end or its change makes room for a history.
 
-Capacity counts histories; completion marks have an end of their own (`expires_at`). The count is kept by triggers
-(see `tables`), so asking for it is one look at one row, inside the INSERT itself.
+Whoever lost the connection while saving does not know whether it was done. So a save may be done again: the second time
+it loses against the first, and the row's token, random and the same in both, tells that the winner was itself.
 """
 
 from __future__ import annotations
@@ -14,21 +15,30 @@ import itertools
 import json
 import logging
 import secrets
-from collections.abc import Iterator, Mapping
-from typing import Any, Final, Literal
+import time
+from collections.abc import Mapping
+from typing import Any, Final
 
 import attrs
-from sqlalchemy import Connection, Integer, bindparam, delete, func, select, update
-from sqlalchemy.dialects.sqlite import insert
+from sqlalchemy import Connection
 
 from retrykit.cache import StoredContext
-from retrykit.clock import Clock
+from retrykit.clock import Clock, StoreClock
 from retrykit.errors import CacheCapacityError, CodecError
-from retrykit.sql.tables import MAX_KEY, rk_context, rk_schema
+from retrykit.sql.capacity import OnFull, Room, room_of
+from retrykit.sql.dialects import Database
+from retrykit.sql.statements import (
+    FIRST_PAGE,
+    NEXT_PAGE,
+    REMOVE,
+    REMOVE_VERSION,
+    UPDATE,
+    Statements,
+    statements_of,
+)
+from retrykit.sql.tables import MAX_KEY
 
 logger = logging.getLogger("retrykit.sql")
-
-OnFull = Literal["reject", "evict_oldest"]
 
 REVISIONS: Final = 2**24
 MAX_ID: Final = 2**62
@@ -36,162 +46,75 @@ PAGE: Final = 500
 CHUNK: Final = 1_000
 PRUNE_EVERY: Final = 1_000
 
-_c = rk_context.c
-_SAVED: Final = tuple(column.name for column in rk_context.c if column.name not in ("id", "context_key", "revision"))
-_NEW: Final = ("context_key", "revision", *_SAVED)
-
-
-def _given(name: str) -> Any:
-    return bindparam(name, type_=_c[name].type)
-
-
-_histories = (
-    select(func.coalesce(func.max(rk_schema.c.value), 0)).where(rk_schema.c.name == "contexts").scalar_subquery()
-)
-_is_version = (
-    _c.context_key == bindparam("the_key"),
-    _c.id == bindparam("the_id"),
-    _c.revision == bindparam("the_revision"),
-)
-_expired = select(_c.id).where(_c.expires_at <= bindparam("now")).order_by(_c.expires_at).limit(CHUNK)
-_oldest = (
-    select(_c.id)
-    .where(_c.completed_at.is_(None))
-    .order_by(_c.completed_at, _c.updated_minute, _c.id)
-    .limit(bindparam("surplus", type_=Integer))
-)
-
-LOAD: Final = select(_c.id, _c.revision, _c.snapshot).where(_c.context_key == bindparam("the_key"))
-INSERT: Final = (
-    insert(rk_context)
-    .values({name: _given(name) for name in _NEW})
-    .on_conflict_do_nothing(index_elements=[_c.context_key])
-    .returning(_c.id)
-)
-INSERT_IF_ROOM: Final = (
-    insert(rk_context)
-    .from_select(_NEW, select(*map(_given, _NEW)).where(_histories < bindparam("capacity", type_=Integer)))
-    .on_conflict_do_nothing(index_elements=[_c.context_key])
-    .returning(_c.id)
-)
-UPDATE: Final = (
-    update(rk_context)
-    .where(*_is_version)
-    .values({"revision": _c.revision + 1} | {name: _given(name) for name in _SAVED})
-)
-REMOVE: Final = delete(rk_context).where(_c.context_key == bindparam("the_key"))
-REMOVE_VERSION: Final = delete(rk_context).where(*_is_version)
-HISTORIES: Final = select(_histories)
-EXPIRE: Final = delete(rk_context).where(_c.id.in_(_expired))
-EVICT: Final = delete(rk_context).where(_c.id.in_(_oldest)).returning(_c.context_key)
-_PAGE_ROWS: Final = select(_c.context_key, _c.id, _c.revision, _c.snapshot).order_by(_c.context_key).limit(PAGE)
-FIRST_PAGE: Final = _PAGE_ROWS.where(_c.context_key >= bindparam("start"))
-NEXT_PAGE: Final = _PAGE_ROWS.where(_c.context_key > bindparam("start"))
-
 Page = list[tuple[str, StoredContext]]
+Row = dict[str, Any]
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(eq=False)
+class _Pruning:
+    """When the next save drops what is past its time."""
+
+    saves: int = 0
+    pruned_at: int = 0
+
+
+@attrs.frozen(kw_only=True, eq=False)
 class ContextRows:
-    """The verbs, and the rules of a full store. One is shared by a cache and all that it joins."""
+    """The verbs, and the rules of a full store. `within`: as they are in somebody's transaction."""
 
     capacity: int | None
     on_full: OnFull
     time_to_live: float | None
-    clock: Clock
-    _saves: Iterator[int] = attrs.field(factory=itertools.count, init=False, eq=False, repr=False)
+    clock: Clock | None
+    store_clock: StoreClock | None
+    sql: Statements
+    room: Room
+    within: bool = False
+    pruning: _Pruning = attrs.field(factory=_Pruning)
+
+    def in_a_transaction(self) -> ContextRows:
+        """The same verbs, with the same account of what is there, as they are in somebody's transaction."""
+        return attrs.evolve(self, within=True)
+
+    # -- what is asked
 
     def load(self, connection: Connection, key: str) -> StoredContext | None:
         """The snapshot and its version."""
-        row = connection.execute(LOAD, {"the_key": key}).first()
-        return None if row is None else _stored(row)
-
-    def save(self, connection: Connection, key: str, snapshot: Mapping[str, Any], expected: int | None) -> int | None:
-        """Compare and set; the new version, or None for the one who lost."""
-        row = self._row(key, snapshot)
-        version = self._insert(connection, row) if expected is None else self._update(connection, row, expected)
-        if next(self._saves) % PRUNE_EVERY == PRUNE_EVERY - 1:
-            self._drop_expired(connection, self.clock.time())
-        return version
-
-    def remove(self, connection: Connection, key: str, expected: int | None) -> bool:
-        """Whether there was something, of that version, to remove."""
-        if expected is None:
-            return connection.execute(REMOVE, {"the_key": key}).rowcount > 0
-        which = _which(key, expected)
-        return which is not None and connection.execute(REMOVE_VERSION, which).rowcount > 0
+        sent = time.monotonic()
+        row = connection.execute(self.sql.load_joined if self.within else self.sql.load, {"the_key": key}).first()
+        if row is None:
+            return None
+        self._observe(sent, row)
+        return _stored(row)
 
     def page(self, connection: Connection, prefix: str, after: str | None) -> Page:
         """The next snapshots by key, at most `PAGE`; fewer means that these were the last."""
-        statement, start = (FIRST_PAGE, prefix) if after is None else (NEXT_PAGE, after)
-        rows = connection.execute(statement, {"start": start}).all()
+        statement, start = (FIRST_PAGE, prefix) if after is None else (NEXT_PAGE, max(after, prefix))
+        rows = connection.execute(statement, {"start": start, "page": PAGE}).all()
         # Keys are ordered by code point, so those with the prefix stand together.
         wanted = itertools.takewhile(lambda row: row.context_key.startswith(prefix), rows)
         return [(row.context_key, _stored(row)) for row in wanted]
 
-    def expire(self, connection: Connection, now: float) -> int:
-        """Drop at most `CHUNK` snapshots whose time is over; how many."""
-        return self._drop_expired(connection, now)
+    def now(self) -> float:
+        """The time that decides what is over: the given clock's, else the store's as far as it is known."""
+        if self.clock is not None:
+            return self.clock.time()
+        store = self.store_clock
+        return store.time() if store is not None and store.known else time.time()
 
-    def _insert(self, connection: Connection, row: dict[str, Any]) -> int | None:
-        found = self._try_insert(connection, row)
-        if found is None and self._bounded(row) and self._is_new(connection, row) and self._make_room(connection):
-            found = self._try_insert(connection, row)
-        if found is None and self._bounded(row) and self._is_new(connection, row):
-            raise CacheCapacityError(capacity=self.capacity, key=row["context_key"])
-        return found
+    def _observe(self, sent: float, row: Any) -> None:
+        if self.store_clock is not None:
+            self.store_clock.observe(sent, row.now, time.monotonic())
 
-    def _try_insert(self, connection: Connection, row: dict[str, Any]) -> int | None:
-        if self._bounded(row):
-            made = connection.execute(INSERT_IF_ROOM, {**row, "capacity": self.capacity}).first()
-        else:
-            made = connection.execute(INSERT, row).first()
-        return None if made is None else int(made.id) * REVISIONS
+    # -- what is saved
 
-    def _bounded(self, row: Mapping[str, Any]) -> bool:
-        return self.capacity is not None and row["completed_at"] is None
-
-    def _is_new(self, connection: Connection, row: Mapping[str, Any]) -> bool:
-        return connection.execute(LOAD, {"the_key": row["context_key"]}).first() is None
-
-    def _make_room(self, connection: Connection) -> bool:
-        """What is past its time goes first; then, if that is the rule, the oldest histories."""
-        dropped = self._drop_expired(connection, self.clock.time())
-        if self.on_full == "evict_oldest" and self.capacity is not None:
-            surplus = (connection.scalar(HISTORIES) or 0) - self.capacity + 1
-            dropped += self._evict(connection, surplus) if surplus > 0 else 0
-        return dropped > 0
-
-    def _evict(self, connection: Connection, surplus: int) -> int:
-        keys = connection.scalars(EVICT, {"surplus": surplus}).all()
-        for key in keys:
-            logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
-        return len(keys)
-
-    def _drop_expired(self, connection: Connection, now: float) -> int:
-        return connection.execute(EXPIRE, {"now": now}).rowcount
-
-    def _update(self, connection: Connection, row: dict[str, Any], expected: int) -> int | None:
-        which = _which(row["context_key"], expected)
-        if which is None:
-            return None
-        if which["the_revision"] == REVISIONS - 1:
-            return self._begin_anew(connection, row, which)
-        changed = connection.execute(UPDATE, {**row, **which}).rowcount
-        return expected + 1 if changed else None
-
-    def _begin_anew(self, connection: Connection, row: dict[str, Any], which: dict[str, Any]) -> int | None:
-        """The row has used up its revisions: it gets a new id."""
-        if not connection.execute(REMOVE_VERSION, which).rowcount:
-            return None
-        made = connection.execute(INSERT, row).one()
-        return int(made.id) * REVISIONS
-
-    def _row(self, key: str, snapshot: Mapping[str, Any]) -> dict[str, Any]:
-        now = self.clock.time()
+    def row(self, key: str, snapshot: Mapping[str, Any]) -> Row:
+        """A snapshot as a row of the table; `CodecError` if it can be none."""
+        now = self.now()
+        completed_at = _number(snapshot.get("completed_at"))
         return {
-            "context_key": _checked(key),
-            "revision": 0,
+            "context_key": checked(key),
+            "revision": 0 if completed_at is None else 1,
             "token": secrets.randbits(63),
             "name": _text(snapshot.get("name"), 255),
             "retry_count": _count(snapshot.get("retry_count")),
@@ -199,12 +122,133 @@ class ContextRows:
             "not_before": _number(snapshot.get("not_before")),
             "veto": _text(snapshot.get("veto"), 2_000),
             "exhausted": snapshot.get("exhausted") is True,
-            "completed_at": _number(snapshot.get("completed_at")),
+            "completed_at": completed_at,
             "expires_at": self._until(snapshot, now),
             "updated_at": now,
             "updated_minute": int(now // 60),
             "snapshot": _encoded(key, snapshot),
         }
+
+    def save(self, connection: Connection, row: Row, expected: int | None, *, again: bool = False) -> int | None:
+        """Compare and set; the new version, or None for the one who lost. `again`: it may have been done before."""
+        version = self._insert(connection, row) if expected is None else self._update(connection, row, expected)
+        if version is None and again:
+            version = self._own(connection, row, expected)
+        self._prune(connection)
+        return version
+
+    def _own(self, connection: Connection, row: Row, expected: int | None) -> int | None:
+        """The version that is there, if it is of this very save."""
+        found = connection.execute(self.sql.saver, {"the_key": row["context_key"]}).first()
+        if found is None or found.token != row["token"]:
+            return None
+        if expected is None and row["completed_at"] is None:
+            self.room.taken()
+        return int(found.id * REVISIONS + found.revision)
+
+    def _insert(self, connection: Connection, row: Row) -> int | None:
+        bounded = self.capacity is not None and row["completed_at"] is None
+        made = self._put(connection, row, bounded=bounded)
+        if made is None and bounded and self._is_new(connection, row):
+            made = self._put(connection, row, bounded=True) if self._make_room(connection) else None
+            if made is None and self._is_new(connection, row):
+                raise CacheCapacityError(capacity=self.capacity, key=row["context_key"])
+        return None if made is None else int(made.id) * REVISIONS + row["revision"]
+
+    def _put(self, connection: Connection, row: Row, *, bounded: bool) -> Any:
+        """Insert. The row that came of it, if it did, and is this one."""
+        sent = time.monotonic()
+        if bounded:
+            made = self.room.insert(connection, self.sql.insert, row)
+        else:
+            made = connection.execute(self.sql.insert, row).first()
+        if made is None or made.token != row["token"]:
+            return None
+        if not bounded:
+            self._observe(sent, made)
+        return made
+
+    def _is_new(self, connection: Connection, row: Row) -> bool:
+        return connection.execute(self.sql.saver, {"the_key": row["context_key"]}).first() is None
+
+    def _update(self, connection: Connection, row: Row, expected: int) -> int | None:
+        which = _which(row["context_key"], expected)
+        if which is None:
+            return None
+        parity = row["revision"] & 1
+        version = expected + (1 if expected & 1 != parity else 2)
+        if is_worn(expected):
+            made = self._begin_anew(connection, row, which)
+        else:
+            values = {**row, **which, "revision": version % REVISIONS}
+            del values["context_key"]
+            made = version if connection.execute(UPDATE, values).rowcount else None
+        if made is not None and expected & 1 != parity:
+            self._changed(freed=parity == 1)
+        return made
+
+    def _begin_anew(self, connection: Connection, row: Row, which: Row) -> int | None:
+        """The row has used up its revisions: it gets a new id."""
+        if not connection.execute(REMOVE_VERSION, which).rowcount:
+            return None
+        made = connection.execute(self.sql.insert, row).one()
+        return int(made.id) * REVISIONS + int(row["revision"])
+
+    # -- what goes
+
+    def remove(self, connection: Connection, key: str, expected: int | None, *, again: bool = False) -> bool:
+        """Whether there was something, of that version, to remove. `again`: it may have been done before."""
+        which = {"the_key": key} if expected is None else _which(key, expected)
+        if which is None:
+            return False
+        gone = connection.execute(REMOVE if expected is None else REMOVE_VERSION, which).rowcount > 0
+        if gone and expected is None:
+            self.room.lost_sight()
+        elif gone and expected is not None and expected & 1 == 0:
+            self._changed(freed=True)
+        return gone or (again and connection.execute(self.sql.saver, {"the_key": key}).first() is None)
+
+    def expire(self, connection: Connection, now: float, chunk: int) -> int:
+        """Drop at most `chunk` snapshots whose time is over; how many."""
+        statement = self.sql.expire_joined if self.within else self.sql.expire
+        dropped = connection.execute(statement, {"now": now, "chunk": chunk}).rowcount
+        if dropped:
+            self.room.lost_sight()
+        return dropped
+
+    def _prune(self, connection: Connection) -> None:
+        """Drop by the way what is past its time, once in so many saves."""
+        pruning = self.pruning
+        pruning.saves += 1
+        due = pruning.saves % PRUNE_EVERY == 0 if self.within else pruning.saves - pruning.pruned_at >= PRUNE_EVERY
+        # In somebody's transaction it may have to be left: then it is due for the next save outside.
+        if due and (self.expire(connection, self.now(), CHUNK) or not self.within):
+            pruning.pruned_at = pruning.saves
+
+    def _make_room(self, connection: Connection) -> bool:
+        """What is past its time goes first; then, if that is the rule, the oldest histories."""
+        dropped = self.expire(connection, self.now(), CHUNK) if self.room.may_look else 0
+        if self.on_full == "evict_oldest":
+            surplus = min(CHUNK, self.room.surplus(connection))
+            dropped += self._evict(connection, surplus) if surplus > 0 else 0
+        return dropped > 0
+
+    def _evict(self, connection: Connection, surplus: int) -> int:
+        keys = connection.execute(self.sql.evict, {"surplus": surplus}).scalars().all()
+        for key in keys:
+            logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
+        self.room.freed(len(keys))
+        return len(keys)
+
+    def _changed(self, *, freed: bool) -> None:
+        """A history has become a mark or nothing, or a mark a history."""
+        if not freed:
+            self.room.taken()
+        elif self.within:
+            # It may be rolled back: who has no place looks again.
+            self.room.lost_sight()
+        else:
+            self.room.freed(1)
 
     def _until(self, snapshot: Mapping[str, Any], now: float) -> float | None:
         """When it may be dropped: as it says itself, else so long after it was last touched (by their clock)."""
@@ -215,7 +259,47 @@ class ContextRows:
         return (now if touched is None else touched) + self.time_to_live
 
 
-def _which(key: str, version: int) -> dict[str, Any] | None:
+def rows_for(
+    database: Database, *, capacity: int | None, on_full: OnFull, time_to_live: float | None, clock: Clock | None
+) -> ContextRows:
+    """The verbs for one kind of database."""
+    asks_the_server = database.is_server and clock is None
+    return ContextRows(
+        capacity=capacity,
+        on_full=on_full,
+        time_to_live=time_to_live,
+        clock=clock,
+        store_clock=StoreClock() if asks_the_server else None,
+        sql=statements_of(database),
+        room=room_of(capacity, by_the_process=database.is_server),
+    )
+
+
+def is_worn(version: int) -> bool:
+    """Whether a row has used up its revisions: its next save takes two statements, so it needs a transaction."""
+    return version % REVISIONS >= REVISIONS - 2
+
+
+def checked(key: str) -> str:
+    """The key, if every database can store it."""
+    if len(key) > MAX_KEY:
+        raise ValueError(f"key: must have at most {MAX_KEY} characters, not {len(key)}: {key[:40]!r}…")
+    return readable(key)
+
+
+def readable(key: str) -> str:
+    """The key, if databases can compare with it: a lone surrogate or a NUL is a str to Python and an error to them."""
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        msg = f"the key {key!r} is no text that can be stored: {error.reason}"
+        raise CodecError(msg, reason=error.reason, key=key) from error
+    if "\0" in key:
+        raise CodecError(f"the key {key!r} is no text that can be stored: it contains NUL", reason="NUL", key=key)
+    return key
+
+
+def _which(key: str, version: int) -> Row | None:
     """The parameters of a version; None for a number that can be no version."""
     row_id, revision = divmod(version, REVISIONS)
     return {"the_key": key, "the_id": row_id, "the_revision": revision} if 0 < row_id < MAX_ID else None
@@ -244,12 +328,6 @@ def _decoded(text: str) -> dict[str, Any]:
     return snapshot
 
 
-def _checked(key: str) -> str:
-    if len(key) > MAX_KEY:
-        raise ValueError(f"key: must have at most {MAX_KEY} characters, not {len(key)}: {key[:40]!r}…")
-    return key
-
-
 # The columns beside the snapshot are for people; a snapshot of another shape is kept all the same.
 
 
@@ -258,8 +336,11 @@ def _text(value: object, length: int) -> str | None:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    try:
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    except OverflowError:
+        return None
 
 
 def _count(value: object) -> int | None:
-    return value if isinstance(value, int) and 0 <= value < 2**31 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31 else None

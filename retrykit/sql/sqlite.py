@@ -1,4 +1,4 @@
-"""What SQLite needs to be shared by threads and processes: its settings, its write lock, and care at fork.
+"""What SQLite needs to be shared by threads and processes: its settings and its write lock.
 
 SQLAlchemy 2.1 leaves BEGIN to the driver, and Python's driver (in the transaction control it has by default) sends
 one only before the first INSERT, UPDATE or DELETE, and a deferred one. A deferred transaction that has read and then
@@ -10,31 +10,25 @@ there the verbs of a cache send their own `BEGIN IMMEDIATE`.
 from __future__ import annotations
 
 import os
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, Final, Literal
 from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
-from sqlalchemy.pool import Pool, QueuePool, StaticPool
+from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
 
-from retrykit.check import Seconds, seconds, shown, wrong_type, wrong_value
-from retrykit.errors import ContextCacheError
+from retrykit.check import Seconds, seconds, wrong_value
+from retrykit.sql.fork import forget_at_fork
+from retrykit.sql.urls import database_url, is_async, missing_driver, shown_url
 
 BEGIN: Final = "retrykit_begin"
 _MODES: Final = ("IMMEDIATE", "DEFERRED", "EXCLUSIVE", None)
 _SYNCHRONOUS: Final = {"power": "FULL", "process": "NORMAL"}
 
-_known: WeakSet[Engine] = WeakSet()
-_inherited: list[Pool] = []
 _watched: WeakSet[Pool] = WeakSet()
-_databases: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
-_locks: WeakKeyDictionary[Pool, threading.RLock] = WeakKeyDictionary()
-_locks_lock: Final = threading.Lock()
+_files: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
 
 
 def sqlite_engine(
@@ -55,6 +49,29 @@ def sqlite_engine(
     `sqlalchemy.create_engine`. ValueError for another database's URL.
     """
     place = sqlite_url(url)
+    if is_async(place):
+        raise wrong_value("url", "of a blocking driver (async_sqlite_engine takes the others)", shown_url(place))
+    return _made(create_engine, place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
+
+
+def async_sqlite_engine(
+    url: str | URL,
+    *,
+    busy_timeout: Seconds = 30.0,
+    durability: Literal["power", "process"] = "power",
+    foreign_keys: bool = True,
+    **options: Any,
+) -> AsyncEngine:
+    """As `sqlite_engine`, for `sqlite+aiosqlite://`: an AsyncEngine."""
+    place = sqlite_url(url)
+    if not is_async(place):
+        raise wrong_value("url", "of an asynchronous driver, such as sqlite+aiosqlite", shown_url(place))
+    return _made(create_async_engine, place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
+
+
+def _made(  # noqa: PLR0917 - the options of both kinds, in their order
+    create: Callable[..., Any], place: URL, busy_timeout: Any, durability: Any, foreign_keys: Any, options: Any
+) -> Any:
     if durability not in _SYNCHRONOUS:
         raise wrong_value("durability", "one of 'power', 'process'", durability)
     waiting = seconds("busy_timeout", busy_timeout)
@@ -63,25 +80,28 @@ def sqlite_engine(
     options.setdefault("hide_parameters", True)
     options["connect_args"] = {"timeout": waiting, "check_same_thread": False, **options.get("connect_args", {})}
     if is_in_memory(place):
-        options = {"poolclass": QueuePool, "pool_size": 1, "max_overflow": 0, **options}
-    engine = create_engine(place, **options)
+        pool = AsyncAdaptedQueuePool if create is create_async_engine else QueuePool
+        options = {"poolclass": pool, "pool_size": 1, "max_overflow": 0, **options}
+    made = _created(create, place, options)
+    engine = made if isinstance(made, Engine) else made.sync_engine
     _take_over(engine, wal=not is_in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
     undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
-    return engine
+    return made
+
+
+def _created(create: Callable[..., Any], place: URL, options: dict[str, Any]) -> Any:
+    try:
+        return create(place, **options)
+    except ModuleNotFoundError as error:
+        raise missing_driver(place, error) from error
 
 
 def sqlite_url(url: str | URL) -> URL:
     """The URL, parsed. ValueError, without the password, for what is no URL or no SQLite one."""
-    try:
-        parsed = make_url(url)
-    except (ArgumentError, ValueError):
-        # The cause quotes the text, and nobody knows where in that a password is.
-        given = "a text with '@'" if "@" in str(url) else shown(url)
-        raise ValueError(f"url: must be a database URL such as 'sqlite:///retrykit.db', not {given}") from None
+    parsed = database_url(url)
     if parsed.get_backend_name() != "sqlite":
-        place = parsed.set(query={}).render_as_string(hide_password=True)
-        raise wrong_value("url", "a sqlite URL (other databases are not supported yet)", place)
+        raise wrong_value("url", "a sqlite URL", shown_url(parsed))
     return parsed
 
 
@@ -135,9 +155,10 @@ def _switch_to_wal(connection: Any, busy: type[Exception]) -> None:
     connection.execute("PRAGMA journal_mode=WAL").close()
 
 
-def driver_connection(connection: Connection) -> Any:
-    """The driver's own connection beneath."""
-    return connection.connection.dbapi_connection
+def in_transaction(connection: Any) -> bool:
+    """Whether a transaction is open at SQLite, whatever SQLAlchemy thinks. `connection`: the driver's."""
+    beneath = getattr(connection, "driver_connection", connection)  # beneath what an async driver is dressed in
+    return bool(getattr(beneath, "in_transaction", False))
 
 
 def reading(engine: Engine) -> Engine:
@@ -151,17 +172,17 @@ def start_writing(connection: Connection) -> None:
         return
     if not connection.in_transaction():
         connection.begin()
-    if not driver_connection(connection).in_transaction:
+    if not in_transaction(connection.connection.dbapi_connection):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
 
 
-def database_of(connection: Connection) -> str:
+def file_of(connection: Connection) -> str:
     """The file beneath, as SQLite itself resolved it; "" for a database in memory. Asked once per pool."""
     pool = connection.engine.pool
-    found = _databases.get(pool)
+    found = _files.get(pool)
     if found is None:
         file = connection.exec_driver_sql("SELECT file FROM pragma_database_list WHERE name = 'main'").scalar()
-        found = _databases[pool] = os.path.realpath(file) if file else ""
+        found = _files[pool] = os.path.realpath(file) if file else ""
     return found
 
 
@@ -173,36 +194,11 @@ def check_shareable(engine: Engine) -> None:
     if isinstance(pool, QueuePool) and pool.size() == 1 and pool._max_overflow == 0:  # noqa: SLF001 - not told otherwise
         return
     with reading(engine).connect() as connection:
-        file = database_of(connection)
+        file = file_of(connection)
     if not file:
         advice = "give the URL 'sqlite://' instead, or poolclass=StaticPool, or use a file"
         fault = f"with {type(pool).__name__} each thread sees an empty in-memory database of its own"
         raise ValueError(f"engine: {fault}: {advice}")
-
-
-@contextmanager
-def alone(engine: Engine) -> Iterator[None]:
-    """What a verb holds while it runs: a lock where all threads share one connection, else nothing."""
-    pool = engine.pool
-    if not isinstance(pool, StaticPool):
-        yield
-        return
-    with _locks_lock:
-        lock = _locks.setdefault(pool, threading.RLock())
-    with lock:
-        _refuse_to_disturb(pool)
-        yield
-
-
-def _refuse_to_disturb(pool: StaticPool) -> None:
-    """On a StaticPool our COMMIT would commit, and our giving it back would roll back, whatever else is open on it."""
-    record = pool.connection
-    if getattr(record.dbapi_connection, "in_transaction", False):
-        msg = (
-            "the in-memory database has one connection for all (StaticPool) and a transaction is open on it: "
-            "join that transaction, or use a file, or retrykit.sql.sqlite_engine('sqlite://')"
-        )
-        raise ContextCacheError(msg)
 
 
 def undo_what_a_failed_commit_left(engine: Engine) -> None:
@@ -217,53 +213,6 @@ def undo_what_a_failed_commit_left(engine: Engine) -> None:
         event.listen(engine.pool, "reset", _roll_back_leftovers)
 
 
-def _roll_back_leftovers(connection: Any, _record: Any, _state: Any) -> None:
-    if getattr(connection, "in_transaction", False):
+def _roll_back_leftovers(connection: Any, _record: Any, state: Any) -> None:
+    if in_transaction(connection) and not state.terminate_only:
         connection.rollback()
-
-
-def forget_at_fork(engine: Engine) -> None:
-    """In a forked child, leave the parent's connections alone: two processes on one connection corrupt the file."""
-    _known.add(engine)
-
-
-def _leave_to_the_parent() -> None:
-    for engine in list(_known):
-        if isinstance(engine.pool, StaticPool) or is_in_memory(engine.url):
-            continue  # a copy in this process's memory, no shared file
-        # Kept, not closed: closing would touch files and locks that are the parent's.
-        _inherited.append(engine.pool)
-        engine.dispose(close=False)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_to_the_parent)
-
-
-def hint(error: BaseException, url: URL) -> str:
-    """What to do about a fault of SQLite's, if that can be told."""
-    text = str(error)
-    if "locked" in text:
-        return " (the work's own transaction may hold the lock: only one on the same file can be joined)"
-    if isinstance(error, OperationalError) and "unable to open" in text and url.database:
-        folder = Path(url.database).absolute().parent
-        return f" (in {folder})" if folder.is_dir() else f" (no directory {folder})"
-    return ""
-
-
-def engine_of(engine: object) -> Engine:
-    """An Engine from an Engine, a URL or its text. TypeError for anything else, async engines included."""
-    if isinstance(engine, str | URL):
-        return sqlite_engine(engine)
-    if not isinstance(engine, Engine):
-        if hasattr(engine, "sync_engine"):
-            raise TypeError(
-                "engine: an async engine cannot run sync verbs: give a sync Engine or URL of the same database"
-            )
-        raise wrong_type("engine", "a sqlalchemy.Engine or a database URL", engine)
-    if engine.dialect.name != "sqlite":
-        raise ValueError(f"engine: only SQLite is supported yet, not {shown(engine.dialect.name)}")
-    check_shareable(engine)
-    undo_what_a_failed_commit_left(engine)
-    forget_at_fork(engine)
-    return engine

@@ -8,7 +8,8 @@ from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
-from retrykit.sql.sqlite import database_of, driver_connection, undo_what_a_failed_commit_left
+from retrykit.sql.dialects import database_of
+from retrykit.sql.places import Place
 from retrykit.sql.tables import rk_context
 
 
@@ -24,8 +25,16 @@ def unwrapped(transaction: object) -> Session | Connection | None:
             return transaction.session
         case Transaction():
             return transaction.connection
-    inner = getattr(transaction, "sync_session", None) or getattr(transaction, "sync_connection", None)
-    return inner if isinstance(inner, Session | Connection) else None
+    return _beneath(transaction)
+
+
+def _beneath(transaction: Any) -> Session | Connection | None:
+    """Of an AsyncSession, AsyncConnection, their transactions and scopes: what runs their statements."""
+    for name in ("sync_session", "sync_connection", "sync_transaction"):
+        inner = getattr(transaction, name, None)
+        if isinstance(inner, Session | Connection | SessionTransaction | Transaction):
+            return unwrapped(inner)
+    return None
 
 
 def engine_beneath(handle: Session | Connection) -> Engine | None:
@@ -55,23 +64,16 @@ def connection_in(transaction: Any) -> Connection:
     return open_connection(handle)
 
 
-def joinable(transaction: object, engine: Engine, file: str) -> Connection | None:
-    """The connection of `transaction`, if it is open on the database of `engine` (whose file is `file`); else None."""
+def joinable(transaction: object, engine: Engine, place: Place) -> Connection | None:
+    """The connection of `transaction`, if it is open on the database of `engine`, which is `place`; else None."""
     handle = unwrapped(transaction)
     theirs = None if handle is None else engine_beneath(handle)
-    if handle is None or theirs is None or theirs.dialect.name != engine.dialect.name:
+    if handle is None or theirs is None or database_of(theirs) is not database_of(engine):
         return None
     connection = open_connection(handle)
     # Nothing is asked on a connection of ours here: theirs may hold the lock already.
-    same = theirs.pool is engine.pool or (file != "" and database_of(connection) == file)
-    if not same or _commits_by_itself(connection):
+    same = theirs.pool is engine.pool or place.has(connection)
+    if not same or place.commits_by_itself(connection):
         return None
-    undo_what_a_failed_commit_left(theirs)
+    place.watch(theirs)
     return connection
-
-
-def _commits_by_itself(connection: Connection) -> bool:
-    """AUTOCOMMIT: every statement is a transaction of its own, there is nothing to join."""
-    driver = driver_connection(connection)
-    no_begin = getattr(driver, "isolation_level", "") is None or getattr(driver, "autocommit", None) is True
-    return no_begin and not driver.in_transaction

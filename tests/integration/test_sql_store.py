@@ -21,6 +21,9 @@ from sqlalchemy.pool import NullPool
 import retrykit
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
 from retrykit.sql import SqlRetryContextCache, create_tables, rk_context, rk_schema, rows, sqlite_engine
+from retrykit.sql import statements as sql
+from retrykit.sql.dialects import SQLITE
+from retrykit.sql.statements import statements_of
 
 MARK = {"completed_at": 1.0, "expires_at": 100.0, "retry_count": 0}
 
@@ -359,7 +362,6 @@ def test_expire_goes_in_short_transactions_until_nothing_is_left(opened, monkeyp
     for number in range(25):
         cache.save(f"a/{number}", MARK, None)
     monkeypatch.setattr(retrykit.sql.cache, "CHUNK", 10)
-    monkeypatch.setattr(rows, "EXPIRE", rows.delete(rk_context).where(rk_context.c.id.in_(rows._expired.limit(10))))
     with statements(cache.engine) as seen:
         assert cache.expire(1_000.0) == 25
     assert [line.split()[0] for line in seen] == ["BEGIN", "DELETE"] * 3
@@ -370,8 +372,7 @@ def test_items_are_read_in_pages(cache, monkeypatch):
     for name in names:
         cache.save(name, {}, None)
     monkeypatch.setattr(retrykit.sql.cache, "PAGE", 10)
-    monkeypatch.setattr(rows, "FIRST_PAGE", rows.FIRST_PAGE.limit(10))
-    monkeypatch.setattr(rows, "NEXT_PAGE", rows.NEXT_PAGE.limit(10))
+    monkeypatch.setattr(rows, "PAGE", 10)
     with statements(cache.engine) as seen:
         assert keys(cache) == names
     assert len(seen) == 3
@@ -441,24 +442,15 @@ def test_each_joined_verb_is_one_statement_and_joining_is_none(cache):
 
 
 def test_no_verb_scans_the_table(cache):
-    queries = {
-        rows.LOAD: {"the_key": ""},
-        rows.UPDATE: dict.fromkeys(rows._NEW) | {"the_key": "", "the_id": 1, "the_revision": 1},
-        rows.REMOVE: {"the_key": ""},
-        rows.REMOVE_VERSION: {"the_key": "", "the_id": 1, "the_revision": 1},
-        rows.EXPIRE: {"now": 1.0},
-        rows.EVICT: {"surplus": 1},
-        rows.FIRST_PAGE: {"start": ""},
-        rows.NEXT_PAGE: {"start": ""},
-    }
+    own = statements_of(SQLITE)
+    common = (sql.UPDATE, sql.REMOVE, sql.REMOVE_VERSION, sql.FIRST_PAGE, sql.NEXT_PAGE)
     with cache.engine.begin() as connection:
-        for query in queries:
-            sql = str(query.compile(connection, compile_kwargs={"render_postcompile": True}))
-            count = sql.count("?")
-            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {sql}", (1,) * count).all()
+        for query in (own.load, own.saver, own.expire, own.evict, *common):
+            words = str(query.compile(connection, compile_kwargs={"render_postcompile": True}))
+            plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {words}", (1,) * words.count("?")).all()
             steps = [row[-1] for row in plan]
-            assert not any(step.startswith("SCAN") and "INDEX" not in step for step in steps), (sql, steps)
-            assert not any("TEMP B-TREE" in step for step in steps), (sql, steps)
+            assert not any(step.startswith("SCAN") and "INDEX" not in step for step in steps), (words, steps)
+            assert not any("TEMP B-TREE" in step for step in steps), (words, steps)
 
 
 # -- engines and their settings
@@ -523,11 +515,12 @@ def test_database_in_memory_that_threads_cannot_share_is_refused(address, at_the
         ((7,), {}, TypeError),
         ((None,), {}, TypeError),
         (("no url",), {}, ValueError),
-        (("postgresql://user:hidden@host/db",), {}, ValueError),
+        (("oracle://user:hidden@host/db",), {}, ValueError),
+        (("postgresql+nothing://user:hidden@host/db",), {}, ValueError),
         (("postgresql//user:hidden@host/db",), {}, ValueError),
         (("user:hidden@host",), {}, ValueError),
         (("postgresql://user:hidden@host:port/db",), {}, ValueError),
-        (("postgresql://host/db?password=hidden",), {}, ValueError),
+        (("mssql://host/db?password=hidden",), {}, ValueError),
         (("sqlite://",), {"capacity": 0}, ValueError),
         (("sqlite://",), {"capacity": True}, TypeError),
         (("sqlite://",), {"capacity": 1.5}, TypeError),
@@ -535,6 +528,8 @@ def test_database_in_memory_that_threads_cannot_share_is_refused(address, at_the
         (("sqlite://",), {"time_to_live": 0}, ValueError),
         (("sqlite://",), {"time_to_live": "1h"}, TypeError),
         (("sqlite://",), {"clock": 7}, TypeError),
+        (("sqlite://",), {"patience": -1}, ValueError),
+        (("sqlite://",), {"patience": "5"}, TypeError),
     ],
 )
 def test_bad_arguments_are_refused_by_name_without_secrets(arguments, options, error):
@@ -574,14 +569,6 @@ def test_database_in_memory_is_one_for_all_threads_however_it_is_written(place, 
 def test_bad_options_of_an_engine_are_refused_by_name(options, name):
     with pytest.raises(ValueError, match=name):
         sqlite_engine("sqlite://", **options)
-
-
-def test_async_engine_is_refused_with_the_way_out():
-    class AsyncEngine:
-        sync_engine = None
-
-    with pytest.raises(TypeError, match="give a sync Engine or URL"):
-        SqlRetryContextCache(AsyncEngine())
 
 
 # -- faults

@@ -1,0 +1,115 @@
+"""The connections on which the verbs of a cache run.
+
+Each statement of a verb sees what was committed before it, whatever isolation level an engine has: either it is a
+transaction of its own, or its transaction says READ COMMITTED.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Final
+from weakref import WeakKeyDictionary
+
+import attrs
+from sqlalchemy import Connection, Engine
+from sqlalchemy.pool import Pool, StaticPool
+from sqlalchemy.util import await_only
+
+from retrykit.errors import ContextCacheError
+from retrykit.sql.dialects import Database
+from retrykit.sql.sqlite import in_transaction, reading, start_writing
+
+Opener = Callable[[], AbstractContextManager[Connection]]
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Connections:
+    """What a verb asks for a connection.
+
+    `reading`: for a statement that changes nothing. `single`: for one statement, or several of which each may be done
+    without the others. `several`: for statements that are done together or not at all.
+    """
+
+    reading: Opener
+    single: Opener
+    several: Opener
+
+
+def connections_of(engine: Engine, database: Database, own: Engine | None, *, in_loop: bool) -> Connections:
+    """Those of a cache: on its engine, or on an engine of the cache's own for single statements."""
+    if not database.is_server:
+        return _of_sqlite(engine, in_loop=in_loop)
+    if own is None and database.switches_for_nothing:
+        own = engine.execution_options(isolation_level="AUTOCOMMIT")
+    return Connections(
+        reading=engine.connect if own is None else own.connect,
+        single=engine.begin if own is None else own.connect,
+        several=engine.execution_options(isolation_level="READ COMMITTED").begin,
+    )
+
+
+def _of_sqlite(engine: Engine, *, in_loop: bool) -> Connections:
+    reader = reading(engine)
+
+    @contextmanager
+    def writing() -> Iterator[Connection]:
+        with engine.begin() as connection:
+            start_writing(connection)
+            yield connection
+
+    if not isinstance(engine.pool, StaticPool):
+        return Connections(reading=reader.connect, single=writing, several=writing)
+    read, write = _taken_in_turn(engine, reader.connect, in_loop), _taken_in_turn(engine, writing, in_loop)
+    return Connections(reading=read, single=write, several=write)
+
+
+# -- one connection for all
+
+
+class _LoopLock:
+    """A lock for blocking code that an event loop runs by the way (`greenlet_spawn`): who waits for it is suspended."""
+
+    def __init__(self) -> None:
+        self._lock = asyncio.Lock()
+
+    def __enter__(self) -> None:
+        await_only(self._lock.acquire())
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+_locks: WeakKeyDictionary[Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
+_locks_lock: Final = threading.Lock()
+
+
+def _taken_in_turn(engine: Engine, opener: Opener, in_loop: bool) -> Opener:  # noqa: FBT001 - as Connections says it
+    @contextmanager
+    def taken() -> Iterator[Connection]:
+        with _lock_of(engine.pool, in_loop):
+            _refuse_to_disturb(engine.pool)
+            with opener() as connection:
+                yield connection
+
+    return taken
+
+
+def _lock_of(pool: Pool, in_loop: bool) -> AbstractContextManager[Any]:  # noqa: FBT001 - as Connections says it
+    with _locks_lock:
+        if pool not in _locks:
+            _locks[pool] = _LoopLock() if in_loop else threading.RLock()
+        return _locks[pool]
+
+
+def _refuse_to_disturb(pool: Pool) -> None:
+    """On a StaticPool our COMMIT would commit, and our giving it back would roll back, whatever else is open on it."""
+    assert isinstance(pool, StaticPool)  # noqa: S101 - asked before
+    if in_transaction(pool.connection.dbapi_connection):
+        msg = (
+            "the in-memory database has one connection for all (StaticPool) and a transaction is open on it: "
+            "join that transaction, or use a file, or retrykit.sql.sqlite_engine('sqlite://')"
+        )
+        raise ContextCacheError(msg)

@@ -1,0 +1,213 @@
+"""The databases, and all in which they differ: everything else in this package speaks to a `Database`.
+
+- What inserts a row or nothing. ON CONFLICT DO NOTHING on PostgreSQL and SQLite, which return no row to who lost.
+  MariaDB has ON DUPLICATE KEY UPDATE, here of nothing, which returns the row of whoever won: the token in it tells.
+  (INSERT IGNORE would hide more than the conflict: values that are cut off, for instance.)
+- What deletes the rows that a query chooses, with its limit. PostgreSQL may run a subquery in IN more than once, and
+  each time it skips what it has locked before: as an array it runs once. MariaDB runs one for each row: it joins.
+- What o'clock it is there. SQLite has no clock but this machine's.
+- What passes: which faults are worth another try.
+- Where a connection is: so that a transaction somewhere else is not taken for one here.
+- What AUTOCOMMIT costs. psycopg and asyncpg switch to it and back without a word to the server; MariaDB's drivers tell
+  it each time, so the switch would cost more than the COMMIT that it saves.
+
+MySQL is not among them: it has no RETURNING, and not the collation under which keys differ by every byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import attrs
+from sqlalchemy import (
+    URL,
+    Connection,
+    Delete,
+    Double,
+    Engine,
+    Executable,
+    Insert,
+    Select,
+    delete,
+    func,
+    literal_column,
+    text,
+)
+from sqlalchemy.dialects import mysql, postgresql, sqlite
+from sqlalchemy.exc import DBAPIError, OperationalError
+
+from retrykit.sql.tables import rk_context
+
+_c = rk_context.c
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Database:
+    """One kind of database. `MARIADB` is one whether the URL calls it mariadb or mysql."""
+
+    title: str
+    is_server: bool
+    insert_or_nothing: Callable[[Mapping[str, Any]], Insert]
+    clock: Any = None
+    place: Executable | None = None
+    evict: Executable | None = None
+    delete_chosen: Callable[[Select[Any]], Delete]
+    # Reads of a transaction may show what was there at its beginning, while its writes meet what is there now. So a
+    # read that explains why a write lost takes a lock: then it sees the same. (PostgreSQL refuses such a write.)
+    reads_the_past: bool = False
+    switches_for_nothing: bool = False
+    # A condition that holds where a statement in somebody's transaction can neither fail nor wait because of others.
+    undisturbed: Any = None
+    passes: Callable[[BaseException], bool]
+    hint: Callable[[BaseException, URL], str]
+    oldest: tuple[int, ...] = (0,)
+
+
+# -- SQLite
+
+
+def _sqlite_hint(error: BaseException, url: URL) -> str:
+    words = str(error)
+    if "locked" in words:
+        return " (the work's own transaction may hold the lock: only one on the same file can be joined)"
+    if isinstance(error, OperationalError) and "unable to open" in words and url.database:
+        folder = Path(url.database).absolute().parent
+        return f" (in {folder})" if folder.is_dir() else f" (no directory {folder})"
+    return ""
+
+
+def _nothing_passes(_error: BaseException) -> bool:
+    # SQLite waits by itself, as long as the connection's busy timeout says.
+    return False
+
+
+def _on_conflict(dialect: Any) -> Callable[[Mapping[str, Any]], Insert]:
+    def insert(values: Mapping[str, Any]) -> Insert:
+        return dialect.insert(rk_context).values(values).on_conflict_do_nothing(index_elements=[_c.context_key])  # type: ignore[no-any-return]
+
+    return insert
+
+
+def _delete_in(chosen: Select[Any]) -> Delete:
+    return delete(rk_context).where(_c.id.in_(chosen))
+
+
+SQLITE: Final = Database(
+    title="SQLite",
+    delete_chosen=_delete_in,
+    is_server=False,
+    insert_or_nothing=_on_conflict(sqlite),
+    passes=_nothing_passes,
+    hint=_sqlite_hint,
+)
+
+# -- PostgreSQL
+
+# Connections, serialization, deadlock, too many connections, shutdown, crash, starting up.
+_PASSING_STATES: Final = ("08", "40001", "40P01", "53300", "57P01", "57P02", "57P03")
+# What a refused connection says when it will be refused for ever (libpq tells no SQLSTATE of these).
+_REFUSALS: Final = ("authentication failed", "does not exist", "no pg_hba.conf entry", "no password supplied")
+
+
+def _postgresql_passes(error: BaseException) -> bool:
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError)
+    state = getattr(error.orig, "sqlstate", None)
+    if state is not None:
+        return str(state).startswith(_PASSING_STATES)
+    refused = isinstance(error, OperationalError) and not any(words in str(error.orig) for words in _REFUSALS)
+    return refused or error.connection_invalidated
+
+
+def _server_hint(error: BaseException, _url: URL) -> str:
+    words = str(error)
+    if "rk_" in words and ("does not exist" in words or "doesn't exist" in words):
+        return " (are the tables there, and on the search path? retrykit db upgrade makes them)"
+    return ""
+
+
+def _delete_in_array(chosen: Select[Any]) -> Delete:
+    return delete(rk_context).where(_c.id == func.any(func.array(chosen.scalar_subquery())))
+
+
+POSTGRESQL: Final = Database(
+    title="PostgreSQL",
+    delete_chosen=_delete_in_array,
+    is_server=True,
+    insert_or_nothing=_on_conflict(postgresql),
+    clock=literal_column("extract(epoch FROM clock_timestamp())::float8", Double),
+    place=text(
+        "SELECT concat_ws('/', (SELECT system_identifier FROM pg_control_system()), pg_postmaster_start_time(), "
+        "current_database()), to_regclass('rk_schema') IS NOT NULL"
+    ),
+    switches_for_nothing=True,
+    undisturbed=literal_column("current_setting('transaction_isolation')") == literal_column("'read committed'"),
+    passes=_postgresql_passes,
+    hint=_server_hint,
+    oldest=(15,),
+)
+
+# -- MariaDB
+
+_PASSING_CODES: Final = frozenset({
+    1020,  # the record has changed since it was read (snapshot isolation)
+    1040,  # too many connections
+    1053,  # the server is shutting down
+    *(1158, 1159, 1160, 1161),  # packets that did not come through
+    1203,  # too many connections of this user
+    1205,  # waited too long for a lock
+    1213,  # deadlock
+    1927,  # the connection was killed
+    *(2002, 2003, 2006, 2013, 2014, 2045, 2055, 4031),  # no connection, or no longer
+})  # fmt: skip
+
+
+def _mariadb_passes(error: BaseException) -> bool:
+    if not isinstance(error, DBAPIError):
+        return isinstance(error, OSError)
+    arguments = getattr(error.orig, "args", ())
+    return error.connection_invalidated or bool(arguments and arguments[0] in _PASSING_CODES)
+
+
+def _on_duplicate_key(values: Mapping[str, Any]) -> Insert:
+    return mysql.insert(rk_context).values(values).on_duplicate_key_update(id=literal_column("id"))
+
+
+def _delete_joined(chosen: Select[Any]) -> Delete:
+    rows = chosen.subquery()
+    return delete(rk_context).where(_c.id == rows.c.id)
+
+
+MARIADB: Final = Database(
+    title="MariaDB",
+    is_server=True,
+    insert_or_nothing=_on_duplicate_key,
+    # Of a time in a time zone there may be two in a year; of UTC there is one.
+    clock=literal_column(
+        "(TIMESTAMPDIFF(MICROSECOND, TIMESTAMP'1970-01-01 00:00:00', UTC_TIMESTAMP(6)) / 1e6)", Double
+    ),
+    place=text(
+        "SELECT concat_ws('/', @@hostname, @@port, @@datadir, database()), EXISTS (SELECT 1 FROM "
+        "information_schema.tables WHERE table_schema = database() AND table_name = 'rk_schema')"
+    ),
+    evict=text(
+        "DELETE FROM rk_context WHERE completed_at IS NULL ORDER BY completed_at, updated_minute, id "
+        "LIMIT :surplus RETURNING context_key"
+    ).columns(_c.context_key),
+    delete_chosen=_delete_joined,
+    reads_the_past=True,
+    undisturbed=literal_column("@@tx_isolation") == literal_column("'READ-COMMITTED'"),
+    passes=_mariadb_passes,
+    hint=_server_hint,
+    oldest=(10, 11),
+)
+
+_DATABASES: Final = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mariadb": MARIADB, "mysql": MARIADB}
+
+
+def database_of(bind: Engine | Connection | URL) -> Database | None:
+    """The kind of database behind an engine, connection or URL; None for one that is not supported."""
+    name = bind.get_backend_name() if isinstance(bind, URL) else bind.dialect.name
+    return _DATABASES.get(name)

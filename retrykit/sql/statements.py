@@ -1,0 +1,99 @@
+"""The statements on `rk_context`, built once for each kind of database.
+
+Every save is one statement whose WHERE holds the expected version, and the row count tells who lost. Whatever drops
+many rows takes those that nobody has locked: it never waits for somebody's work, nor deadlocks with another process
+that drops too. (SQLAlchemy leaves FOR UPDATE out on SQLite, which has one writer at a time anyway.)
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, Final
+
+import attrs
+from sqlalchemy import Executable, Integer, bindparam, delete, func, select, update
+from sqlalchemy.dialects import sqlite
+
+from retrykit.sql.dialects import Database
+from retrykit.sql.tables import rk_context, rk_schema
+
+_c = rk_context.c
+
+SAVED: Final = tuple(column.name for column in _c if column.name not in ("id", "context_key"))
+NEW: Final = ("context_key", *SAVED)
+
+
+def _given(name: str) -> Any:
+    return bindparam(name, type_=_c[name].type)
+
+
+_is_key = _c.context_key == bindparam("the_key")
+_is_version = (_is_key, _c.id == bindparam("the_id"), _c.revision == bindparam("the_revision"))
+_expired = (
+    select(_c.id)
+    .where(_c.expires_at <= bindparam("now"))
+    .order_by(_c.expires_at)
+    .limit(bindparam("chunk", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_oldest = (
+    select(_c.id)
+    .where(_c.completed_at.is_(None))
+    .order_by(_c.completed_at, _c.updated_minute, _c.id)
+    .limit(bindparam("surplus", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+_page = (
+    select(_c.context_key, _c.id, _c.revision, _c.snapshot)
+    .order_by(_c.context_key)
+    .limit(bindparam("page", type_=Integer))
+)
+_counter = select(func.coalesce(func.max(rk_schema.c.value), 0)).where(rk_schema.c.name == "contexts").scalar_subquery()
+
+# SQLite's triggers keep the counter: asking for it is one look at one row, inside the INSERT itself.
+INSERT_IF_ROOM: Final = (
+    sqlite.insert(rk_context)
+    .from_select(NEW, select(*map(_given, NEW)).where(_counter < bindparam("capacity", type_=Integer)))
+    .on_conflict_do_nothing(index_elements=[_c.context_key])
+    .returning(_c.id, _c.token)
+)
+COUNTER: Final = select(_counter)
+
+UPDATE: Final = update(rk_context).where(*_is_version).values({name: _given(name) for name in SAVED})
+REMOVE: Final = delete(rk_context).where(_is_key)
+REMOVE_VERSION: Final = delete(rk_context).where(*_is_version)
+HISTORIES: Final = select(func.count()).select_from(rk_context).where(_c.completed_at.is_(None))
+_saver = select(_c.id, _c.revision, _c.token).where(_is_key)
+FIRST_PAGE: Final = _page.where(_c.context_key >= bindparam("start"))
+NEXT_PAGE: Final = _page.where(_c.context_key > bindparam("start"))
+
+
+@attrs.frozen(kw_only=True, eq=False)
+class Statements:
+    """Those that differ between the databases."""
+
+    load: Executable
+    load_joined: Executable
+    saver: Executable
+    insert: Executable
+    expire: Executable
+    expire_joined: Executable
+    evict: Executable
+
+
+@cache
+def statements_of(database: Database) -> Statements:
+    """The statements for one kind of database."""
+    clock = () if database.clock is None else (database.clock.label("now"),)
+    load = select(_c.id, _c.revision, _c.snapshot, *clock).where(_is_key)
+    insert = database.insert_or_nothing({name: _given(name) for name in NEW})
+    undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
+    return Statements(
+        load=load,
+        load_joined=load.with_for_update() if database.reads_the_past else load,
+        saver=_saver.with_for_update() if database.reads_the_past else _saver,
+        insert=insert.returning(_c.id, _c.token, *clock),
+        expire=database.delete_chosen(_expired),
+        expire_joined=database.delete_chosen(undisturbed),
+        evict=database.delete_chosen(_oldest).returning(_c.context_key) if database.evict is None else database.evict,
+    )
