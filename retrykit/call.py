@@ -109,6 +109,8 @@ class Call:
     """A write seemed to fail: what is stored has to be looked at before the history is settled."""
     reporting: bool = False
     """The attempt is over, and what came of it is being stored: nobody need renew its lease."""
+    unsent: tuple[Any, int] | None = None
+    """The completion mark whose outbox is still to be emptied, and its version."""
     settled: bool = False
     """The history was brought to its end within the work's own transaction."""
 

@@ -305,6 +305,16 @@ class RetryContext:
         """The user's own JSON-able facts, kept across deliveries: `context.attributes["seen"] = 3`."""
         return self._facts().attributes
 
+    @property
+    def outbox(self) -> list[dict[str, Any]]:
+        """JSON-able notes of what this attempt sends elsewhere, for whoever drives the template.
+
+        Where the completion mark commits with the work they are stored in it, and dropped when the whole transaction is
+        confirmed. A delivery that is answered as a duplicate finds in them what may never have been sent. Those of an
+        attempt that fails are nowhere kept; whoever fills the list empties it before each attempt.
+        """
+        return self._facts().outbox
+
     def snapshot(self) -> dict[str, Any]:
         """The JSON form of what is remembered of the item, versioned (`format`); what caches store."""
         self._describe()

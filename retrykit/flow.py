@@ -247,7 +247,7 @@ def _transaction(call: Call, step: Step) -> Flow:
     failure = yield COMMIT
     if failure is None:
         return None
-    call.settled = False
+    call.settled, call.unsent = False, None
     return (yield from _at_the_edge(call, failure))
 
 

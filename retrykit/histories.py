@@ -183,6 +183,15 @@ class _Verbs:
     def _forget(self, item: Item) -> Work[bool]:
         return bool((yield _remove(text_of(item), None)))
 
+    def _sent(self, item: Item) -> Work[HistorySummary | None]:
+        def change(history: History) -> History | None:
+            if not history.outbox:
+                return None
+            history.outbox.clear()
+            return history
+
+        return (yield from self._change(item, change, new=False))
+
     def _prune(
         self, older_than: Seconds | None, name: str | None, progress: Progress, *, dry_run: bool
     ) -> Work[Pruned]:
@@ -290,6 +299,10 @@ class Histories(_Verbs):
         """
         return self._done(self._forget(item))
 
+    def sent(self, item: Item) -> None:
+        """What was kept with the mark of a completed item, to be sent again, has been sent: it is kept no longer."""
+        self._done(self._sent(item))
+
     def prune(
         self,
         *,
@@ -360,6 +373,10 @@ class AsyncHistories(_Verbs):
     async def forget(self, item: Item) -> bool:
         """As `Histories.forget`."""
         return await self._done(self._forget(item))
+
+    async def sent(self, item: Item) -> None:
+        """As `Histories.sent`."""
+        await self._done(self._sent(item))
 
     async def prune(
         self,

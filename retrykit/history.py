@@ -340,6 +340,7 @@ class History:
     recovered: bool = False
     reason: str = ""
     pause: float = 0.0
+    _outbox: list[dict[str, Any]] | None = None
     _attributes: Attributes | None = None
     _tallies: dict[str, Tally] | None = None
 
@@ -358,6 +359,13 @@ class History:
         if self._attributes is None:
             self._attributes = Attributes()
         return self._attributes
+
+    @property
+    def outbox(self) -> list[dict[str, Any]]:
+        """What is to be sent when the item is completed: kept with its mark, and nowhere else, until it has been."""
+        if self._outbox is None:
+            self._outbox = []
+        return self._outbox
 
     @property
     def tallies(self) -> dict[str, Tally]:
@@ -409,6 +417,8 @@ class History:
             facts["tallies"] = {label: [tally.count, tally.since] for label, tally in self._tallies.items()}
         if self._attributes:
             facts["attributes"] = dict(self._attributes)
+        if self._outbox and self.completed_at is not None:
+            facts["outbox"] = list(self._outbox)
         return facts
 
     @classmethod
@@ -436,6 +446,7 @@ class History:
             in_flight=tuple(Flight(**_sound_flight(flight)) for flight in facts.get("in_flight", ())),
             _tallies={label: Tally(*tally) for label, tally in facts.get("tallies", {}).items()},
             _attributes=attributes,
+            _outbox=list(facts.get("outbox", ())),
             **plain,
         )
 

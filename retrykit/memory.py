@@ -201,7 +201,7 @@ def begun(call: Call, history: History) -> None:
 def is_known(history: History) -> bool:
     """Whether a history says more than that nothing has happened."""
     facts = (history.failures, history.veto, history.in_flight, history.recovery_failures, history.attributes)
-    return any(facts)
+    return any(facts) or history.completed_at is not None
 
 
 # -- storing a failure

@@ -5,13 +5,16 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
 
 from retrykit.check import at_least, seconds, wrong_type, wrong_value
 from retrykit.key import Key
+
+Sender = Callable[[str, bytes, dict[str, str], "str | None"], None]
+"""Sends `(destination, body, headers, id)`."""
 
 _CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;"]+))""", re.IGNORECASE)
 
@@ -60,6 +63,38 @@ class Message:
     redelivered: bool = False
     delivery_count: int | None = None
     handle: object = attrs.field(default=None, eq=False, repr=False)
+    sender: Sender | None = attrs.field(default=None, eq=False, repr=False)
+    """What `send` sends with: given by whoever hands the message to its handler."""
+
+    def send(
+        self,
+        destination: str,
+        body: bytes | str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        id: str | None = None,  # noqa: A002 - the header's own word
+    ) -> None:
+        """Send a message, in the transaction in which this one is acknowledged: both happen, or neither.
+
+        Persistent, and with a stable id (`retrykit-id`): `id`, else one that is the same whenever this message is
+        handled again and sends as many before it, so that receivers can tell a repetition. A str is sent as UTF-8.
+        `RuntimeError` outside of a handler or recovery.
+        """
+        if self.sender is None:
+            raise RuntimeError("a message can send while it is handled by a container, not before or after")
+        self.sender(destination, body.encode() if isinstance(body, str) else body, dict(headers or {}), id)
+
+    def reply(self, body: bytes | str, headers: Mapping[str, str] | None = None, *, id: str | None = None) -> None:  # noqa: A002 - as in `send`
+        """Send an answer to where this message wants it (`reply-to`), with its `correlation-id`; else as `send`.
+
+        `ValueError` when it says no place.
+        """
+        destination = self.headers.get("reply-to")
+        if not destination:
+            raise ValueError(f"message {self.id!r} has no header 'reply-to': nobody waits for an answer")
+        correlation = self.headers.get("correlation-id") or self.headers.get("message-id")
+        named = {"correlation-id": correlation} if correlation else {}
+        self.send(destination, body, {**named, **(headers or {})}, id=id)
 
     @property
     def content_type(self) -> str:

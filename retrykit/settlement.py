@@ -22,12 +22,24 @@ def _has_to_settle(call: Call) -> bool:
 
 def _settling(call: Call, version: int | None, *, joined: bool) -> Flow:
     """One try to bring the stored history to its end: a completion mark, or nothing left."""
-    context, key, remember = call.context, call.key or "", call.plan.remember
-    if remember is None:
+    key = call.key or ""
+    if call.plan.remember is None:
         return True if version is None else (yield Remove(key, version, joined=joined))
+    mark = yield from _mark(call, call.plan.remember)
+    if joined and call.context._facts()._outbox:
+        # The transaction commits before the source is told: what was sent in it may have to be sent again.
+        mark.outbox.extend(call.context.outbox)
+    saved = yield Save(key, mark.to_json(call.plan.name, call.context.json_key), version, joined=joined)
+    if mark._outbox and isinstance(saved, int):
+        call.unsent = mark, saved
+    return saved
+
+
+def _mark(call: Call, remember: float) -> Flow:
+    context = call.context
     yield from make_out(call)
     now = yield NOW
-    mark = History(
+    return History(
         failures=context.retry_count,
         fence=context.fence,
         recovered=context.recovered,
@@ -35,12 +47,12 @@ def _settling(call: Call, version: int | None, *, joined: bool) -> Flow:
         completed_at=now,
         expires_at=now + remember,
     )
-    return (yield Save(key, mark.to_json(call.plan.name, context.json_key), version, joined=joined))
 
 
 def settle(call: Call) -> Flow:
     """Settle the history after a confirmed outcome, unless that was done within the transaction."""
     call.reporting = True
+    yield from _empty_outbox(call)
     while _has_to_settle(call):
         if call.doubtful:
             call.doubtful = False
@@ -61,6 +73,17 @@ def settle(call: Call) -> Flow:
             return
         # Gone, but not settled by anybody: evicted or forgotten. The mark is still to be made.
         call.version = None if stored is None else stored.version
+
+
+def _empty_outbox(call: Call) -> Flow:
+    """The whole transaction is confirmed, so what was sent in it was sent: the mark need not keep it any longer."""
+    if call.unsent is None:
+        return
+    (mark, version), call.unsent = call.unsent, None
+    mark.outbox.clear()
+    answer = yield Save(call.key or "", mark.to_json(call.plan.name, call.context.json_key), version)
+    if isinstance(answer, Exception):
+        yield Report("outbox", answer)
 
 
 def _belongs_to_another(call: Call, stored: Any) -> Flow:

@@ -50,11 +50,11 @@ class ListenerContainer:
     pauses and an error in the log, until somebody acts. So does one whose recovery fails, and one whose failure cannot
     be stored (the context cache is full or cannot be reached): none is counted, so it is not recovered either.
 
-    A handler may send too, by returning `Republish` or `Park`. Its completion mark is then written when the broker has
-    confirmed, not with the work: a process that dies between the two commits (or a broker that leaves its own in doubt)
-    makes the handler run again, and what it wrote to the database is written twice, the sent copy is there once. A
-    recovery of your own that writes to the database (`park_in_transaction`) is repeated in the same way where nothing
-    is remembered of completed messages (`remember_completed`).
+    A handler may send too (`message.send`, `message.reply`, or by returning `Republish` or `Park`), in the transaction
+    that acknowledges its message. Where completed messages are remembered (`remember_completed`) in the handler's own
+    database, what it sends is kept with the mark until the broker has confirmed: a process that dies between the two
+    commits repeats neither the handler nor loses what it sent. Elsewhere the handler runs again, and sends again under
+    the same ids. So does a recovery.
 
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:

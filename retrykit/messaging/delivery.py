@@ -14,35 +14,34 @@ A failure rolls both back; the failure is stored before the message goes back. A
 handler, so what it sends and the acknowledgement are one broker transaction. A broker commit that is not confirmed is
 neither: nothing is counted, see `CommitInDoubtError`. One that the broker refuses is a failure like others.
 
-What sends something (a parked copy) settles its history in 6 only, never in 4: a database that remembers the message as
-done, while the broker has forgotten the copy, has lost it. So after a crash between 4 and 5 a recovery that parks runs
-again: the copy is there once, what the recovery wrote to the database is written again. The same holds for a handler
-that sends. A recovery that sends nothing has its mark in 4; without marks its history too is settled in 6, so that
-after a crash it is the recovery that is repeated, not the attempts.
+With a mark in the database the handler does not run again after a crash between 4 and 5. What it sent is therefore kept
+with the mark, until 5 is confirmed; the duplicate delivery sends it again, under the same ids, and is acknowledged (see
+`retrykit.messaging.outbox`). A recovery that parks is no other. Without a mark in the database whatever sends settles
+its history in 6 only, never in 4, and so does every recovery: after a crash it is done again, not forgotten.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from retrykit.cache import JoinableContextCache
 from retrykit.check import wrong_type
 from retrykit.clock import Clock, SystemClock
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
+from retrykit.histories import Histories
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
-from retrykit.messaging.recoverers import Recoverer, may_travel
+from retrykit.messaging.recoverers import ID, Recoverer
 from retrykit.state import RetryState
 
 if TYPE_CHECKING:
@@ -103,8 +102,6 @@ class Work:
     transaction: Transaction | None
     tally: Tally
     patience: Patience
-    warned: threading.Lock = attrs.field(factory=threading.Lock)
-    """Taken, and never let go, by the one who warns."""
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -198,10 +195,12 @@ class _Delivery:
         self.work = work
         self.session = session
         self.message = message
+        self.key: Any = message.key
         self.settlement: Settlement = Ack()
         self.context: RetryContext | None = None
         self.committed = False
         self.recovering = False
+        self.sent = 0
         self.refused: BrokerRefusedError | None = None
 
     def run(self) -> None:
@@ -217,14 +216,34 @@ class _Delivery:
             # Neither is to be lost, nor to be counted as the other: this one goes on under a name of its own.
             _log.error("message %r is not the one that has this key already: %s", key, collision)
             self.context = None
-            self.execute((key, collision.fingerprint))
+            self.execute((key, collision.__dict__["fingerprint"]))
         if not self.committed:
-            # The template had the answer already: nothing ran, so no transaction was opened.
-            self.session.commit(self.message)
-            self.work.tally.add(duplicates=1)
+            self.acknowledge_duplicate()
         self.work.patience.forgive(self.message.key)
 
+    def acknowledge_duplicate(self) -> None:
+        """The template had the answer already: nothing ran, so no transaction was opened."""
+        unsent = self.unsent()
+        for outgoing in unsent:
+            self.session.send(outgoing.destination, outgoing.body, outgoing.headers)
+        self.session.commit(self.message)
+        self.work.tally.add(duplicates=1)
+        if unsent:
+            _log.warning("message %r: sent again what its process may not have sent: %d", self.message.key, len(unsent))
+            Histories(self.work.template.context_cache, self.work.template.clock).sent(
+                (self.work.template.name, self.key)
+            )
+
+    def unsent(self) -> list[Outgoing]:
+        """What was to be sent when the message was completed, and perhaps was not."""
+        template = self.work.template
+        if template.remember_completed is None or self.work.transaction is None:
+            return []
+        history = template.history(self.key)
+        return [] if history is None else [Outgoing.from_json(facts) for facts in history.outbox]
+
     def execute(self, key: Any) -> None:
+        self.key = key
         self.work.template.execute(
             self.attempt,
             None if self.work.recover is None else self.recovery,
@@ -240,22 +259,34 @@ class _Delivery:
         )
 
     def attempt(self, context: RetryContext) -> Any:
+        return self._obey(self.work.call(self._opened(context), context), context, "handler")
+
+    def _opened(self, context: RetryContext) -> Message:
+        """The message as the handler gets it: it can send, and nothing of an earlier attempt has been sent."""
         self.context = context
-        return self._obey(self.work.call(self.message, context), context, "handler")
+        if self.sent:
+            self.sent = 0
+            context.outbox.clear()
+        return attrs.evolve(self.message, sender=self.send)
+
+    def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:
+        """Send in the broker's transaction; kept beside the completion mark, should the database have one."""
+        context, template = self.context, self.work.template
+        assert context is not None  # noqa: S101 - only handlers and recoveries send
+        outgoing = Outgoing(destination, body, identified(headers, given, f"{template.name} {self.key!r}", self.sent))
+        self.session.send(destination, body, outgoing.headers)
+        self.sent += 1
+        if template.remember_completed is not None and self.work.transaction is not None:
+            context.outbox.append(outgoing.to_json())
 
     def recovery(self, context: RetryContext) -> Any:
-        self.context = context
+        message = self._opened(context)
         if self.refused is not None:
             # The connection went with the first try: this delivery has no other answer.
             raise self.refused
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
         self.recovering = True
-        result = self._obey(self.work.recover(self.message, context), context, "recover")
-        if self.work.template.remember_completed is None:
-            # No mark would say that it is recovered: until the broker has confirmed, the history has to say that no
-            # attempt is left.
-            context.transaction = None
-        return result
+        return self._obey(self.work.recover(message, context), context, "recover")
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
         _refuse_unfinished(result, whose)
@@ -264,26 +295,13 @@ class _Delivery:
             case Redeliver():
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
             case Park(destination, headers=headers) | Republish(destination, headers=headers):
-                self.session.send(destination, self.message.body, may_travel(headers))
-                if not self.recovering:
-                    self._warn_of_repetition(context)
-                # The cache finds no transaction to join: the history outlives the database's commit until the broker's.
-                context.transaction = None
+                # A copy is the same message wherever it goes.
+                self.send(destination, self.message.body, headers, self.message.headers.get(ID) or self.message.id)
+        if (self.sent or self.recovering) and self.work.template.remember_completed is None:
+            # No mark would say what is done: until the broker has confirmed, the history has to say where it stands.
+            # The cache finds no transaction to join, so it outlives the database's commit.
+            context.transaction = None
         return result
-
-    def _warn_of_repetition(self, context: RetryContext) -> None:
-        """Say once that a promise which marks seem to make does not hold for handlers that send."""
-        template, warned = self.work.template, self.work.warned
-        cache = template.context_cache
-        if warned.locked() or template.remember_completed is None or context.transaction is None:
-            return
-        joins = isinstance(cache, JoinableContextCache) and cache.joined(context.transaction) is not None
-        if joins and warned.acquire(blocking=False):
-            _log.warning(
-                "%s: the handler writes to the database and returned a message to send: when the process dies between "
-                "the two commits it runs again, although completed messages are remembered",
-                template.name,
-            )
 
     def settled(self) -> None:
         self.committed = True

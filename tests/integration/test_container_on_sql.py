@@ -7,7 +7,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from retrykit import ExponentialBackOffPolicy, RetryTemplate, SimpleRetryPolicy
-from retrykit.messaging import ListenerContainer, Republish
+from retrykit.messaging import ListenerContainer, Message, park
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.sql import SqlRetryContextCache, park_in_transaction, parked_items
 
@@ -66,31 +66,95 @@ def test_a_recovery_in_doubt_runs_no_further_attempts(broker, cache, remember_co
     assert list(cache.items("orders(")) == [] or remember_completed
 
 
-@pytest.mark.parametrize("case", [(True, 60, 1), (True, None, 0), (False, 60, 0)])
-def test_a_handler_that_writes_and_sends_is_warned_once(broker, cache, caplog, case):
-    sends, remember_completed, warnings = case
+def writes_and_sends(message, context):
+    context.transaction.execute(text("INSERT INTO effects VALUES ('x')"))
+    message.send("next", "é", {"content-type": "text/plain"})
+    message.send("next", b"\xff\x00")
+
+
+def sent(broker, destination="next"):
+    return [(copy.headers["retrykit-id"], copy.body) for copy in broker.at(destination).messages()]
+
+
+def marks(cache):
+    return [stored.snapshot for _, stored in cache.items() if stored.snapshot.get("completed_at")]
+
+
+@pytest.mark.parametrize("fate", ["done", "undone"])
+def test_what_a_handler_sends_is_there_once_and_its_rows_too_when_the_brokers_commit_is_in_doubt(broker, cache, fate):
+    broker.publish("x")
+    broker.doubt_next_commit(fate)
+    container = consume(broker, cache, writes_and_sends, remember_completed=60)
+    assert effects(cache) == 1
+    assert [body for _, body in sent(broker)] == ["é".encode(), b"\xff\x00"]
+    assert container.counters.duplicates == (1 if fate == "undone" else 0)
+    # What may not have been sent is kept until it has been.
+    (mark,) = marks(cache)
+    assert len(mark.get("outbox", ())) == (2 if fate == "done" else 0)
+
+
+def test_what_was_sent_is_kept_no_longer_when_the_whole_transaction_is_confirmed(broker, cache):
+    broker.publish("x")
+    consume(broker, cache, writes_and_sends, remember_completed=60)
+    (mark,) = marks(cache)
+    assert "outbox" not in mark
+    assert len(sent(broker)) == 2
+
+
+def test_sends_of_an_attempt_that_fails_are_neither_sent_nor_kept(broker, cache):
+    calls = []
 
     def handler(message, context):
-        context.transaction.execute(text("INSERT INTO effects VALUES ('x')"))
-        return Republish("next") if sends else None
-
-    for _ in range(3):
-        broker.publish("x")
-    consume(broker, cache, handler, remember_completed=remember_completed, concurrency=2)
-    assert effects(cache) == 3
-    told = [record for record in caplog.records if "it runs again" in record.getMessage()]
-    assert len(told) == warnings
-
-
-def test_what_a_handler_sends_is_there_once_after_a_doubt_and_its_rows_are_written_again(broker, cache):
-    def handler(message, context):
-        context.transaction.execute(text("INSERT INTO effects VALUES ('x')"))
-        return Republish("next")
+        calls.append(1)
+        message.send("next", f"attempt {len(calls)}")
+        if len(calls) < 3:
+            raise ConnectionError("not yet")
 
     broker.publish("x")
     broker.doubt_next_commit("undone")
     consume(broker, cache, handler, remember_completed=60)
-    assert (effects(cache), len(broker.at("next").messages())) == (2, 1)
+    assert [body for _, body in sent(broker)] == [b"attempt 3"]
+
+
+@pytest.mark.parametrize("remember_completed", [60, None])
+def test_ids_of_what_is_sent_are_the_same_when_it_is_sent_again_and_differ_otherwise(broker, cache, remember_completed):
+    seen = []
+
+    def handler(message, context):
+        writes_and_sends(message, context)
+        seen.append(message.id)
+
+    for text_ in ("x", "y"):
+        broker.publish(text_, id=text_)
+    broker.doubt_next_commit("undone")
+    consume(broker, cache, handler, remember_completed=remember_completed)
+    ids = [identity for identity, _ in sent(broker)]
+    assert len(ids) == len(set(ids)) == 4
+    assert len(seen) == (2 if remember_completed else 3)
+
+
+def test_parked_copy_is_sent_again_when_only_the_database_committed(broker, cache):
+    def handler(message):
+        raise ValueError("poison")
+
+    broker.publish("x", id="m-1")
+    broker.doubt_next_commit("undone")
+    consume(broker, cache, handler, recover=park("parked"), remember_completed=60)
+    assert sent(broker, "parked") == [("m-1", b"x")]
+
+
+def test_reply_goes_where_the_message_says_with_its_correlation(broker, cache):
+    broker.publish("question", {"reply-to": "answers", "correlation-id": "c-1"})
+    consume(broker, cache, lambda message: message.reply("answer", {"x": "1"}))
+    (answer,) = broker.at("answers").messages()
+    assert (answer.text, answer.headers["correlation-id"], answer.headers["x"]) == ("answer", "c-1", "1")
+
+
+def test_message_can_send_only_while_it_is_handled(broker, cache):
+    with pytest.raises(RuntimeError, match="handled"):
+        Message(destination="orders").send("next", "x")
+    with pytest.raises(ValueError, match="reply-to"):
+        Message(destination="orders").reply("x")
 
 
 @pytest.mark.parametrize("kind", ["session class", "sessionmaker", "connection", "scoped"])
