@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import attrs
@@ -67,12 +68,16 @@ class StoreClock:
     The truth lies between the two: each observation narrows the interval in which the distance of the two clocks must
     be (Marzullo's rule), and asking for the time costs no I/O. An observation that contradicts what is known (the
     store's clock was set, ours drifted or slept) replaces it. Safe to use from any thread.
+
+    `ask`: asks the store and tells what it said (`observe`), for who needs the time before anything else was asked; a
+    cache whose verbs are coroutines has none.
     """
 
-    __slots__ = ("_distance",)
+    __slots__ = ("_ask", "_distance")
 
-    def __init__(self) -> None:
+    def __init__(self, ask: Callable[[], object] | None = None) -> None:
         self._distance: tuple[float, float] | None = None
+        self._ask = ask
 
     def __repr__(self) -> str:
         if self._distance is None:
@@ -82,6 +87,12 @@ class StoreClock:
     @property
     def known(self) -> bool:
         """Whether the store's time has been observed at all."""
+        return self._distance is not None
+
+    def become_known(self) -> bool:
+        """Ask the store, if it was never observed and can be asked. Whether its time is known now."""
+        if self._distance is None and self._ask is not None:
+            self._ask()
         return self._distance is not None
 
     def observe(self, sent: float, at: float, received: float) -> None:

@@ -150,7 +150,7 @@ class _Template(Value):
         Leases and due times are compared with it, so that machines whose clocks disagree agree about them.
         """
         store_clock = getattr(self.context_cache, "store_clock", None)
-        return (self.clock if store_clock is None or not store_clock.known else store_clock).time()
+        return (self.clock if store_clock is None or not store_clock.become_known() else store_clock).time()
 
     def _now(self) -> float:
         try:

@@ -77,6 +77,24 @@ def test_template_takes_the_time_of_the_store_and_falls_back_to_its_own():
     assert abs(attrs.evolve(template, context_cache=MapRetryContextCache()).time() - time.time()) < 60
 
 
+def test_store_that_can_be_asked_is_asked_once_before_anything_else_was():
+    asked = []
+
+    def ask():
+        asked.append(1)
+        now = time.monotonic()
+        clock.observe(now, time.time() + AHEAD, time.monotonic())
+
+    cache = MapRetryContextCache()
+    cache.store_clock = clock = StoreClock(ask)
+    template = RetryTemplate(name="orders", context_cache=cache)
+    fences = []
+    for _ in range(2):
+        template.execute(lambda context: fences.append(context.fence), state=RetryState(key="m-1", redelivered=False))
+    assert asked == [1]
+    assert min(fences) > (time.time() + AHEAD - 60) * 1_000_000
+
+
 def test_histories_carry_the_time_of_the_store():
     cache = SharedCache()
     template = RetryTemplate(name="orders", context_cache=cache)
