@@ -28,6 +28,7 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 # Each group is in a module of its own, which is imported when it is needed.
 GROUPS: Final = {
     "contexts": "retrykit.cli.contexts",
+    "db": "retrykit.cli.db",
     "parked": "retrykit.cli.parked",
 }
 
