@@ -80,7 +80,8 @@ def _from_url(url: str, *, asynchronous: bool) -> Any:
         # Made and thrown away unconnected: an option that no connection knows is refused now, not at the first use.
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, NameError, exceptions.RedisError):
+        # NameError: what some versions of redis-py meet when the protocol is no number.
         raise ValueError(
             "client: redis-py cannot read the URL: "
             "its port and database must be numbers, special characters of a password are written as %XX, "
