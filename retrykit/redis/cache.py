@@ -41,9 +41,9 @@ class RedisRetryContextCache:
     """Histories in Redis (7 or later) or Valkey; each verb is one script and one round trip.
 
     `client`: a `redis.Redis` or `redis.RedisCluster`, on which nothing is changed, or a URL (`redis://`, `rediss://`,
-    `unix://`), for which one is made that `close()` ends. A client of `redis.asyncio` gives an
-    `AsyncRedisRetryContextCache`. `prefix`: caches with the same prefix share their histories; all that they store has
-    names that begin with `{prefix}:`, which keeps it in one slot of a cluster.
+    `unix://`, `valkey://`, `valkeys://`), for which one is made that `close()` ends. A client of `redis.asyncio` gives
+    an `AsyncRedisRetryContextCache`. `prefix`: caches with the same prefix share their histories; all that they store
+    has names that begin with `{prefix}:`, which keeps it in one slot of a cluster.
 
     `capacity`: how many histories are kept (exact, for all who share the prefix; completion marks do not count); None:
     no limit. A known key is always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or

@@ -28,7 +28,7 @@ logger = logging.getLogger("retrykit.redis")
 TIMEOUT: Final = 5.0
 """Seconds that a client made from a URL waits for a connection, and for an answer, unless the URL says otherwise."""
 
-SCHEMES: Final = ("redis://", "rediss://", "unix://")
+SCHEMES: Final = ("redis://", "rediss://", "unix://", "valkey://", "valkeys://")
 FAULTS: Final = (exceptions.RedisError, OSError)
 BACK_OFF: Final = ExponentialBackOffPolicy(initial=0.01, max_interval=0.5, jitter="equal")
 
@@ -73,6 +73,8 @@ def _from_url(url: str, *, asynchronous: bool) -> Any:
     # Neither the URL nor what redis-py says about it: the password may be in both.
     if not url.startswith(SCHEMES):
         raise ValueError(f"client: must be a client of redis-py or a URL that begins with {', '.join(SCHEMES)}")
+    # redis-py speaks with Valkey, and does not know it by name.
+    url = url.replace("valkey", "redis", 1) if url.startswith("valkey") else url
     kind = redis.asyncio.Redis if asynchronous else redis.Redis
     retry = (AsyncRetry if asynchronous else Retry)(NoBackoff(), 0)
     try:

@@ -384,6 +384,7 @@ def test_repr_shows_where_and_how_and_no_password(redis_server, client):
     assert repr(AsyncRedisRetryContextCache(url, prefix="p", capacity=5)) == f"AsyncRedisRetryContextCache{shown}"
     assert "unix:///run/redis.sock?db=2" in repr(RedisRetryContextCache("unix://:pw@/run/redis.sock?db=2"))
     assert "'rediss://example.org:6379/0'" in repr(RedisRetryContextCache("rediss://me:pw@example.org?client_name=x"))
+    assert "'rediss://example.org:6379/0'" in repr(RedisRetryContextCache("valkeys://me:valkey@example.org"))
     assert f"redis://127.0.0.1:{redis_server.port}/" in repr(RedisRetryContextCache(client))
 
 
