@@ -19,9 +19,11 @@ from sybil.document import Document
 from sybil.example import SybilFailure
 from sybil.parsers.myst import PythonCodeBlockParser, SkipParser
 
+from tests.docs.console import ConsoleBlockParser
+
 ROOT = Path(__file__).parent
 DOCS = ROOT / "docs"
-SYBIL = Sybil([PythonCodeBlockParser(), SkipParser()])
+SYBIL = Sybil([PythonCodeBlockParser(), ConsoleBlockParser(), SkipParser()])
 
 
 def pytest_collect_file(file_path: Path, parent: pytest.Collector) -> pytest.Collector | None:

@@ -16,15 +16,15 @@ from retrykit.key import Key
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-store_option = click.option(
-    "--store",
-    "url",
-    required=True,
-    envvar="RETRYKIT_STORE",
-    show_envvar=True,
-    metavar="URL",
-    help="Where the histories are: sqlite:///FILE, postgresql://…, mariadb://…, redis://….",
-)
+
+def _store_option(words: str) -> Callable[[F], F]:
+    return click.option(
+        "--store", "url", required=True, envvar="RETRYKIT_STORE", show_envvar=True, metavar="URL", help=words
+    )
+
+
+store_option = _store_option("Where the histories are: sqlite:///FILE, postgresql://…, mariadb://…, redis://….")
+database_option = _store_option("The database: sqlite:///FILE, postgresql://…, mariadb://….")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import attrs
 import click
 
-from retrykit.cli.options import F, json_option, pages, since_until, store_option, together, told, use, yes_option
+from retrykit.cli.options import F, database_option, json_option, pages, since_until, together, told, use, yes_option
 from retrykit.cli.screen import Cell, Screen, confirm, say_json
 from retrykit.cli.stores import Store, opened
 from retrykit.cli.words import safe, shown_body
@@ -86,7 +86,7 @@ def _open(url: str) -> Iterator[Store]:
 
 
 @parked.command("list")
-@store_option
+@database_option
 @filters
 @pages("ID")
 @json_option
@@ -134,7 +134,7 @@ def _row(item: ParkedItem) -> tuple[Cell, ...]:
 
 
 @parked.command()
-@store_option
+@database_option
 @click.argument("number", type=click.IntRange(1), metavar="ID")
 @json_option
 @click.option(
@@ -225,7 +225,7 @@ def _counted(ids: Sequence[int]) -> str:
 
 
 @parked.command()
-@store_option
+@database_option
 @chosen
 @click.option(
     "--broker",
@@ -310,7 +310,7 @@ def _send(requeuer: Requeuer, number: int, to: str | None) -> bool:
 
 
 @parked.command()
-@store_option
+@database_option
 @chosen
 @click.option(
     "--export",
