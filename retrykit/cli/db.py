@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -14,10 +13,9 @@ from retrykit.cli.words import safe
 from retrykit.errors import RetryError
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL, Engine
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy import URL
 
-R = TypeVar("R")
+    from retrykit.sql.migrate import Upgrade
 
 _EXTRA: Final = frozenset({"sqlalchemy", "alembic"})
 
@@ -53,12 +51,10 @@ def upgrade(store: str) -> None:
     Exit status: 0 when the tables are as they should be, 1 when that could not be done, 2 for a URL of no such store.
     """
     with _told():
-        from retrykit.sql.engines import engine_of
-        from retrykit.sql.migrate import upgrade_tables
-        from retrykit.sql.schema import shown_url
+        from retrykit.sql.urls import shown_url
 
         url = _url(store)
-        done = _on(url, upgrade_tables, "upgrade", engine_of=engine_of)
+        done = _upgraded(url)
         click.echo(f"{shown_url(url)}: {_what_was_done(done.before, done.after)}")
 
 
@@ -71,11 +67,11 @@ def current(store: str) -> None:
     nobody answers; 2 for a URL of no such store.
     """
     with _told():
-        from retrykit.sql.schema import check_version, shown_url
+        from retrykit.sql.schema import version_at
+        from retrykit.sql.urls import shown_url
 
         url = _url(store)
-        found = _on(url, check_version, "current", engine_of=_as_it_is)
-        click.echo(f"{shown_url(url)}: schema version {found['version']}, as it should be")
+        click.echo(f"{shown_url(url)}: schema version {version_at(url)}, as it should be")
 
 
 @db.command()
@@ -144,29 +140,14 @@ def _url(store: str) -> URL:
     return url
 
 
-def _as_it_is(url: URL) -> Engine | AsyncEngine:
-    """An engine for looking only: no file is made, and none gets another journal."""
-    from sqlalchemy import create_engine
-
-    from retrykit.sql.engines import engine_of
-
-    if url.get_backend_name() != "sqlite":
-        return engine_of(url)
-    name = (url.database or "").removeprefix("file:").partition("?")[0]
-    if not Path(name).is_file():
-        raise click.ClickException(f"there is no file {Path(name).absolute()}")
-    return create_engine(url)
-
-
-def _on(
-    url: URL, work: Callable[[Engine], R], operation: str, *, engine_of: Callable[[URL], Engine | AsyncEngine]
-) -> R:
-    from retrykit.sql.engines import sync_engine_of
+def _upgraded(url: URL) -> Upgrade:
+    from retrykit.sql.engines import engine_of, sync_engine_of
     from retrykit.sql.faults import wording
+    from retrykit.sql.migrate import upgrade_tables
 
     engine = sync_engine_of(engine_of(url))
     try:
-        with wording(f"db {operation}", "", url):
-            return work(engine)
+        with wording("db upgrade", "", url):
+            return upgrade_tables(engine)
     finally:
         engine.dispose()

@@ -8,13 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Final
 
-from sqlalchemy import URL, Connection, Engine, func, select, text
+from sqlalchemy import URL, Connection, Engine, create_engine, func, select, text
 
 from retrykit.errors import ContextCacheError
+from retrykit.sql.engines import engine_of, sync_engine_of
+from retrykit.sql.faults import wording
 from retrykit.sql.sqlite import reading, start_writing
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_schema
+from retrykit.sql.urls import shown_url
 
 # Any number that others are unlikely to choose.
 ADVISORY_LOCK: Final = 8_278_104_729_305_617
@@ -59,6 +63,24 @@ def check_version(bind: Engine | Connection) -> Mapping[str, int]:
     raise ContextCacheError(msg, found=found, expected=SCHEMA_VERSION)
 
 
+def version_at(url: URL) -> int:
+    """The version at a URL, as `check_version` wants it; no file is made for that, and none gets another journal."""
+    engine = _engine_of_file(url) if url.get_backend_name() == "sqlite" else sync_engine_of(engine_of(url))
+    try:
+        with wording("db current", "", url):
+            return check_version(engine)["version"]
+    finally:
+        engine.dispose()
+
+
+def _engine_of_file(url: URL) -> Engine:
+    name = (url.database or "").removeprefix("file:").partition("?")[0]
+    path = Path(name).absolute()
+    if not path.is_file():
+        raise ContextCacheError(f"there is no file {path}")
+    return create_engine(url)
+
+
 def read_schema(bind: Engine | Connection) -> dict[str, int]:
     """The rows of `rk_schema`; none if it is not there."""
     if isinstance(bind, Engine):
@@ -68,11 +90,6 @@ def read_schema(bind: Engine | Connection) -> dict[str, int]:
         return {}
     rows = bind.execute(select(rk_schema.c.name, rk_schema.c.value))
     return {row.name: row.value for row in rows}
-
-
-def shown_url(url: URL) -> str:
-    """The URL without its password, nor the options, some of which are secrets too."""
-    return url.set(query={}).render_as_string(hide_password=True)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from sqlalchemy.pool import NullPool
 from retrykit.cli.commands import retrykit
 from retrykit.sql import SCHEMA_VERSION, SqlRetryContextCache, check_version
 from retrykit.sql.migrate import upgrade_sql
-from retrykit.sql.schema import shown_url
+from retrykit.sql.urls import shown_url
 
 SERVERS = {"postgresql": "asyncpg", "mariadb": "asyncmy"}
 
