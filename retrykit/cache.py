@@ -50,7 +50,8 @@ class RetryContextCache(Protocol):
     `ContextCacheError`. A store that several machines share has an attribute `store_clock`, a
     `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times. One that may
     forget histories by itself (because it is full, or they are old) has an attribute `may_forget` that is true: then a
-    history that is gone is not taken for one that somebody settled.
+    history that is gone is not taken for one that somebody settled. `open_keys(prefix, limit)`, where a store has it,
+    gives the keys of its histories, completion marks left out, or None when there are more.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -228,6 +229,12 @@ class MapRetryContextCache:
             stored = self.load(key)
             if stored is not None:
                 yield key, stored
+
+    def open_keys(self, prefix: str, limit: int) -> list[str] | None:
+        """The keys of histories that begin with the prefix; None when there are more than `limit`."""
+        with self._lock:
+            found = [key for key in self._entries if key.startswith(prefix)]
+        return found if len(found) <= limit else None
 
     def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """Forget completion marks that are over, and histories not touched for `time_to_live`."""

@@ -29,6 +29,8 @@ class Capabilities:
     """A message has the same id at every delivery, without help by its producer."""
     trustworthy_flag: bool = False
     """`redelivered` is true at every delivery but the first; where it is not, the history is always looked up."""
+    flags_while_connected: bool = False
+    """`redelivered` is true at every delivery but the first as long as one connection lives; a restart forgets it."""
     counts_deliveries: bool = False
     """`delivery_count` is known."""
 

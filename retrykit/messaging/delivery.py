@@ -39,6 +39,7 @@ from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import ID, Recoverer
@@ -102,6 +103,7 @@ class Work:
     transaction: Transaction | None
     tally: Tally
     patience: Patience
+    open_keys: OpenKeys = attrs.field(factory=OpenKeys)
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -252,11 +254,17 @@ class _Delivery:
         )
 
     def state(self, key: Any) -> RetryState:
-        trusted = self.session.capabilities.trustworthy_flag and self.work.template.remember_completed is None
-        redelivered = True if self.message.redelivered else (False if trusted else None)
+        redelivered = True if self.message.redelivered else self.first_or_unknown(key)
         return RetryState(
             key=key, redelivered=redelivered, recover_on_redelivery=False, fingerprint=self.message.fingerprint
         )
+
+    def first_or_unknown(self, key: Any) -> bool | None:
+        """False if this surely is the first delivery; None if the history has to be asked."""
+        can, template = self.session.capabilities, self.work.template
+        if can.trustworthy_flag:
+            return False if template.remember_completed is None else None
+        return False if can.flags_while_connected and self.work.open_keys.excludes(template, key) else None
 
     def attempt(self, context: RetryContext) -> Any:
         return self._obey(self.work.call(self._opened(context), context), context, "handler")

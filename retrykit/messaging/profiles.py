@@ -42,7 +42,7 @@ class Profile:
 ACTIVEMQ: Final = Profile(
     name="activemq",
     server="activemq",
-    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True),
+    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True),
     give_back="resubscribe",
     id_header="message-id",
     remedy="ActiveMQ gives every message one; is this an ActiveMQ?",

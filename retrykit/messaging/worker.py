@@ -15,6 +15,7 @@ from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.delivery import TransactionMisuseError, WaitingClock, Work
 from retrykit.messaging.errors import NoStableIdError
+from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
 
@@ -81,8 +82,11 @@ class Worker:
     def _work_in(self, session: Session) -> Work:
         """The work with a template whose pauses end when this session does."""
         template = self.work.template
+        known = open_keys_of(template) if session.capabilities.flags_while_connected else OpenKeys()
         return attrs.evolve(
-            self.work, template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause))
+            self.work,
+            template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause)),
+            open_keys=known,
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:

@@ -60,6 +60,13 @@ class BlockingContextCache:
         while (item := self.run(_next(items, nothing))) is not nothing:
             yield item
 
+    def __getattr__(self, name: str) -> Any:
+        # What a cache may have besides is there if the cache has it.
+        if name != "open_keys":
+            raise AttributeError(name)
+        verb = getattr(self.cache, name)
+        return lambda *arguments: self.run(verb(*arguments))
+
     def close(self) -> None:
         """Close the cache, and end the loop."""
         if self._loop.is_closed():

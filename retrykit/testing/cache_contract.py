@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from retrykit.cache import RetryContextCache
 from retrykit.errors import CacheCapacityError
 
@@ -234,6 +236,17 @@ class ContextCacheContract:
         _saved(cache, "a/2", {"expires_at": 100.0, "completed_at": 1.0}, second)
         assert cache.expire(200.0) == 1
         assert [key for key, _ in cache.items()] == ["a/1"]
+
+    def test_open_keys_are_those_of_histories_if_there_are_not_too_many(self, tmp_path: Path) -> None:
+        cache: Any = self.make_cache(tmp_path)
+        if not hasattr(cache, "open_keys"):
+            pytest.skip("this cache has no open_keys")
+        for key, snapshot in (("a/1", {}), ("a/2", {"completed_at": 1.0}), ("a/3", {"retry_count": 1}), ("b/1", {})):
+            _saved(cache, key, snapshot)
+        _saved(cache, "a@breaker0", {"breaker": {}})
+        assert sorted(cache.open_keys("a/", 2)) == ["a/1", "a/3"]
+        assert cache.open_keys("a/", 1) is None
+        assert cache.open_keys("c/", 1) == []
 
     # -- a full cache
 

@@ -806,6 +806,7 @@ def test_capabilities_claim_nothing_by_themselves():
         atomic_send_and_ack=False,
         stable_ids=False,
         trustworthy_flag=False,
+        flags_while_connected=False,
         counts_deliveries=False,
     )
 

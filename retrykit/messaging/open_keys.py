@@ -1,0 +1,51 @@
+"""Which messages have a history: asked once a connection, so that first deliveries need not be looked up one by one.
+
+A broker's `redelivered` flag is forgotten when the broker starts again, not while a connection lives. So at each new
+connection the keys of the open histories, normally few, are loaded. A message that is neither flagged nor among them
+has no history, unless an attempt on a connection that is gone stores its failure only now: that is counted all the
+same, but may have run beside this delivery's attempt. Where there are more open keys than are worth keeping, or the
+cache cannot tell, every message is looked up.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import Any, Final
+
+import attrs
+
+from retrykit.errors import RetryError
+from retrykit.key import Key, namespace
+from retrykit.template import RetryTemplate
+
+_log = logging.getLogger("retrykit.messaging")
+
+LIMIT: Final = 1_000
+"""So many open histories are loaded at most."""
+
+
+@attrs.frozen
+class OpenKeys:
+    """The keys (canonical texts) that may have a history; None: any may."""
+
+    keys: frozenset[str] | None = None
+
+    def excludes(self, template: RetryTemplate, key: Key) -> bool:
+        """Whether the key surely has no history that was stored before this connection."""
+        return self.keys is not None and template.key_of(key) not in self.keys
+
+
+def open_keys_of(template: RetryTemplate) -> OpenKeys:
+    """Ask the template's cache."""
+    cache: Any = template.context_cache
+    ask = getattr(cache, "open_keys", None)
+    if ask is None:
+        return OpenKeys()
+    try:
+        # Messages have tuples for keys: (destination, id).
+        found: Iterable[str] | None = ask(f"{namespace(template.name)}(", LIMIT)
+    except RetryError as fault:
+        _log.warning("%s: the open histories are not known, so every message is looked up: %s", template.name, fault)
+        return OpenKeys()
+    return OpenKeys(None if found is None else frozenset(found))
