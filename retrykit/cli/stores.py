@@ -103,8 +103,7 @@ def _redis_at(url: str) -> Any:
     options = parse_qsl(query)
     prefix = dict(options).get("prefix", "retrykit")
     others = urlencode([option for option in options if option[0] != "prefix"])
-    place = f"{bare}{'?' if others else ''}{others}".replace("valkey", "redis", 1)
-    return RedisRetryContextCache(place, prefix=prefix, capacity=None)
+    return RedisRetryContextCache(f"{bare}{'?' if others else ''}{others}", prefix=prefix, capacity=None)
 
 
 def _check_file(place: URL) -> None:
