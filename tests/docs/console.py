@@ -12,7 +12,7 @@ from sybil import Document, Region
 from sybil.example import Example
 from sybil.parsers.myst import CodeBlockParser
 
-RUN = ("export RETRYKIT_", "retrykit contexts ", "retrykit parked ")
+RUN = ("export RETRYKIT_", "retrykit contexts ", "retrykit db ", "retrykit parked ")
 # What a terminal shows, without its colors.
 TERMINAL = {"FORCE_COLOR": "1", "TERM": "dumb", "COLUMNS": "120"}
 TIME = re.compile(r"\d\d:\d\d:\d\d \((in )?\d+ \w+( ago)?\)")

@@ -6,6 +6,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -17,6 +18,7 @@ from retrykit.sql import SCHEMA_VERSION, SqlRetryContextCache, check_version
 from retrykit.sql.migrate import upgrade_sql
 from retrykit.sql.urls import shown_url
 
+ROOT = Path(__file__).parents[2]
 SERVERS = {"postgresql": "asyncpg", "mariadb": "asyncmy"}
 
 
@@ -151,6 +153,14 @@ def test_sql_from_or_to_a_version_that_is_not_there_is_refused():
 @pytest.mark.parametrize("place", ["oracle://", "redis://host", "orders.db"])
 def test_sql_for_other_stores_is_refused(place):
     assert "give sqlite://, postgresql:// or mariadb://" in run("sql", "--store", place, status=2)
+
+
+@pytest.mark.parametrize("command", [[], ["upgrade"], ["current"], ["sql"]])
+def test_page_of_the_command_line_shows_what_the_command_says(monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "110")
+    arguments = ["db", *command, "--help"]
+    said = CliRunner().invoke(retrykit, arguments, prog_name="retrykit", terminal_width=110).output
+    assert said.rstrip() in (ROOT / "docs" / "reference" / "cli.md").read_text(encoding="utf-8")
 
 
 # -- what goes wrong
