@@ -459,6 +459,3 @@ def test_settings_that_let_the_server_forget_are_warned_of_once(own_server, open
 
 def test_settings_that_keep_everything_are_no_news(cache, caplog):
     assert settings_of(cache, caplog) == []
-
-
-# As docs/howto/redis.md names them, and SELECT because this database has a number.

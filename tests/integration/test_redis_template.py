@@ -133,29 +133,85 @@ def test_processes_that_get_one_message_make_no_more_attempts_than_allowed_and_r
     assert [line for line in told if line != "attempt"] == ["recovered 10"]
 
 
-def test_another_process_goes_on_where_one_was_killed(url, template):
-    killed = (
-        "import os, signal, sys\n"
-        "from retrykit import RetryState, RetryTemplate, SimpleRetryPolicy\n"
-        "from retrykit.redis import RedisRetryContextCache\n"
-        "template = RetryTemplate(name='orders', context_cache=RedisRetryContextCache(sys.argv[1]))\n"
-        "def work(context):\n"
-        "    if context.attempt == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    raise OSError\n"
-        "for _ in range(2):\n"
-        "    try:\n"
-        "        template.execute(work, state=RetryState(key='m-1', redelivered=True))\n"
-        "    except OSError:\n"
-        "        pass\n"
-    )
+KILLED = """
+import os, signal, sys
+from contextlib import contextmanager
+from retrykit import RetryState, RetryTemplate
+from retrykit.redis import RedisRetryContextCache
+url, step, redelivered = sys.argv[1], sys.argv[2], sys.argv[3] == "again"
+remember = 60 if step == "after the mark" else None
+template = RetryTemplate(name="orders", context_cache=RedisRetryContextCache(url), remember_completed=remember)
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+@contextmanager
+def transaction():
+    yield
+    print("committed", flush=True)
+    if step == "after the commit":
+        die()
+def work(context):
+    if step == "in the second attempt" and context.attempt == 2:
+        die()
+    if step == "in the second attempt":
+        raise OSError("no")
+    print("worked", flush=True)
+for _ in range(2):
+    try:
+        template.execute(work, state=RetryState(key="m-1", redelivered=redelivered), transaction=transaction)
+        die()
+    except OSError:
+        redelivered = True
+"""
+
+
+def killed(url, step, delivery="again"):
+    """A consumer that kills itself at a step; what it has done by then."""
     environment = {**os.environ, "PYTHONPATH": str(Path(retrykit.__file__).parents[1])}
-    ended = subprocess.run([sys.executable, "-c", killed, url], env=environment, timeout=DEADLINE, check=False)
-    assert ended.returncode == -9
+    command = [sys.executable, "-c", KILLED, url, step, delivery]
+    ended = subprocess.run(command, env=environment, timeout=DEADLINE, check=False, capture_output=True, text=True)
+    assert ended.returncode == -9, ended.stderr
+    return ended.stdout.split()
+
+
+def test_another_process_goes_on_where_one_was_killed(url, template):
+    killed(url, "in the second attempt", "first")
     work, recovered = Work(), []
     shared = template()
     assert deliver(shared, work, recover=lambda context: recovered.append(context.retry_count) or "parked") == "parked"
     assert (work.attempts, recovered) == ([3], [3])
+
+
+# What docs/howto/redis.md says of a crash between two steps.
+
+
+def test_crash_between_the_commit_and_the_end_of_the_history_is_a_counted_attempt_and_the_work_runs_again(
+    url, template
+):
+    assert killed(url, "after the commit") == ["worked", "committed"]
+    work = Work(failures=0)
+    assert deliver(template(), work) == "done"
+    assert work.attempts == [2]
+
+
+def test_crash_after_the_commit_of_a_first_delivery_leaves_nothing_and_the_work_runs_again(url, template):
+    assert killed(url, "after the commit", "first") == ["worked", "committed"]
+    work = Work(failures=0)
+    assert deliver(template(), work) == "done"
+    assert work.attempts == [1]
+
+
+def test_crash_after_the_history_ended_leaves_nothing_and_the_work_runs_again(url, template):
+    assert killed(url, "after the end") == ["worked", "committed"]
+    work = Work(failures=0)
+    assert deliver(template(), work) == "done"
+    assert work.attempts == [1]
+
+
+def test_crash_after_the_mark_was_stored_lets_the_next_delivery_be_answered_without_the_work(url, template):
+    assert killed(url, "after the mark") == ["worked", "committed"]
+    work = Work(failures=0)
+    assert deliver(template(remember_completed=60), work) is None
+    assert work.attempts == []
 
 
 def test_failure_is_counted_before_anyone_hears_of_it(template):
