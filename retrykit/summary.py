@@ -81,8 +81,9 @@ class HistorySummary:
     reason of the last decision ("SimpleRetryPolicy: attempt 3 of 3"). `errors` are the last ten failures, a line each,
     oldest first; `last_error` is the last one with its traceback and causes. `next_attempt_at`: when the back-off lets
     the item be tried again. `completed_at` marks an item that is done with, whose duplicates are answered until
-    `expires_at`. `fingerprint` is that of the item's content, `version` the store's. `fault` says why a snapshot cannot
-    be read: then all other facts are missing.
+    `expires_at`; `unsent` is how many messages its handler has sent that no broker is known to have. `fingerprint` is
+    that of the item's content, `version` the store's. `fault` says why a snapshot cannot be read: then all other facts
+    are missing.
     """
 
     canonical_key: str
@@ -108,6 +109,7 @@ class HistorySummary:
     last_error: StoredError | None = None
     running: tuple[RunningAttempt, ...] = ()
     veto: Veto | None = None
+    unsent: int = 0
     attributes: Mapping[str, Any] = attrs.field(factory=dict)
     fault: str | None = None
 
@@ -206,6 +208,7 @@ def _facts(history: History, now: float) -> dict[str, Any]:
         "veto": None if history.veto is None else Veto(reason=history.veto, until=_instant(history.veto_until)),
         "exhausted": history.exhausted,
         "why": history.reason,
+        "unsent": len(history.outbox),
         "running": tuple(RunningAttempt.of(flight, now) for flight in history.in_flight),
     }
 

@@ -155,7 +155,8 @@ def _facts(screen: Screen, summary: HistorySummary) -> Iterator[tuple[str, Cell]
     yield "first failure", summary.first_failed_at
     yield "last failure", summary.last_failed_at
     yield "completed", summary.completed_at
-    yield "may be forgotten", summary.expires_at
+    yield "remembered until", summary.expires_at
+    yield "sent, not confirmed", summary.unsent or None
     for attempt in summary.running:
         yield ("recovering" if attempt.recovery else "running"), _running(screen, attempt)
     if summary.attributes:

@@ -77,12 +77,19 @@ def parked() -> None:
 @contextmanager
 def _open(url: str) -> Iterator[Store]:
     """The store, if it is a SQL database; faults of that one in words."""
+    closed: BrokenPipeError | None = None
     with use(url) as store:
         engine = store.engine
         from retrykit.sql.faults import wording
 
         with wording("parked items", "", engine.url):
-            yield store
+            try:
+                yield store
+            except BrokenPipeError as error:
+                # Whoever reads what this prints has read enough: no fault of the database.
+                closed = error
+    if closed is not None:
+        raise closed
 
 
 @parked.command("list")

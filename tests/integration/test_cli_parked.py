@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -422,3 +424,24 @@ def test_parked_items_are_looked_for_in_sql_databases_only(run, cache, tmp_path)
     found = CliRunner().invoke(retrykit, ["parked", "list", "--store", "redis://localhost:1/0"])
     assert found.exit_code == 2
     assert "parked items are kept in a SQL database" in found.stderr
+
+
+def test_nobody_needs_to_read_to_the_end(cache, url):
+    with Session(cache.engine) as session, session.begin():
+        for _ in range(2_000):
+            park_in(session, b"", name="orders", reason="a reason that fills the pipe " * 10, attempts=3)
+    command = f"{sys.executable} -m retrykit.cli parked list --limit 2000 --store {url} | head -1"
+    found = subprocess.run(command, shell=True, capture_output=True, text=True, check=False)  # noqa: S602 - a pipe is the point
+    assert found.stdout.startswith("id\tname\t")
+    assert "Error" not in found.stderr
+
+
+def test_items_that_cannot_be_written_first_are_not_discarded(run, cache, tmp_path, monkeypatch):
+    def full(_number):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    park(cache)
+    monkeypatch.setattr(os, "fsync", full)
+    told = run("discard", "--all", "--yes", "--export", str(tmp_path / "discarded"), status=1).stderr
+    assert "No space left on device" in told
+    assert numbers(cache) == [1]

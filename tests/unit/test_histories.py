@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 
 import attrs
@@ -11,8 +12,8 @@ import pytest
 
 from retrykit import CodecError, MapRetryContextCache, RetryState, RetryTemplate, SimpleRetryPolicy
 from retrykit.backoff import FixedBackOffPolicy
-from retrykit.clock import StoreClock
-from retrykit.errors import ExhaustedRetryError, TerminatedRetryError
+from retrykit.clock import StoreClock, SystemClock
+from retrykit.errors import ExhaustedRetryError, RetryError, TerminatedRetryError
 from retrykit.histories import AsyncHistories, Histories, HistoryFilter, Pruned
 from retrykit.owner import begin, end
 from retrykit.summary import HistorySummary
@@ -445,6 +446,44 @@ def test_no_failure_that_is_counted_meanwhile_is_lost(way, clock):
     cache.others = [lambda: template.veto("m-1", "yes")]
     assert histories.withdraw_veto("orders/m-1") is None
     assert cache.load("orders/m-1") is None
+
+
+@pytest.mark.parametrize("way", [Histories, Blocking])
+def test_vetoes_and_failures_of_many_threads_are_all_counted(way, cache):
+    template = RetryTemplate(name="orders", context_cache=cache, retry_policy=SimpleRetryPolicy(max_attempts=10_000))
+    histories, ran = way(cache, SystemClock()), []
+
+    def callback(context):
+        ran.append(context.attempt)
+        raise ConnectionResetError("hung up")
+
+    def deliver():
+        for _ in range(20):
+            with pytest.raises((ConnectionResetError, RetryError)):
+                template.execute(callback, state=RetryState(key="m-1", redelivered=True))
+
+    def operate():
+        for _ in range(20):
+            histories.veto(("orders", "m-1"), "no")
+            histories.withdraw_veto(("orders", "m-1"))
+
+    with ThreadPoolExecutor(6) as threads:
+        for work in [threads.submit(run) for run in (deliver, deliver, deliver, deliver, operate, operate)]:
+            work.result(120)
+    deliver()
+    found = histories.get("orders/m-1")
+    assert (found.retry_count, found.veto, found.running) == (len(ran), None, ())
+
+
+def test_what_a_handler_has_sent_is_counted_until_it_is_known_to_be_sent(histories, cache):
+    facts = {"format": 1, "name": "orders", "key": "m-1", "retry_count": 0, "completed_at": EPOCH}
+    cache.save("orders/m-1", facts | {"outbox": [{}, {}]}, None)
+    assert histories.get("orders/m-1").unsent == 2
+    histories.sent("orders/m-1")
+    assert (histories.get("orders/m-1").unsent, histories.get("orders/m-1").state) == (0, "completed")
+    version = cache.load("orders/m-1").version
+    histories.sent("orders/m-1")
+    assert cache.load("orders/m-1").version == version
 
 
 # -- forgetting
