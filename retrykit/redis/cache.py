@@ -63,9 +63,9 @@ class RedisRetryContextCache:
 
     _asynchronous: ClassVar[bool] = False
 
-    def __new__(cls, client: Client | AsyncClient | str, **_options: Any) -> Self:  # noqa: D102 - as `__init__`
-        # An asynchronous client decides, not the name that was called.
-        kind: Any = AsyncRedisRetryContextCache if is_async(client) else cls
+    def __new__(cls, client: Client | AsyncClient | str, **options: Any) -> Self:  # noqa: ARG004 - they are __init__'s
+        """One of the kind that the client is."""
+        kind: Any = AsyncRedisRetryContextCache if cls is RedisRetryContextCache and is_async(client) else cls
         return object.__new__(kind)  # type: ignore[no-any-return] # of this class, or of the one below
 
     def __init__(
@@ -93,7 +93,7 @@ class RedisRetryContextCache:
         self._client = client_of(client, asynchronous=self._asynchronous)
         self._execute = self._client.execute_command
         self._address = address_of(self._client)
-        self.store_clock = StoreClock() if clock is None else None
+        self.store_clock = None if clock is not None else StoreClock(None if self._asynchronous else self._ask_for_time)
         self._looked = False
         self._patient: Any = self._template()
 
@@ -106,9 +106,9 @@ class RedisRetryContextCache:
         return self._client
 
     @property
-    def on_full(self) -> OnFull:
-        """What happens to a new history when there is no room."""
-        return self._requests.on_full
+    def may_forget(self) -> bool:
+        """Redis may: it restarts, fails over, throws away. So what is gone is not taken for settled by somebody."""
+        return True
 
     def load(self, key: str) -> StoredContext | None:
         """The snapshot of a key and its version; None if there is none."""
@@ -147,6 +147,20 @@ class RedisRetryContextCache:
             total += dropped
             if dropped < CHUNK or total == limit:
                 return total
+
+    def open_keys(self, prefix: str, limit: int) -> list[str] | None:
+        """The keys of histories that begin with the prefix, completion marks left out; None if there are too many.
+
+        Too many are more than `limit`, or so many histories of others that looking through them would take long.
+        """
+        return self._send(self._requests.open_keys(prefix, limit))
+
+    def open(self) -> None:
+        """Ask the server for its time: a program that begins with this learns at once whether there is a server.
+
+        A program need not: nothing is sent before the first verb.
+        """
+        self._send(self._requests.time())
 
     def close(self) -> None:
         """Close the connections, if the client was made from a URL."""
@@ -187,6 +201,14 @@ class RedisRetryContextCache:
             answer = self._execute("EVAL", request.script.text, *request.arguments, **_RAW)
         self._observe(sent, answer)
         return answer
+
+    def _ask_for_time(self) -> None:
+        # Without patience: whoever needs it goes on without.
+        request = self._requests.time()
+        try:
+            self._ask(request)
+        except FAULTS as error:
+            raise worded(request.operation, request.key, error) from error
 
     def _observe(self, sent: float, answer: Any) -> None:
         if self.store_clock is not None:
@@ -248,6 +270,17 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
             total += dropped
             if dropped < CHUNK or total == limit:
                 return total
+
+    async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override] # as in `load`
+        """As `RedisRetryContextCache.open_keys`."""
+        return await self._send(self._requests.open_keys(prefix, limit))
+
+    async def open(self) -> None:  # type: ignore[override] # as in `load`
+        """Ask the server for its time, so that it is known before the first attempt: to be awaited at the start.
+
+        Else the fence of an attempt before which nothing was asked of Redis goes by this machine's clock.
+        """
+        await self._send(self._requests.time())
 
     async def close(self) -> None:  # type: ignore[override] # as in `load`
         """Close the connections, if the client was made from a URL."""

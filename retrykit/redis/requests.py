@@ -19,7 +19,7 @@ from retrykit.cache import StoredContext
 from retrykit.check import is_finite, seconds, wrong_type, wrong_value
 from retrykit.clock import Clock
 from retrykit.errors import CacheCapacityError, CodecError
-from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, PAGE, REMOVE, SAVE, Script
+from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, OPEN, PAGE, REMOVE, SAVE, Script
 from retrykit.value import Value
 
 logger = logging.getLogger("retrykit.redis")
@@ -179,6 +179,15 @@ class Requests(Value):
         values = (CHUNK if limit is None else max(0, min(limit, CHUNK)), given)
         return Request("expire", "", EXPIRE, (3, *self._indexes, *values), _number_of)
 
+    def open_keys(self, prefix: str, limit: int) -> Request[list[str] | None]:
+        """The keys of histories, if there are not too many."""
+        given = (_encoded("open_keys", prefix), limit)
+        return Request("open_keys", prefix, OPEN, (1, self._indexes[1], *given), _keys_of)
+
+    def time(self) -> Request[None]:
+        """Nothing but the server's time, which every answer has."""
+        return Request("open", "", EXPIRE, (3, *self._indexes, 0, b""), _nothing)
+
     def over(self, request: Request[Any]) -> None:
         """Nothing more is going to be sent for this request."""
         if request.writer is not None:
@@ -302,6 +311,14 @@ def _is_done(answer: bytes) -> bool:
 
 def _number_of(answer: bytes) -> int:
     return int(answer[MOMENT:])
+
+
+def _nothing(_answer: bytes) -> None:
+    return None
+
+
+def _keys_of(answer: Any) -> list[str] | None:
+    return [key.decode() for key in answer[1]] if type(answer) is list else None
 
 
 def _page(answer: Any) -> Page:

@@ -33,6 +33,9 @@ from retrykit.value import Value
 CHUNK: Final = 1_000
 """So many snapshots at most are dropped by one script: it holds up the server for a millisecond or two."""
 
+MANY: Final = 10_000
+"""So many histories are always looked through for those of one template: it takes the server two milliseconds."""
+
 RECEIPTS: Final = 300
 """For so many seconds the receipt of a writer that writes no more is kept; its last write may arrive again so late."""
 
@@ -80,7 +83,9 @@ class Script(Value):
 
 
 def _script(*parts: str) -> Script:
-    text = "".join(parts).replace("CHUNK", str(CHUNK)).replace("RECEIPTS", str(RECEIPTS))
+    text = "".join(parts)
+    for name, number in (("CHUNK", CHUNK), ("MANY", MANY), ("RECEIPTS", RECEIPTS)):
+        text = text.replace(name, str(number))
     encoded = text.strip().encode()
     # Not for security: it is what Redis calls a script.
     return Script(encoded, sha1(encoded, usedforsecurity=False).hexdigest().encode())
@@ -224,5 +229,27 @@ EXPIRE: Final = _script(
     _SWEEP,
     """
 return now .. sweep(given ~= '' and given or now, limit)
+""",
+)
+
+# The index by time is the one of histories alone: looked through as a whole, unless that is too much.
+OPEN: Final = _script(
+    "local stored = KEYS[1]\n",
+    "local prefix, limit = ARGV[1], tonumber(ARGV[2])",
+    _HEAD,
+    """
+local found = {}
+if redis.call('ZCARD', stored) > math.max(10 * limit, MANY) then
+  return now .. '!'
+end
+for _, name in ipairs(redis.call('ZRANGE', stored, 0, -1)) do
+  if string.sub(name, 1, #prefix) == prefix then
+    found[#found + 1] = name
+  end
+end
+if #found > limit then
+  return now .. '!'
+end
+return {now, found}
 """,
 )

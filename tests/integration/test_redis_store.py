@@ -117,6 +117,29 @@ def test_clock_of_the_server_is_known_after_the_first_answer(cache, client):
     assert abs(cache.store_clock.time() - (seconds + microseconds / 1e6)) < 1
 
 
+def test_server_is_asked_for_its_time_when_that_is_needed_first(cache, url):
+    assert cache.store_clock.become_known()
+
+    async def ask():
+        async with AsyncRedisRetryContextCache(url) as shared:
+            assert not shared.store_clock.become_known(), "it would have to be awaited"
+            await shared.open()
+            return shared.store_clock.known
+
+    assert asyncio.run(ask())
+
+
+def test_opening_tells_at_once_whether_there_is_a_server(cache):
+    assert cache.open() is None
+    with (
+        RedisRetryContextCache(f"redis://127.0.0.1:{free_port()}", patience=0) as absent,
+        pytest.raises(ContextCacheError, match="context cache: open failed: ConnectionError"),
+    ):
+        absent.open()
+    with pytest.raises(ContextCacheError, match="context cache: open failed: ConnectionError"):
+        absent.store_clock.become_known()
+
+
 def test_clock_that_is_given_decides_instead(opened):
     class Clock(retrykit.SystemClock):
         def time(self):
@@ -229,6 +252,15 @@ def test_expire_and_items_go_through_more_than_one_page(cache):
     assert cache.expire(5e9, 1_500) == 1_500
     assert cache.expire(5e9) == 600
     assert keys(cache) == []
+
+
+def test_open_keys_are_not_looked_for_among_too_many_others(cache, client):
+    cache.save("a/1", {}, None)
+    client.zadd("{retrykit}:stored", {f"b/{number}": number for number in range(9_999)})
+    assert cache.open_keys("a/", 10) == ["a/1"]
+    client.zadd("{retrykit}:stored", {"b/9999": 1})
+    assert cache.open_keys("a/", 10) is None
+    assert cache.open_keys("a/", 1_001) == ["a/1"]
 
 
 def test_nothing_is_left_of_what_was_removed(cache, client):
@@ -417,6 +449,7 @@ def test_client_that_was_given_stays_open(client):
 def test_it_is_a_context_cache_that_joins_no_transaction(cache):
     assert isinstance(cache, RetryContextCache)
     assert not hasattr(cache, "joined")
+    assert cache.may_forget
 
 
 class ServerAtASocket(RedisServer):
