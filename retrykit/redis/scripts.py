@@ -34,7 +34,7 @@ CHUNK: Final = 1_000
 """So many snapshots at most are dropped by one script: it holds up the server for a millisecond or two."""
 
 MANY: Final = 10_000
-"""So many histories are always looked through for those of one template: it takes the server two milliseconds."""
+"""So many histories are always looked through for those of one template: it takes the server some milliseconds."""
 
 RECEIPTS: Final = 300
 """For so many seconds the receipt of a writer that writes no more is kept; its last write may arrive again so late."""
