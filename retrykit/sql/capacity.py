@@ -17,8 +17,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Final, Literal
 
-from sqlalchemy import Connection, Executable
+from sqlalchemy import Connection
 
+from retrykit.sql.prepared import Prepared
 from retrykit.sql.statements import COUNTER, HISTORIES, INSERT_IF_ROOM
 
 OnFull = Literal["reject", "evict_oldest"]
@@ -34,7 +35,7 @@ class Room(ABC):
         self.capacity = capacity
 
     @abstractmethod
-    def insert(self, connection: Connection, statement: Executable, row: Mapping[str, Any]) -> Any:
+    def insert(self, connection: Connection, statement: Prepared, row: Mapping[str, Any]) -> Any:
         """Insert a history. The row that came of it; None if there is no place for it, or the key is there already."""
 
     @abstractmethod
@@ -62,13 +63,13 @@ class Room(ABC):
 class CountedByTheDatabase(Room):
     """SQLite: exact, for any number of processes."""
 
-    def insert(self, connection: Connection, statement: Executable, row: Mapping[str, Any]) -> Any:
+    def insert(self, connection: Connection, statement: Prepared, row: Mapping[str, Any]) -> Any:
         """Insert a history if there is room, in one statement."""
-        return connection.execute(INSERT_IF_ROOM, {**row, "capacity": self.capacity}).first()
+        return INSERT_IF_ROOM.on(connection, {**row, "capacity": self.capacity}).first()
 
     def surplus(self, connection: Connection) -> int:
         """By the counter."""
-        return (connection.scalar(COUNTER) or 0) - (self.capacity or 0) + 1
+        return (COUNTER.on(connection, {}).scalar() or 0) - (self.capacity or 0) + 1
 
     def freed(self, histories: int) -> None:
         """The triggers see that."""
@@ -105,13 +106,13 @@ class CountedByTheProcess(Room):
         self._inserted = 0
         self._counted_at = 0.0
 
-    def insert(self, connection: Connection, statement: Executable, row: Mapping[str, Any]) -> Any:
+    def insert(self, connection: Connection, statement: Prepared, row: Mapping[str, Any]) -> Any:
         """Reserve a place, insert, and give the place back if it was not needed."""
         if not self._reserve(connection):
             return None
         made = None
         try:
-            made = connection.execute(statement, row).first()
+            made = statement.on(connection, row).first()
             made = made if made is not None and made.token == row["token"] else None
         finally:
             self._settle(used=made is not None)
@@ -170,7 +171,7 @@ class CountedByTheProcess(Room):
             self._unsure = False
             pending, begun = self._pending, self._begun
             self._inserted, self._counted_at = 0, time.monotonic()
-        counted = int(connection.scalar(HISTORIES) or 0)
+        counted = int(HISTORIES.on(connection, {}).scalar_one())
         with self._lock:
             # Of inserts that overlap the count nobody knows whether they are in it: the account knows them all.
             overlapping = pending + self._begun - begun

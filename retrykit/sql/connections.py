@@ -20,7 +20,7 @@ from sqlalchemy.util import await_only
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql.dialects import Database
-from retrykit.sql.sqlite import in_transaction, reading, start_writing
+from retrykit.sql.sqlite import in_transaction, needs_no_begin, reading, start_writing
 
 Opener = Callable[[], AbstractContextManager[Connection]]
 
@@ -61,7 +61,8 @@ def _of_sqlite(engine: Engine, *, in_loop: bool) -> Connections:
             yield connection
 
     if not isinstance(engine.pool, StaticPool):
-        return Connections(reading=reader.connect, single=writing, several=writing)
+        single = reader.connect if needs_no_begin(engine) else writing
+        return Connections(reading=reader.connect, single=single, several=writing)
     read, write = _taken_in_turn(engine, reader.connect, in_loop), _taken_in_turn(engine, writing, in_loop)
     return Connections(reading=read, single=write, several=write)
 

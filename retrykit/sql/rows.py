@@ -40,6 +40,9 @@ from retrykit.sql.tables import MAX_KEY
 
 logger = logging.getLogger("retrykit.sql")
 
+_encode: Final = json.JSONEncoder(ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode
+_decode: Final = json.JSONDecoder().raw_decode
+
 REVISIONS: Final = 2**24
 MAX_ID: Final = 2**62
 PAGE: Final = 500
@@ -81,7 +84,8 @@ class ContextRows:
     def load(self, connection: Connection, key: str) -> StoredContext | None:
         """The snapshot and its version."""
         sent = time.monotonic()
-        row = connection.execute(self.sql.load_joined if self.within else self.sql.load, {"the_key": key}).first()
+        statement = self.sql.load_joined if self.within else self.sql.load
+        row = statement.on(connection, {"the_key": key}).first()
         if row is None:
             return None
         self._observe(sent, row)
@@ -90,7 +94,7 @@ class ContextRows:
     def page(self, connection: Connection, prefix: str, after: str | None) -> Page:
         """The next snapshots by key, at most `PAGE`; fewer means that these were the last."""
         statement, start = (FIRST_PAGE, prefix) if after is None else (NEXT_PAGE, max(after, prefix))
-        rows = connection.execute(statement, {"start": start, "page": PAGE}).all()
+        rows = statement.on(connection, {"start": start, "page": PAGE}).all()
         # Keys are ordered by code point, so those with the prefix stand together.
         wanted = itertools.takewhile(lambda row: row.context_key.startswith(prefix), rows)
         return [(row.context_key, _stored(row)) for row in wanted]
@@ -139,7 +143,7 @@ class ContextRows:
 
     def _own(self, connection: Connection, row: Row, expected: int | None) -> int | None:
         """The version that is there, if it is of this very save."""
-        found = connection.execute(self.sql.saver, {"the_key": row["context_key"]}).first()
+        found = self.sql.saver.on(connection, {"the_key": row["context_key"]}).first()
         if found is None or found.token != row["token"]:
             return None
         if expected is None and row["completed_at"] is None:
@@ -149,10 +153,11 @@ class ContextRows:
     def _insert(self, connection: Connection, row: Row) -> int | None:
         bounded = self.capacity is not None and row["completed_at"] is None
         made = self._put(connection, row, bounded=bounded)
-        if made is None and bounded and self._is_new(connection, row):
-            made = self._put(connection, row, bounded=True) if self._make_room(connection) else None
-            if made is None and self._is_new(connection, row):
+        while made is None and bounded and self._is_new(connection, row):
+            if not self._make_room(connection):
                 raise CacheCapacityError(capacity=self.capacity, key=row["context_key"])
+            # Somebody else may take the room first: then more has to go.
+            made = self._put(connection, row, bounded=True)
         return None if made is None else int(made.id) * REVISIONS + row["revision"]
 
     def _put(self, connection: Connection, row: Row, *, bounded: bool) -> Any:
@@ -161,7 +166,7 @@ class ContextRows:
         if bounded:
             made = self.room.insert(connection, self.sql.insert, row)
         else:
-            made = connection.execute(self.sql.insert, row).first()
+            made = self.sql.insert.on(connection, row).first()
         if made is None or made.token != row["token"]:
             return None
         if not bounded:
@@ -169,7 +174,7 @@ class ContextRows:
         return made
 
     def _is_new(self, connection: Connection, row: Row) -> bool:
-        return connection.execute(self.sql.saver, {"the_key": row["context_key"]}).first() is None
+        return self.sql.saver.on(connection, {"the_key": row["context_key"]}).first() is None
 
     def _update(self, connection: Connection, row: Row, expected: int) -> int | None:
         which = _which(row["context_key"], expected)
@@ -181,17 +186,16 @@ class ContextRows:
             made = self._begin_anew(connection, row, which)
         else:
             values = {**row, **which, "revision": version % REVISIONS}
-            del values["context_key"]
-            made = version if connection.execute(UPDATE, values).rowcount else None
+            made = version if UPDATE.on(connection, values).rowcount else None
         if made is not None and expected & 1 != parity:
             self._changed(freed=parity == 1)
         return made
 
     def _begin_anew(self, connection: Connection, row: Row, which: Row) -> int | None:
         """The row has used up its revisions: it gets a new id."""
-        if not connection.execute(REMOVE_VERSION, which).rowcount:
+        if not REMOVE_VERSION.on(connection, which).rowcount:
             return None
-        made = connection.execute(self.sql.insert, row).one()
+        made = self.sql.insert.on(connection, row).one()
         return int(made.id) * REVISIONS + int(row["revision"])
 
     # -- what goes
@@ -201,17 +205,17 @@ class ContextRows:
         which = {"the_key": key} if expected is None else _which(key, expected)
         if which is None:
             return False
-        gone = connection.execute(REMOVE if expected is None else REMOVE_VERSION, which).rowcount > 0
+        gone = (REMOVE if expected is None else REMOVE_VERSION).on(connection, which).rowcount > 0
         if gone and expected is None:
             self.room.lost_sight()
         elif gone and expected is not None and expected & 1 == 0:
             self._changed(freed=True)
-        return gone or (again and connection.execute(self.sql.saver, {"the_key": key}).first() is None)
+        return gone or (again and self.sql.saver.on(connection, {"the_key": key}).first() is None)
 
     def expire(self, connection: Connection, now: float, chunk: int) -> int:
         """Drop at most `chunk` snapshots whose time is over; how many."""
         statement = self.sql.expire_joined if self.within else self.sql.expire
-        dropped = connection.execute(statement, {"now": now, "chunk": chunk}).rowcount
+        dropped = statement.on(connection, {"now": now, "chunk": chunk}).rowcount
         if dropped:
             self.room.lost_sight()
         return dropped
@@ -234,7 +238,7 @@ class ContextRows:
         return dropped > 0
 
     def _evict(self, connection: Connection, surplus: int) -> int:
-        keys = connection.execute(self.sql.evict, {"surplus": surplus}).scalars().all()
+        keys = self.sql.evict.on(connection, {"surplus": surplus}).scalars().all()
         for key in keys:
             logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
         self.room.freed(len(keys))
@@ -312,7 +316,7 @@ def _stored(row: Any) -> StoredContext:
 def _encoded(key: str, snapshot: Mapping[str, Any]) -> str:
     try:
         # Escapes keep what databases refuse in text (lone surrogates, NUL) out of it.
-        return json.dumps(snapshot, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+        return _encode(snapshot)
     except (TypeError, ValueError, RecursionError) as error:
         msg = f"the snapshot of {key!r} cannot be kept as JSON: {error}"
         raise CodecError(msg, reason=str(error), key=key) from error
@@ -320,9 +324,11 @@ def _encoded(key: str, snapshot: Mapping[str, Any]) -> str:
 
 def _decoded(text: str) -> dict[str, Any]:
     try:
-        snapshot = json.loads(text)
+        snapshot, end = _decode(text)
     except ValueError as error:
         raise CodecError(reason=f"the stored snapshot is no JSON: {error}") from error
+    if end != len(text):
+        raise CodecError(reason=f"the stored snapshot is no JSON: it goes on behind character {end}")
     if not isinstance(snapshot, dict):
         raise CodecError(reason=f"the stored snapshot is no JSON object but {type(snapshot).__name__}")
     return snapshot

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal
 from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary, WeakSet
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event
+from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
 
@@ -27,6 +27,7 @@ BEGIN: Final = "retrykit_begin"
 _MODES: Final = ("IMMEDIATE", "DEFERRED", "EXCLUSIVE", None)
 _SYNCHRONOUS: Final = {"power": "FULL", "process": "NORMAL"}
 
+_ours: WeakSet[Dialect] = WeakSet()
 _watched: WeakSet[Pool] = WeakSet()
 _files: WeakKeyDictionary[Pool, str] = WeakKeyDictionary()
 
@@ -85,6 +86,7 @@ def _made(  # noqa: PLR0917 - the options of both kinds, in their order
     made = _created(create, place, options)
     engine = made if isinstance(made, Engine) else made.sync_engine
     _take_over(engine, wal=not is_in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
+    _ours.add(engine.dialect)
     undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
     return made
@@ -164,6 +166,11 @@ def in_transaction(connection: Any) -> bool:
 def reading(engine: Engine) -> Engine:
     """The same engine for single reads: on one of ours they take no write lock, and no BEGIN at all."""
     return engine.execution_options(**{BEGIN: None})
+
+
+def needs_no_begin(engine: Engine) -> bool:
+    """Whether it is one of ours: without a BEGIN each statement is a transaction, which waits for the lock it needs."""
+    return engine.dialect in _ours
 
 
 def start_writing(connection: Connection) -> None:

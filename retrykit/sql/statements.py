@@ -11,10 +11,11 @@ from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Executable, Integer, bindparam, delete, func, select, update
+from sqlalchemy import Integer, bindparam, delete, func, select, update
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
+from retrykit.sql.prepared import Prepared
 from retrykit.sql.tables import rk_context, rk_schema
 
 _c = rk_context.c
@@ -51,34 +52,34 @@ _page = (
 _counter = select(func.coalesce(func.max(rk_schema.c.value), 0)).where(rk_schema.c.name == "contexts").scalar_subquery()
 
 # SQLite's triggers keep the counter: asking for it is one look at one row, inside the INSERT itself.
-INSERT_IF_ROOM: Final = (
+INSERT_IF_ROOM: Final = Prepared(
     sqlite.insert(rk_context)
     .from_select(NEW, select(*map(_given, NEW)).where(_counter < bindparam("capacity", type_=Integer)))
     .on_conflict_do_nothing(index_elements=[_c.context_key])
     .returning(_c.id, _c.token)
 )
-COUNTER: Final = select(_counter)
+COUNTER: Final = Prepared(select(_counter))
 
-UPDATE: Final = update(rk_context).where(*_is_version).values({name: _given(name) for name in SAVED})
-REMOVE: Final = delete(rk_context).where(_is_key)
-REMOVE_VERSION: Final = delete(rk_context).where(*_is_version)
-HISTORIES: Final = select(func.count()).select_from(rk_context).where(_c.completed_at.is_(None))
+UPDATE: Final = Prepared(update(rk_context).where(*_is_version).values({name: _given(name) for name in SAVED}))
+REMOVE: Final = Prepared(delete(rk_context).where(_is_key))
+REMOVE_VERSION: Final = Prepared(delete(rk_context).where(*_is_version))
+HISTORIES: Final = Prepared(select(func.count()).select_from(rk_context).where(_c.completed_at.is_(None)))
 _saver = select(_c.id, _c.revision, _c.token).where(_is_key)
-FIRST_PAGE: Final = _page.where(_c.context_key >= bindparam("start"))
-NEXT_PAGE: Final = _page.where(_c.context_key > bindparam("start"))
+FIRST_PAGE: Final = Prepared(_page.where(_c.context_key >= bindparam("start")))
+NEXT_PAGE: Final = Prepared(_page.where(_c.context_key > bindparam("start")))
 
 
 @attrs.frozen(kw_only=True, eq=False)
 class Statements:
     """Those that differ between the databases."""
 
-    load: Executable
-    load_joined: Executable
-    saver: Executable
-    insert: Executable
-    expire: Executable
-    expire_joined: Executable
-    evict: Executable
+    load: Prepared
+    load_joined: Prepared
+    saver: Prepared
+    insert: Prepared
+    expire: Prepared
+    expire_joined: Prepared
+    evict: Prepared
 
 
 @cache
@@ -88,12 +89,14 @@ def statements_of(database: Database) -> Statements:
     load = select(_c.id, _c.revision, _c.snapshot, *clock).where(_is_key)
     insert = database.insert_or_nothing({name: _given(name) for name in NEW})
     undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
+    reading_now = (load.with_for_update(), _saver.with_for_update()) if database.reads_the_past else (load, _saver)
+    evict = database.delete_chosen(_oldest).returning(_c.context_key) if database.evict is None else database.evict
     return Statements(
-        load=load,
-        load_joined=load.with_for_update() if database.reads_the_past else load,
-        saver=_saver.with_for_update() if database.reads_the_past else _saver,
-        insert=insert.returning(_c.id, _c.token, *clock),
-        expire=database.delete_chosen(_expired),
-        expire_joined=database.delete_chosen(undisturbed),
-        evict=database.delete_chosen(_oldest).returning(_c.context_key) if database.evict is None else database.evict,
+        load=Prepared(load),
+        load_joined=Prepared(reading_now[0]),
+        saver=Prepared(reading_now[1]),
+        insert=Prepared(insert.returning(_c.id, _c.token, *clock)),
+        expire=Prepared(database.delete_chosen(_expired)),
+        expire_joined=Prepared(database.delete_chosen(undisturbed)),
+        evict=Prepared(evict),
     )
