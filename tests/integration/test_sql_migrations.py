@@ -46,9 +46,8 @@ def url(request, tmp_path):
 
 @pytest.fixture
 def engine(url):
-    engine = create_engine(url, poolclass=NullPool)
-    yield engine
-    engine.dispose()
+    with opened(url) as engine:
+        yield engine
 
 
 @pytest.fixture
@@ -179,7 +178,9 @@ def wanted(request, engine, tmp_path):
 
 @contextmanager
 def opened(url):
-    engine = create_engine(url, poolclass=NullPool)
+    # Patient, however busy the machine is.
+    options = {"connect_args": {"timeout": 60}} if make_url(url).get_backend_name() == "sqlite" else {}
+    engine = create_engine(url, poolclass=NullPool, **options)
     try:
         yield engine
     finally:
@@ -335,8 +336,10 @@ from sqlalchemy import create_engine
 from sqlalchemy.pool import NullPool
 from retrykit.sql import schema as schema_module
 from retrykit.sql.migrate import upgrade_tables
+options = {"connect_args": {"timeout": 60}} if sys.argv[1].startswith("sqlite") else {}
+engine = create_engine(sys.argv[1], poolclass=NullPool, **options)
 print("ready", flush=True)
-print(upgrade_tables(create_engine(sys.argv[1], poolclass=NullPool)).before, flush=True)
+print(upgrade_tables(engine).before, flush=True)
 """
 
 
