@@ -14,7 +14,7 @@ from typing import Any, Final, Literal, Self
 import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
-from retrykit.check import is_callable_or_none, whole, wrong_type
+from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with, refuse_coroutines
@@ -56,6 +56,10 @@ class ListenerContainer:
     commits repeats neither the handler nor loses what it sent. Elsewhere the handler runs again, and sends again under
     the same ids. So does a recovery.
 
+    `journal`: with "redelivered" nothing is stored before the first attempt of a message that has surely not been
+    delivered before; should that attempt kill its process, it is not counted. "always" stores it first, at the price of
+    one write a message. "never" counts neither crashes nor attempts that run at the same time.
+
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
     `with container: container.wait()`, or `container.run()`.
@@ -66,6 +70,9 @@ class ListenerContainer:
     template: RetryTemplate = attrs.field(kw_only=True, validator=_is_template)
     transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
     recover: Recoverer | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    journal: Literal["redelivered", "always", "never"] = attrs.field(
+        default="redelivered", kw_only=True, validator=one_of("redelivered", "always", "never")
+    )
     concurrency: int = attrs.field(default=1, kw_only=True, validator=whole(1))
     reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
     _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
@@ -171,7 +178,8 @@ class ListenerContainer:
 
     def _prepared(self) -> Work:
         call = calls_with(self.handler)
-        return Work(self.template, call, self.recover, self.transaction, self._tally, Patience(self.reconnect))
+        patience = Patience(self.reconnect)
+        return Work(self.template, call, self.recover, self.transaction, self._tally, patience, journal=self.journal)
 
     def _thread(self, work: Work, number: int) -> threading.Thread:
         # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.

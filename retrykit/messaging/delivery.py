@@ -27,7 +27,7 @@ import logging
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
@@ -104,6 +104,7 @@ class Work:
     tally: Tally
     patience: Patience
     open_keys: OpenKeys = attrs.field(factory=OpenKeys)
+    journal: Literal["redelivered", "always", "never"] = "redelivered"
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -256,7 +257,11 @@ class _Delivery:
     def state(self, key: Any) -> RetryState:
         redelivered = True if self.message.redelivered else self.first_or_unknown(key)
         return RetryState(
-            key=key, redelivered=redelivered, recover_on_redelivery=False, fingerprint=self.message.fingerprint
+            key=key,
+            redelivered=redelivered,
+            recover_on_redelivery=False,
+            journal=self.work.journal,
+            fingerprint=self.message.fingerprint,
         )
 
     def first_or_unknown(self, key: Any) -> bool | None:
