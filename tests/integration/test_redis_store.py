@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import redis.asyncio
+import redis.sentinel
 
 import retrykit
 from retrykit.cache import RetryContextCache
@@ -496,7 +497,18 @@ def live_through_everything(cache):
 
 def test_cluster_keeps_everything_in_one_slot(cluster, at_the_end):
     client = at_the_end.enter_context(redis.RedisCluster.from_url(cluster.url()))
-    live_through_everything(RedisRetryContextCache(client, capacity=3, on_full="evict_oldest"))
+    cache = RedisRetryContextCache(client, capacity=3, on_full="evict_oldest")
+    live_through_everything(cache)
+    assert repr(cache).startswith("RedisRetryContextCache('RedisCluster', prefix=")
+
+
+def test_client_that_sentinels_find_is_a_client():
+    client = redis.sentinel.Sentinel([("127.0.0.1", free_port())]).master_for("orders")
+    with RedisRetryContextCache(client, patience=0) as cache:
+        assert "SentinelConnectionPool" in repr(cache)
+        with pytest.raises(ContextCacheError, match="load of 'a/1' failed: MasterNotFoundError"):
+            cache.load("a/1")
+    client.close()
 
 
 def test_cluster_is_used_asynchronously_too(cluster, at_the_end):
@@ -520,6 +532,23 @@ def test_asynchronous_cache_asks_nothing_before_its_first_verb_and_closes_in_its
                 await cache.load("a/1")
 
     asyncio.run(work())
+
+
+def test_asynchronous_cache_goes_through_more_than_one_page_and_is_silent_where_it_may_not_ask(
+    client, redis_server, caplog
+):
+    client.execute_command("ACL SETUSER", "tasks", "reset", "on", ">app", "~*", "+@all", "-config")
+    database = client.get_connection_kwargs()["db"]
+
+    async def work():
+        async with AsyncRedisRetryContextCache(f"redis://tasks:app@127.0.0.1:{redis_server.port}/{database}") as cache:
+            for number in range(1_100):
+                await cache.save(f"mark/{number:04}", MARK | {"expires_at": 4e9}, None)
+            found = [key async for key, _ in cache.items()]
+            return found, await cache.expire(5e9)
+
+    assert asyncio.run(work()) == ([f"mark/{number:04}" for number in range(1_100)], 1_100)
+    assert caplog.messages == []
 
 
 def test_tasks_that_count_on_one_key_at_once_lose_no_count(url, cache):
