@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from sqlalchemy.ext.asyncio import AsyncEngine
+from sqlalchemy import URL
 from sqlalchemy.util import greenlet_spawn
 
 from retrykit.cache import StoredContext
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
+from retrykit.sql.engines import is_async_engine
 from retrykit.sql.rows import PAGE
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
 
@@ -40,6 +44,14 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
             async with self._opening:
                 await greenlet_spawn(self._open)
         return await greenlet_spawn(verb, *arguments)
+
+    async def open(self) -> None:
+        """Look whether the tables are there, and what o'clock it is there: what the first verb does, done before it.
+
+        A program that guards writes of its own with `context.fence` calls this at its start: what counts before the
+        store was asked for anything goes by the machine's own clock.
+        """
+        await self._run(self._open)
 
     @property
     def engine(self) -> AsyncEngine:  # type: ignore[override]
@@ -76,6 +88,10 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
         """Drop what is past its time, as `SqlRetryContextCache.expire`; how many."""
         return await self._run(super().expire, now, limit)
 
+    async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override]
+        """The keys of histories that begin with the prefix, as `SqlRetryContextCache.open_keys`."""
+        return await self._run(super().open_keys, prefix, limit)
+
     async def joined(self, transaction: object) -> AsyncJoinedContextCache | None:  # type: ignore[override]
         """The same verbs inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT.
 
@@ -87,9 +103,9 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
 
     async def close(self) -> None:  # type: ignore[override]
         """Close the idle connections, if the engine was made from a URL."""
-        if not isinstance(self._given, AsyncEngine):
+        if isinstance(self._given, URL | str):
             for engine in (self._engine, self._own):
-                if isinstance(engine, AsyncEngine):
+                if is_async_engine(engine):
                     await engine.dispose()
 
     def __enter__(self) -> Self:

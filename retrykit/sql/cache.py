@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, Literal, Self, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from sqlalchemy import URL, Connection, Engine, Transaction
-from sqlalchemy.ext.asyncio import AsyncEngine
 
 from retrykit.cache import StoredContext
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
@@ -16,7 +15,7 @@ from retrykit.errors import ContextCacheError
 from retrykit.sql.capacity import OnFull
 from retrykit.sql.connections import Connections, connections_of
 from retrykit.sql.dialects import Database, database_of
-from retrykit.sql.engines import engine_of, own_engine, sync_engine_of
+from retrykit.sql.engines import engine_of, is_async_engine, own_engine, sync_engine_of
 from retrykit.sql.faults import STORE_FAULTS, worded, wording
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
@@ -24,6 +23,9 @@ from retrykit.sql.resilience import resilience
 from retrykit.sql.rows import CHUNK, PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
 from retrykit.sql.transaction import joinable
 from retrykit.sql.urls import database_url, is_async, shown_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 T = TypeVar("T")
 Kind = Literal["reading", "single", "several"]
@@ -181,7 +183,7 @@ class SqlRetryContextCache(_Verbs):
         beneath = sync_engine_of(self._engine)
         self._url = beneath.url
         self._database: Database = database_of(beneath)  # type: ignore[assignment] # engine_of has asked
-        if self._database.is_server and not isinstance(engine, Engine | AsyncEngine):
+        if self._database.is_server and isinstance(engine, URL | str):
             self._own = own_engine(beneath.url)
         self._rows = rows_for(self._database, **self._options)
         self._rows_within = self._rows.in_a_transaction()
@@ -221,6 +223,16 @@ class SqlRetryContextCache(_Verbs):
         return self._rows.store_clock
 
     @property
+    def capacity(self) -> int | None:
+        """How many histories are kept."""
+        return self._rows.capacity
+
+    @property
+    def time_to_live(self) -> float | None:
+        """Seconds after its last failure at which a history may be dropped."""
+        return self._rows.time_to_live
+
+    @property
     def on_full(self) -> OnFull:
         """What happens to a new key in a full store."""
         return self._rows.on_full
@@ -229,6 +241,16 @@ class SqlRetryContextCache(_Verbs):
     def may_forget(self) -> bool:
         """Whether a history can vanish although nobody settled it."""
         return self._rows.on_full == "evict_oldest" or self._rows.time_to_live is not None
+
+    def open_keys(self, prefix: str, limit: int) -> list[str] | None:
+        """The keys of histories that begin with the prefix; None when there are more than `limit`.
+
+        Completion marks are left out. None, too, when there are more than 10,000 histories (and ten times `limit`) of
+        all kinds: they would have to be looked through.
+        """
+        readable(prefix)
+        with wording("open_keys", prefix, self._url):
+            return self._perform("reading", lambda connection, _: self._rows.open_keys(connection, prefix, limit))
 
     def joined(self, transaction: object) -> JoinedContextCache | None:
         """The same verbs inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT.
@@ -255,7 +277,7 @@ class SqlRetryContextCache(_Verbs):
 
     def close(self) -> None:
         """Close the idle connections, if the engine was made from a URL."""
-        if not isinstance(self._given, Engine):
+        if isinstance(self._given, URL | str):
             for engine in (self._engine, self._own):
                 if engine is not None:
                     sync_engine_of(engine).dispose()
@@ -272,7 +294,7 @@ class SqlRetryContextCache(_Verbs):
         return f"{type(self).__name__}({shown_url(self._url)!r}, {bounds})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self._given, Engine | AsyncEngine):
+        if not isinstance(self._given, URL | str):
             raise TypeError(f"{self!r} was made with an Engine, which cannot be pickled: make it with a URL")
         return _restored, (self._given, {**self._options, "patience": self._patience})
 
@@ -298,9 +320,7 @@ class JoinedContextCache(_Verbs):
 
 
 def _is_for_a_loop(engine: Any) -> bool:
-    if isinstance(engine, AsyncEngine):
-        return True
-    return isinstance(engine, str | URL) and is_async(database_url(engine))
+    return is_async_engine(engine) or (isinstance(engine, str | URL) and is_async(database_url(engine)))
 
 
 def _options(capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> dict[str, Any]:

@@ -7,16 +7,19 @@ and the pool's ROLLBACK would be three journeys to the server for nothing.
 
 from __future__ import annotations
 
-from typing import Any, Final
+import sys
+from typing import TYPE_CHECKING, Any, Final, TypeGuard
 
-from sqlalchemy import URL, Engine, create_engine
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy import URL, Engine
 
 from retrykit.check import shown, wrong_type
 from retrykit.sql.dialects import SQLITE, database_of
 from retrykit.sql.fork import forget_at_fork
-from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine, undo_what_a_failed_commit_left
+from retrykit.sql.sqlite import async_sqlite_engine, creator_for, sqlite_engine, undo_what_a_failed_commit_left
 from retrykit.sql.urls import database_url, is_async, missing_driver
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 CONNECTIONS: Final = 10
 
@@ -48,7 +51,7 @@ def engine_of(given: object) -> Engine | AsyncEngine:
     """The engine from an engine, a URL or its text. TypeError for anything else, ValueError for other databases."""
     if isinstance(given, str | URL):
         return _engine_for(database_url(given))
-    if not isinstance(given, Engine | AsyncEngine):
+    if not (isinstance(given, Engine) or is_async_engine(given)):
         raise wrong_type("engine", "a sqlalchemy Engine or AsyncEngine, or a database URL", given)
     engine = sync_engine_of(given)
     if database_of(engine) is None:
@@ -58,6 +61,12 @@ def engine_of(given: object) -> Engine | AsyncEngine:
         undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)
     return given
+
+
+def is_async_engine(given: object) -> TypeGuard[AsyncEngine]:
+    """Whether it is an AsyncEngine: what makes them need not be installed (greenlet), and is not loaded to ask."""
+    module = sys.modules.get("sqlalchemy.ext.asyncio")
+    return module is not None and isinstance(given, module.AsyncEngine)
 
 
 def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
@@ -83,7 +92,7 @@ def _server_engine(url: URL, settings: dict[str, dict[str, Any]], **options: Any
     arguments = {name: value for name, value in wanted.items() if name not in url.query}
     options = {"hide_parameters": True, "pool_recycle": 3_600, "connect_args": arguments, **options}
     try:
-        engine = create_async_engine(url, **options) if is_async(url) else create_engine(url, **options)
+        engine: Engine | AsyncEngine = creator_for(url)(url, **options)
     except ModuleNotFoundError as error:
         raise missing_driver(url, error) from error
     forget_at_fork(sync_engine_of(engine))

@@ -2,8 +2,8 @@
 
 A version is two numbers in one: the row's id, which the database never gives out twice, and the row's revision, which
 grows with every save. So a version that was removed cannot come back with the key (the ABA problem): a new row has a
-new id. Revisions of completion marks are odd, those of histories even: a version alone tells what a row was, and so
-whether its end or its change makes room for a history.
+new id. Revisions of histories are even, those of completion marks (and circuits) odd: a version alone tells what a row
+was, and so whether its end or its change makes room for a history.
 
 Whoever lost the connection while saving does not know whether it was done. So a save may be done again: the second time
 it loses against the first, and the row's token, random and the same in both, tells that the winner was itself.
@@ -30,6 +30,8 @@ from retrykit.sql.dialects import Database
 from retrykit.sql.statements import (
     FIRST_PAGE,
     NEXT_PAGE,
+    OPEN,
+    OPEN_KEYS,
     REMOVE,
     REMOVE_VERSION,
     UPDATE,
@@ -48,6 +50,8 @@ MAX_ID: Final = 2**62
 PAGE: Final = 500
 CHUNK: Final = 1_000
 PRUNE_EVERY: Final = 1_000
+LOOKED_THROUGH: Final = 10_000
+CIRCUIT: Final = 0.0
 
 Page = list[tuple[str, StoredContext]]
 Row = dict[str, Any]
@@ -99,6 +103,15 @@ class ContextRows:
         wanted = itertools.takewhile(lambda row: row.context_key.startswith(prefix), rows)
         return [(row.context_key, _stored(row)) for row in wanted]
 
+    def open_keys(self, connection: Connection, prefix: str, limit: int) -> list[str] | None:
+        """The keys of histories that begin with the prefix; None if there are too many, or too many to look through."""
+        most = max(10 * limit, LOOKED_THROUGH)
+        if OPEN.on(connection, {"most": most + 1}).scalar_one() > most:
+            return None
+        given = {"prefix": prefix, "length": len(prefix), "most": most, "most_keys": limit + 1}
+        keys = list(OPEN_KEYS.on(connection, given).scalars())
+        return keys if len(keys) <= limit else None
+
     def now(self) -> float:
         """The time that decides what is over: the given clock's, else the store's as far as it is known."""
         if self.clock is not None:
@@ -115,7 +128,8 @@ class ContextRows:
     def row(self, key: str, snapshot: Mapping[str, Any]) -> Row:
         """A snapshot as a row of the table; `CodecError` if it can be none."""
         now = self.now()
-        completed_at = _number(snapshot.get("completed_at"))
+        # The state of a circuit takes no place from histories either.
+        completed_at = CIRCUIT if "breaker" in snapshot else _number(snapshot.get("completed_at"))
         return {
             "context_key": checked(key),
             "revision": 0 if completed_at is None else 1,

@@ -11,17 +11,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import parse_qsl
 from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
 
 from retrykit.check import Seconds, seconds, wrong_value
 from retrykit.sql.fork import forget_at_fork
 from retrykit.sql.urls import database_url, is_async, missing_driver, shown_url
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
 
 BEGIN: Final = "retrykit_begin"
 _MODES: Final = ("IMMEDIATE", "DEFERRED", "EXCLUSIVE", None)
@@ -52,7 +54,7 @@ def sqlite_engine(
     place = sqlite_url(url)
     if is_async(place):
         raise wrong_value("url", "of a blocking driver (async_sqlite_engine takes the others)", shown_url(place))
-    return _made(create_engine, place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
+    return _made(place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
 
 
 def async_sqlite_engine(
@@ -67,12 +69,10 @@ def async_sqlite_engine(
     place = sqlite_url(url)
     if not is_async(place):
         raise wrong_value("url", "of an asynchronous driver, such as sqlite+aiosqlite", shown_url(place))
-    return _made(create_async_engine, place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
+    return _made(place, busy_timeout, durability, foreign_keys, options)  # type: ignore[no-any-return]
 
 
-def _made(  # noqa: PLR0917 - the options of both kinds, in their order
-    create: Callable[..., Any], place: URL, busy_timeout: Any, durability: Any, foreign_keys: Any, options: Any
-) -> Any:
+def _made(place: URL, busy_timeout: Any, durability: Any, foreign_keys: Any, options: Any) -> Any:  # noqa: PLR0917 - the options of both kinds
     if durability not in _SYNCHRONOUS:
         raise wrong_value("durability", "one of 'power', 'process'", durability)
     waiting = seconds("busy_timeout", busy_timeout)
@@ -81,9 +81,9 @@ def _made(  # noqa: PLR0917 - the options of both kinds, in their order
     options.setdefault("hide_parameters", True)
     options["connect_args"] = {"timeout": waiting, "check_same_thread": False, **options.get("connect_args", {})}
     if is_in_memory(place):
-        pool = AsyncAdaptedQueuePool if create is create_async_engine else QueuePool
+        pool = AsyncAdaptedQueuePool if is_async(place) else QueuePool
         options = {"poolclass": pool, "pool_size": 1, "max_overflow": 0, **options}
-    made = _created(create, place, options)
+    made = _created(place, options)
     engine = made if isinstance(made, Engine) else made.sync_engine
     _take_over(engine, wal=not is_in_memory(place), synchronous=_SYNCHRONOUS[durability], foreign_keys=foreign_keys)
     _ours.add(engine.dialect)
@@ -92,9 +92,18 @@ def _made(  # noqa: PLR0917 - the options of both kinds, in their order
     return made
 
 
-def _created(create: Callable[..., Any], place: URL, options: dict[str, Any]) -> Any:
+def creator_for(url: URL) -> Callable[..., Any]:
+    """`create_engine`, or for an asynchronous driver `create_async_engine`."""
+    if not is_async(url):
+        return create_engine
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    return create_async_engine
+
+
+def _created(place: URL, options: dict[str, Any]) -> Any:
     try:
-        return create(place, **options)
+        return creator_for(place)(place, **options)
     except ModuleNotFoundError as error:
         raise missing_driver(place, error) from error
 

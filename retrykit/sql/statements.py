@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Integer, bindparam, delete, func, select, update
+from sqlalchemy import Integer, String, bindparam, delete, func, select, update
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
@@ -44,6 +44,14 @@ _oldest = (
     .limit(bindparam("surplus", type_=Integer))
     .with_for_update(skip_locked=True)
 )
+# What is looked through for the open keys of one name: the histories of all names, as far as there are not too many.
+_open = (
+    select(_c.context_key)
+    .where(_c.completed_at.is_(None))
+    .order_by(_c.completed_at, _c.updated_minute, _c.id)
+    .limit(bindparam("most", type_=Integer))
+    .subquery()
+)
 _page = (
     select(_c.context_key, _c.id, _c.revision, _c.snapshot)
     .order_by(_c.context_key)
@@ -65,6 +73,12 @@ REMOVE: Final = Prepared(delete(rk_context).where(_is_key))
 REMOVE_VERSION: Final = Prepared(delete(rk_context).where(*_is_version))
 HISTORIES: Final = Prepared(select(func.count()).select_from(rk_context).where(_c.completed_at.is_(None)))
 _saver = select(_c.id, _c.revision, _c.token).where(_is_key)
+OPEN: Final = Prepared(select(func.count()).select_from(_open))
+OPEN_KEYS: Final = Prepared(
+    select(_open.c.context_key)
+    .where(func.substr(_open.c.context_key, 1, bindparam("length", type_=Integer)) == bindparam("prefix", type_=String))
+    .limit(bindparam("most_keys", type_=Integer))
+)
 FIRST_PAGE: Final = Prepared(_page.where(_c.context_key >= bindparam("start")))
 NEXT_PAGE: Final = Prepared(_page.where(_c.context_key > bindparam("start")))
 
