@@ -63,7 +63,8 @@ def client_of(given: Any, *, asynchronous: bool) -> Any:
     """
     if isinstance(given, str):
         return _from_url(given, asynchronous=asynchronous)
-    if not isinstance(given, _ASYNC if asynchronous else _SYNC):
+    # A pipeline is a client to redis-py, and answers nothing before it is executed.
+    if not isinstance(given, _ASYNC if asynchronous else _SYNC) or hasattr(given, "command_stack"):
         kinds = "redis.asyncio.Redis or RedisCluster" if asynchronous else "redis.Redis or RedisCluster"
         raise wrong_type("client", f"a URL, or a {kinds}", given)
     return given
@@ -102,10 +103,9 @@ def address_of(client: Any) -> str:
     if "host" not in known:
         # Of a cluster, or found by sentinels: the client knows by itself.
         return type(client).__name__ if pool is None else type(pool).__name__
-    scheme = (
-        "rediss" if issubclass(pool.connection_class, (redis.SSLConnection, redis.asyncio.SSLConnection)) else "redis"
-    )
-    return f"{scheme}://{known['host']}:{known.get('port', 6379)}/{database}"
+    encrypted = issubclass(pool.connection_class, (redis.SSLConnection, redis.asyncio.SSLConnection))
+    host = f"[{known['host']}]" if ":" in known["host"] else known["host"]
+    return f"{'rediss' if encrypted else 'redis'}://{host}:{known.get('port', 6379)}/{database}"
 
 
 def patience_of(value: Any) -> RetryPolicy:

@@ -361,6 +361,8 @@ def test_client_of_the_wrong_kind_is_refused(client):
         TypeError, match=r"client: must be a URL, or a redis\.asyncio\.Redis or RedisCluster, not Redis"
     ):
         AsyncRedisRetryContextCache(client)
+    with client.pipeline() as pipeline, pytest.raises(TypeError, match=r"client: .* not Pipeline"):
+        RedisRetryContextCache(pipeline)
 
 
 def test_key_that_is_too_long_or_no_text_is_refused(cache):
@@ -422,6 +424,7 @@ def test_repr_shows_where_and_how_and_no_password(redis_server, client):
     assert repr(AsyncRedisRetryContextCache(url, prefix="p", capacity=5)) == f"AsyncRedisRetryContextCache{shown}"
     assert "unix:///run/redis.sock?db=2" in repr(RedisRetryContextCache("unix://:pw@/run/redis.sock?db=2"))
     assert "'rediss://example.org:6379/0'" in repr(RedisRetryContextCache("rediss://me:pw@example.org?client_name=x"))
+    assert "'redis://[::1]:7/0'" in repr(RedisRetryContextCache("redis://[::1]:7"))
     assert "'rediss://example.org:6379/0'" in repr(RedisRetryContextCache("valkeys://me:valkey@example.org"))
     assert f"redis://127.0.0.1:{redis_server.port}/" in repr(RedisRetryContextCache(client))
 
