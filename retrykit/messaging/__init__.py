@@ -16,6 +16,7 @@ from retrykit.messaging.errors import (
     ConnectionLostError,
     NoStableIdError,
 )
+from retrykit.messaging.identity import Identify, by_content, by_header
 from retrykit.messaging.recoverers import Recoverer, discard, park, republish
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ConnectionLostError",
     "Counters",
     "Discard",
+    "Identify",
     "ListenerContainer",
     "Message",
     "NoStableIdError",
@@ -37,6 +39,8 @@ __all__ = [
     "Republish",
     "Session",
     "Settlement",
+    "by_content",
+    "by_header",
     "discard",
     "park",
     "republish",

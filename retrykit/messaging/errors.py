@@ -23,8 +23,9 @@ class ConnectionLostError(BrokerError):
 class BrokerRefusedError(BrokerError):
     """The broker {broker} refused {what}: {reason}
 
-    Nothing of the transaction has happened, and nothing is in doubt: it is a failure of the attempt (or recovery) whose
-    transaction it was. The connection is of no more use.
+    Nothing was acknowledged, and nothing of the transaction has happened (without `Capabilities.atomic_send_and_ack`:
+    other sends of it may have). Nothing is in doubt: it is a failure of the attempt (or recovery) whose transaction it
+    was. The connection is of no more use.
     """
 
 

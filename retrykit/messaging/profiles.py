@@ -1,7 +1,7 @@
 """What distinguishes STOMP brokers: the id that is stable, how a message is given back, how far the broker's word goes.
 
 STOMP leaves redelivery to the server, and servers differ: ABORT gives nothing back on any of them, NACK means the dead
-letter queue on one and an immediate requeue on another. A profile is a value; `rabbitmq` will be a third.
+letter queue on one and an immediate requeue on another. A profile is a value.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import attrs
 
 from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.broker import Capabilities
+from retrykit.messaging.identity import Identify, by_header
 from retrykit.messaging.recoverers import ID
 
 
@@ -21,34 +22,81 @@ class Profile:
     """One kind of STOMP broker.
 
     `give_back`: "resubscribe" leaves the subscription and makes a new one, which hands back everything that was
-    delivered to the old one; "reconnect" drops the connection, which works everywhere.
+    delivered to the old one; "nack" says NACK, outside of any transaction; "reconnect" drops the connection, which
+    works everywhere.
+
+    `commit`: "together" puts sends and acknowledgement into one transaction, and believes the receipts within it;
+    "sends first" commits the sends, waits until each is confirmed, and acknowledges then: what is lost in between is
+    delivered and sent again, never lost.
     """
 
     name: str
     server: str
     """What the `server` header of CONNECTED begins with, in lower case; "" for every server."""
     capabilities: Capabilities
-    give_back: Literal["resubscribe", "reconnect"]
-    id_header: str
-    """The header that is the same at every delivery of a message."""
+    give_back: Literal["resubscribe", "nack", "reconnect"]
+    commit: Literal["together", "sends first"]
+    identify: Identify
+    """What is the same at every delivery of a message."""
     remedy: str
-    """What to do about a message without one."""
+    """What to do about a message without that."""
+    id_of_sends: str | None = None
+    """The header that gives what is sent its id, where the broker gives none itself."""
     prefetch_header: str | None = None
     """The header of SUBSCRIBE that bounds how many deliveries are on their way at once."""
     text_headers: Mapping[str, str] = attrs.field(factory=dict, hash=False)
     """What marks the body of a SEND as text, for peers that tell text from bytes."""
+    names_virtual_hosts: bool = False
+    """CONNECT's `host` header is a virtual host of the broker: left out where none is named."""
+    tells_routes: bool = False
+    """MESSAGE's `destination` header is the route by which it came this time, not the queue."""
+    counting_queues: bool = False
+    """Quorum queues count deliveries in the header `x-delivery-count`."""
+    not_refusals: tuple[str, ...] = ()
+    """How the `message` header of an ERROR begins that is about the connection, not about what was sent on it."""
 
 
 ACTIVEMQ: Final = Profile(
     name="activemq",
     server="activemq",
-    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True),
+    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True),
     give_back="resubscribe",
-    id_header="message-id",
+    commit="together",
+    identify=by_header("message-id"),
     remedy="ActiveMQ gives every message one; is this an ActiveMQ?",
     prefetch_header="activemq.prefetchSize",
     # JMS takes a body with a content-length for bytes, unless it is told.
     text_headers={"amq-msg-type": "text"},
+)
+
+AMQP_ID: Final = "amqp-message-id"
+
+RABBITMQ: Final = Profile(
+    name="rabbitmq",
+    server="rabbitmq",
+    capabilities=Capabilities(),
+    give_back="nack",
+    # A transaction there is a list of frames that are carried out one by one at COMMIT, whatever becomes of the others;
+    # the receipts of its sends come after that of the COMMIT.
+    commit="sends first",
+    # Never `message-id`: that is a handle of one delivery.
+    identify=by_header(AMQP_ID, ID),
+    remedy=(
+        f"its producer must set the header {AMQP_ID!r} (in AMQP the property message_id); or choose by what else to "
+        "know it: StompBroker(identify=by_header(…)) or, with care, by_content()"
+    ),
+    id_of_sends=AMQP_ID,
+    prefetch_header="prefetch-count",
+    names_virtual_hosts=True,
+    tells_routes=True,
+    counting_queues=True,
+    not_refusals=(
+        "AMQP channel died",
+        "Server cancelled subscription",
+        "connection_forced",
+        "internal_error",
+        "resource_error",
+    ),
 )
 
 GENERIC: Final = Profile(
@@ -56,12 +104,14 @@ GENERIC: Final = Profile(
     server="",
     capabilities=Capabilities(),
     give_back="reconnect",
-    id_header=ID,
-    remedy=f"its producer must set the header {ID!r}, or give the broker the id_header that it does set",
+    commit="sends first",
+    identify=by_header(ID),
+    remedy=f"its producer must set the header {ID!r}; or say which one it sets: StompBroker(identify=by_header(…))",
+    id_of_sends=ID,
 )
 
 # In the order in which the server header is compared: the last one fits every server.
-PROFILES: Final = (ACTIVEMQ, GENERIC)
+PROFILES: Final = (ACTIVEMQ, RABBITMQ, GENERIC)
 
 
 def profile_for(server: str) -> Profile:

@@ -14,15 +14,16 @@ import socket
 import struct
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from queue import SimpleQueue
 from typing import Any, Final
 
 import attrs
 
-from retrykit.check import more_than, seconds, whole, wrong_type, wrong_value
+from retrykit.check import is_callable_or_none, more_than, seconds, whole, wrong_type, wrong_value
 from retrykit.messaging.address import Address, parse_address, redacted
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
+from retrykit.messaging.identity import Identify
 from retrykit.messaging.profiles import Profile, to_profile
 from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT, StompSession
 
@@ -46,6 +47,12 @@ def _duration(value: Any) -> float:
     return seconds("timeout", value)
 
 
+def _headers(value: Any) -> dict[str, str]:
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise wrong_type("declare", "a mapping of str to str", value)
+    return dict(value)
+
+
 def _is_destination(_instance: Any, field: Any, value: Any) -> None:
     if not isinstance(value, str):
         raise wrong_type(field.name, "a str", value)
@@ -56,16 +63,24 @@ class StompBroker:
     """A STOMP broker (`stomp://user:password@host:port`), and the destination to consume from, such as "/queue/orders".
 
     The destination may be the path of the URL. `prefetch` bounds how many deliveries are on their way: 1 is the fastest
-    for transactional sessions on ActiveMQ. `profile` ("activemq", "generic") is what the broker calls itself, unless
-    given. `id_header` names the header by which a message is known again at its next delivery, where the profile's own
-    rule does not do. Timeouts are in seconds.
+    for transactional sessions on ActiveMQ. `profile` ("activemq", "rabbitmq", "generic") is what the broker calls
+    itself, unless given. `identify` says by what a message is known again at its next delivery, where the profile's own
+    rule does not do: `by_header("order-id")`, `by_content()`, or a callable of headers and body.
+
+    `host` is the virtual host; RabbitMQ's own default one where none is given. `declare` are headers that RabbitMQ
+    makes a queue by (`{"x-queue-type": "quorum"}`): they go with the subscription and with each message sent to a
+    `/queue/…`, since both make it, and have to agree. To a queue that somebody else made as `/amq/queue/…` they do not
+    matter.
+
+    Timeouts are in seconds.
     """
 
     url: str = attrs.field(repr=redacted)
     destination: str = attrs.field(default="", kw_only=True, validator=_is_destination)
     prefetch: int = attrs.field(default=1, kw_only=True, validator=whole(1))
     profile: Profile | None = attrs.field(default=None, kw_only=True, converter=to_profile)
-    id_header: str | None = attrs.field(default=None, kw_only=True)
+    identify: Identify | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    declare: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, converter=_headers, hash=False)
     host: str | None = attrs.field(default=None, kw_only=True)
     heart_beat: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
     connect_timeout: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
@@ -93,7 +108,19 @@ class StompBroker:
         """
         if consume and not self.destination:
             raise wrong_value("destination", "given, to consume from it", self.destination)
-        session = StompSession(self, Wire(self))
+        profile = self.profile
+        if self.host is not None or (profile is not None and profile.names_virtual_hosts):
+            return self._session(self.host, consume=consume)
+        try:
+            return self._session(self.address.host, consume=consume)
+        except BrokerUnavailableError as error:
+            if "virtual host" not in error.__dict__["reason"].lower():
+                raise
+        # STOMP asks for the name of the machine, which this broker took for a virtual host of its own.
+        return self._session(None, consume=consume)
+
+    def _session(self, virtual_host: str | None, *, consume: bool) -> StompSession:
+        session = StompSession(self, Wire(self, virtual_host))
         try:
             session.open(consume=consume)
         except BaseException:
@@ -151,12 +178,11 @@ class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py 
             heart_beat_receive_scale=2.5,
         )
 
-    def login(self, broker: StompBroker) -> None:
+    def login(self, address: Address, virtual_host: str | None) -> None:
         """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
-        address = broker.address
         headers = {
             "accept-version": self.version,
-            "host": broker.host or address.host,
+            "host": virtual_host,
             "heart-beat": ",".join(map(str, self.heartbeats)),
             "login": address.login,
             "passcode": address.passcode,
@@ -170,8 +196,10 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
     Its `on_…` methods run on stomp.py's thread.
     """
 
-    def __init__(self, broker: StompBroker) -> None:
+    def __init__(self, broker: StompBroker, virtual_host: str | None) -> None:
         self.broker = broker
+        self.not_refusals: tuple[str, ...] = ()
+        self._virtual_host = virtual_host
         self.lost: str | None = None
         self.interrupted = False
         self.server: str | None = None
@@ -206,15 +234,17 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
     def on_error(self, frame: Any) -> None:
         """The broker refused something: after that nothing on this connection can be relied on."""
         detail = frame.body[:_MAX_ERROR].decode("utf-8", "replace") if isinstance(frame.body, bytes) else ""
+        message = frame.headers.get("message", "")
         with self._changed:
-            self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
-        self.lose(f"the broker sent ERROR: {frame.headers.get('message', '')} {' '.join(detail.split())}".rstrip())
+            if not message.startswith(self.not_refusals):
+                self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
+        self.lose(f"the broker sent ERROR: {message} {' '.join(detail.split())}".rstrip())
 
     def _meant(self, receipt: str | None) -> str:
         """What an ERROR refuses; "" when that is not sure.
 
-        Brokers that cannot read a frame (it has too long a header, say) cannot name its receipt: then it is the first
-        one that is not confirmed, unless a COMMIT, of which nothing is known, is under way too.
+        Brokers that cannot read a frame (it has too long a header, say) cannot name its receipt, and RabbitMQ never
+        does: then it is the first one that is not confirmed, unless a COMMIT, of which nothing is known, is under way.
         """
         if receipt is not None:
             return self._awaited.get(receipt, "")
@@ -245,7 +275,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         try:
             self._connection.transport.start()
             self._connection.transport.tune(self.broker.send_timeout)
-            self._connection.login(self.broker)
+            self._connection.login(self.broker.address, self._virtual_host)
         except (OSError, StompException) as error:
             raise self._unavailable(str(error) or "nobody listens there, or not in time") from error
         with self._changed:
@@ -264,23 +294,34 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
             # Half a frame may be out: nothing that follows would be understood.
             self.lose(f"{command} could not be sent: {error!r}")
 
-    def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> None:
+    def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:
         """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
         receipt = f"r-{next(self._numbers)}"
         with self._changed:
             self._awaited[receipt] = what
         self.put(command, {**headers, "receipt": receipt}, body)
+        return receipt
 
-    def settle(self, timeout: float) -> None:
-        """Wait for every receipt that is due.
+    def forget(self, receipts: Iterable[str]) -> None:
+        """Wait no more for these: what they would confirm was undone."""
+        with self._changed:
+            for receipt in receipts:
+                self._awaited.pop(receipt, None)
+
+    def settle(self, timeout: float, receipt: str | None = None) -> None:
+        """Wait for every receipt that is due, or for one.
 
         `ConnectionLostError` if the connection, or the patience, ends before; `BrokerRefusedError` if it ends because
         the broker refused a part of the open transaction.
         """
+
+        def confirmed() -> bool:
+            return receipt not in self._awaited if receipt is not None else not self._awaited
+
         with self._changed:
-            self._changed.wait_for(lambda: not self._awaited or self.lost, timeout)
-            confirmed = not self._awaited
-        if not confirmed:
+            self._changed.wait_for(lambda: confirmed() or self.lost, timeout)
+            done = confirmed()
+        if not done:
             self.lose(f"no receipt came in {timeout:g} s")
             raise self.failure()
 

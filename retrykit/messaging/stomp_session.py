@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
+import uuid
 from collections.abc import Mapping
 from queue import Empty
 from typing import TYPE_CHECKING, Any, Final
@@ -16,13 +17,17 @@ from retrykit.errors import CommitInDoubtError
 from retrykit.message import Message
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
+from retrykit.messaging.identity import by_content, by_header
 from retrykit.messaging.profiles import Profile, profile_for
+from retrykit.messaging.recoverers import ID
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker, Wire
 
 GOODBYE_SECONDS: Final = 2.0
 THE_COMMIT: Final = "the commit"
+_THE_SENDS: Final = "the sends"
+_QUEUE: Final = "/queue/"
 _TEXTUAL: Final = ("text/", "application/json", "application/xml")
 
 
@@ -46,12 +51,15 @@ class StompSession:
         self._subscriptions = itertools.count(1)
         self._transaction: str | None = None
         self._transactions = itertools.count(1)
+        self._sends: list[str] = []
+        self._in_hand: set[str] = set()
         self._stale = 0
 
     def open(self, *, consume: bool) -> None:
         """Connect, find out what kind of broker it is, subscribe."""
         server = self._wire.open()
         self._profile = self._broker.profile or profile_for(server)
+        self._wire.not_refusals = self._profile.not_refusals
         if consume:
             self._subscribe()
             try:
@@ -67,8 +75,13 @@ class StompSession:
     @property
     def capabilities(self) -> Capabilities:
         """What that kind can do."""
-        own = self._profile.capabilities
-        return attrs.evolve(own, stable_ids=True) if self._broker.id_header else own
+        own, identify = self._profile.capabilities, self._broker.identify
+        stable = own.stable_ids if identify is None else isinstance(identify, by_content)
+        return attrs.evolve(own, stable_ids=stable, counts_deliveries=own.counts_deliveries or self._counts)
+
+    @property
+    def _counts(self) -> bool:
+        return self._profile.counting_queues and self._broker.declare.get("x-queue-type") == "quorum"
 
     @property
     def stale_frames(self) -> int:
@@ -96,15 +109,15 @@ class StompSession:
 
     def _message(self, frame: Any) -> Message:
         headers = frame.headers
-        destination = headers.get("destination", self._broker.destination)
-        stable = headers.get(self._broker.id_header or self._profile.id_header)
+        destination = self._destination(headers)
+        identify = self._broker.identify or self._profile.identify
+        stable = identify(headers, frame.body)
         if not stable:
-            remedy = (
-                self._profile.remedy
-                if self._broker.id_header is None
-                else f"it has no header {self._broker.id_header!r}"
-            )
+            remedy = f"it has no header {identify}" if isinstance(identify, by_header) else f"{identify!r} found none"
+            remedy = self._profile.remedy if self._broker.identify is None else remedy
             raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
+        ack = headers.get("ack", "")
+        self._in_hand.add(ack)
         return Message(
             destination=destination,
             body=frame.body,
@@ -112,57 +125,111 @@ class StompSession:
             id=stable,
             key=(destination, stable),
             redelivered=headers.get("redelivered") == "true",
-            handle=_Handle(self._wire, headers["subscription"], headers.get("ack", "")),
+            delivery_count=_again(headers) + 1 if self._counts else None,
+            handle=_Handle(self._wire, headers["subscription"], ack),
         )
+
+    def _destination(self, headers: Mapping[str, str]) -> str:
+        subscribed = self._broker.destination
+        if self._profile.tells_routes and subscribed.startswith((_QUEUE, "/amq/queue/")):
+            return subscribed
+        return headers.get("destination", subscribed)
 
     # -- settling
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
-        """Send in the transaction; the receipt is waited for by `flush`.
+        """Send in the transaction; the receipt is waited for by `flush` or `commit`.
 
-        Persistent unless the headers say otherwise.
+        Persistent unless the headers say otherwise, and with a stable id.
         """
         marks = self._profile.text_headers if _is_text(headers) else {}
         ours = {"destination": destination, "transaction": self._begun()}
         if not marks or b"\0" in body:
             ours["content-length"] = str(len(body))
-        what = f"a message to {destination!r}"
-        self._wire.put_confirmed("SEND", {"persistent": "true", **headers, **marks, **ours}, body, what)
+        declared = self._broker.declare if destination.startswith(_QUEUE) else {}
+        full = {"persistent": "true", **declared, **headers, **self._name(headers), **marks, **ours}
+        self._sends.append(self._wire.put_confirmed("SEND", full, body, f"a message to {destination!r}"))
+
+    def _name(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """The id of what is sent, where it is not the broker's to give."""
+        name = self._profile.id_of_sends
+        return {} if name is None or headers.get(name) else {name: headers.get(ID) or uuid.uuid4().hex}
 
     def flush(self) -> None:
-        """Wait for the receipts of the sends."""
+        """Wait for the receipts of the sends, or, where those come after the commit only, until none can be refused."""
         if self._wire.lost is not None:
             raise self._wire.failure()
-        self._wire.settle(self._broker.receipt_timeout)
+        if self._profile.commit == "together":
+            self._wire.settle(self._broker.receipt_timeout)
+        elif self._sends:
+            # Frames are taken in turn: with the receipt of this one, none before it was refused.
+            name = f"t-{next(self._transactions)}"
+            receipt = self._wire.put_confirmed("BEGIN", {"transaction": name})
+            self._wire.settle(self._broker.receipt_timeout, receipt)
+            self._wire.put("ABORT", {"transaction": name})
 
     def commit(self, message: Message | None = None) -> None:
-        """ACK last, then COMMIT, and wait for its receipt."""
+        """Commit the sends and acknowledge the message, in one transaction or one after the other."""
         try:
-            transaction = self._begun()
-            if message is not None:
-                self._wire.put("ACK", {"id": self._own(message).ack, "transaction": transaction})
-            self._wire.put_confirmed("COMMIT", {"transaction": transaction}, what=THE_COMMIT)
-            self._wire.settle(self._broker.receipt_timeout)
+            if self._profile.commit == "together":
+                self._commit_together(message)
+            else:
+                self._commit_sends()
+                self._acknowledge(message)
+        except BrokerRefusedError as error:
+            # When a send is refused while the COMMIT of everything is under way, the rest may have been committed.
+            if self._profile.commit == "together" and error.__dict__["what"] != THE_COMMIT:
+                raise CommitInDoubtError from error
+            raise
         except BrokerError as error:
-            # When a send is refused while the COMMIT is under way, the rest may have been committed.
-            if isinstance(error, BrokerRefusedError) and error.__dict__["what"] == THE_COMMIT:
-                raise
             raise CommitInDoubtError from error
         self._transaction = None
+        self._sends.clear()
+        if message is not None:
+            self._in_hand.discard(self._handle(message).ack)
+
+    def _commit_together(self, message: Message | None) -> None:
+        """ACK last, then COMMIT, and wait for its receipt."""
+        transaction = self._begun()
+        if message is not None:
+            self._wire.put("ACK", {"id": self._own(message).ack, "transaction": transaction})
+        self._wire.put_confirmed("COMMIT", {"transaction": transaction}, what=THE_COMMIT)
+        self._wire.settle(self._broker.receipt_timeout)
+
+    def _commit_sends(self) -> None:
+        if self._transaction is not None:
+            self._wire.put_confirmed("COMMIT", {"transaction": self._transaction}, what=_THE_SENDS)
+            self._wire.settle(self._broker.receipt_timeout)
+
+    def _acknowledge(self, message: Message | None) -> None:
+        if message is not None:
+            self._wire.put_confirmed("ACK", {"id": self._own(message).ack})
+            self._wire.settle(self._broker.receipt_timeout)
 
     def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:
         """ABORT what is open; give the message back as the profile says."""
         if self._transaction is not None:
             self._wire.put("ABORT", {"transaction": self._transaction})
             self._transaction = None
-        if message is None:
-            return
-        if self._profile.give_back == "resubscribe":
-            self._wire.put("UNSUBSCRIBE", {"id": self._subscription})
-            self._subscribe()
-        else:
-            self._wire.lose("given up, to give a message back")
-            self._wire.hang_up()
+        if self._profile.commit != "together":
+            self._wire.forget(self._sends)
+        self._sends.clear()
+        if message is not None:
+            self._give_back(message)
+
+    def _give_back(self, message: Message) -> None:
+        match self._profile.give_back:
+            case "resubscribe":
+                self._wire.put("UNSUBSCRIBE", {"id": self._subscription})
+                self._subscribe()
+            case "nack":
+                handle = self._handle(message)
+                if self._is_own(handle):
+                    self._in_hand.discard(handle.ack)
+                    self._wire.put("NACK", {"id": handle.ack})
+            case _:
+                self._wire.lose("given up, to give a message back")
+                self._wire.hang_up()
 
     def _begun(self) -> str:
         """The open transaction; begun when it is first needed."""
@@ -171,21 +238,29 @@ class StompSession:
             self._wire.put("BEGIN", {"transaction": self._transaction})
         return self._transaction
 
-    def _own(self, message: Message) -> _Handle:
-        handle = message.handle
-        if not isinstance(handle, _Handle):
+    def _handle(self, message: Message) -> _Handle:
+        if not isinstance(message.handle, _Handle):
             raise wrong_type("message", "a delivery of a STOMP session", message)
-        if handle.wire is not self._wire or handle.subscription != self._subscription:
-            # Some brokers take an id of another session for a message of this one, and acknowledge that.
-            self._wire.lose("a delivery of an earlier subscription was to be acknowledged")
+        return message.handle
+
+    def _is_own(self, handle: _Handle) -> bool:
+        return handle.wire is self._wire and handle.subscription == self._subscription and handle.ack in self._in_hand
+
+    def _own(self, message: Message) -> _Handle:
+        handle = self._handle(message)
+        if not self._is_own(handle):
+            # RabbitMQ takes an id of another session for a message of this one, and acknowledges that.
+            self._wire.lose("a delivery that is not in hand was to be acknowledged")
             raise self._wire.error()
         return handle
 
     def _subscribe(self) -> None:
         self._subscription = f"s-{next(self._subscriptions)}"
+        self._in_hand.clear()
         prefetch = self._profile.prefetch_header
-        headers = {"id": self._subscription, "destination": self._broker.destination, "ack": "client-individual"}
-        self._wire.put_confirmed("SUBSCRIBE", headers | ({prefetch: str(self._broker.prefetch)} if prefetch else {}))
+        ours = {"id": self._subscription, "destination": self._broker.destination, "ack": "client-individual"}
+        ours |= {prefetch: str(self._broker.prefetch)} if prefetch else {}
+        self._wire.put_confirmed("SUBSCRIBE", {**self._broker.declare, **ours})
 
     # -- waiting and leaving
 
@@ -204,6 +279,11 @@ class StompSession:
             with contextlib.suppress(BrokerError):
                 self._wire.settle(GOODBYE_SECONDS)
         self._wire.hang_up()
+
+
+def _again(headers: Mapping[str, str]) -> int:
+    count = headers.get("x-delivery-count", "0")
+    return int(count) if count.isascii() and count.isdigit() else 0
 
 
 def _is_text(headers: Mapping[str, str]) -> bool:

@@ -32,7 +32,7 @@ class BrokerContract:
     `server` is a fixture of the subclass (or a conftest): whatever the brokers of one test share. `make_broker(server,
     destination)` gives a broker that consumes from `destination`, one delivery on its way at a time; it is called with
     several destinations, which do not exist before. What a broker cannot do it declares in its `capabilities`; its
-    absence is tested then.
+    absence is tested then. One without `stable_ids` gives `send_without_id` too.
 
     `patience` bounds the waits for what must come, in seconds; `silence` is how long nothing may come.
     """
@@ -43,6 +43,10 @@ class BrokerContract:
     def make_broker(self, server: Any, destination: str) -> Broker:
         """A broker that consumes from `destination`: to be given by the subclass."""
         raise NotImplementedError(f"{type(self).__name__} must define make_broker(self, server, destination)")
+
+    def send_without_id(self, server: Any, destination: str, body: bytes) -> None:
+        """Send a message as a producer does who sets no id: to be given where ids are not stable without his help."""
+        raise NotImplementedError(f"{type(self).__name__} must define send_without_id(self, server, destination, body)")
 
     @pytest.fixture
     def server(self) -> Any:
@@ -272,6 +276,25 @@ class BrokerContract:
         session.close()
         assert self.bodies(broker, 1) == [b"x"]
 
+    def test_a_delivery_cannot_be_acknowledged_twice(self, broker: Broker, queue: str) -> None:
+        self.publish(broker, queue, b"1", b"2")
+        with self.session(broker) as session:
+            message = self.next(session)
+            session.commit(message)
+            with pytest.raises(CommitInDoubtError):
+                session.commit(message)
+        assert self.bodies(broker, 1) == [b"2"]
+
+    def test_a_session_cannot_acknowledge_what_an_earlier_one_was_given(self, broker: Broker, queue: str) -> None:
+        self.publish(broker, queue, b"1", b"2")
+        with self.session(broker) as gone:
+            stale = self.next(gone)
+        with self.session(broker) as session:
+            self.next(session)
+            with pytest.raises(CommitInDoubtError):
+                session.commit(stale)
+        assert sorted(self.bodies(broker, 2)) == [b"1", b"2"]
+
     # -- capabilities
 
     def test_the_delay_of_a_redelivery_is_kept_or_not_claimed(self, broker: Broker, queue: str) -> None:
@@ -310,13 +333,28 @@ class BrokerContract:
         session.commit(third)
         session.close()
 
-    def test_a_message_without_a_stable_id_is_refused_where_there_can_be_one(self, broker: Broker, queue: str) -> None:
+    def test_what_a_session_sends_is_known_again(self, broker: Broker, queue: str) -> None:
+        with self.session(broker, consume=False) as sender:
+            sender.send(queue, b"x", {})
+            sender.commit()
+        session = broker.connect()
+        first = self.next(session)
+        second, session = self.again(broker, session, first)
+        assert first.key is not None
+        assert second.key == first.key
+        session.commit(second)
+        session.close()
+
+    def test_a_message_without_a_stable_id_is_refused_where_there_can_be_one(
+        self, server: Any, broker: Broker, queue: str
+    ) -> None:
         with self.session(broker) as session:
-            session.send(queue, b"x", {})
-            session.commit()
             if session.capabilities.stable_ids:
+                session.send(queue, b"x", {})
+                session.commit()
                 assert self.next(session).key is not None
                 return
+            self.send_without_id(server, queue, b"x")
             with pytest.raises(NoStableIdError):
                 session.receive(self.patience)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import pytest
 
+from retrykit.messaging import by_content
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.stomp import StompBroker
 from retrykit.testing import StompServer
 from retrykit.testing.broker_contract import BrokerContract
+from tests.servers import Wire
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +32,14 @@ class TestMemoryBroker(BrokerContract):
 
 
 class _StompContract(BrokerContract):
-    profile = None
+    options: ClassVar = {}
 
     def make_broker(self, server, destination):
-        return StompBroker(server.url, destination=destination, profile=self.profile)
+        return StompBroker(server.url, destination=destination, **self.options)
+
+    def send_without_id(self, server, destination, body):
+        with Wire(server.host, server.port, virtual_host=None) as wire:
+            wire.publish(destination, body, **self.options.get("declare", {}))
 
 
 class TestEmbeddedServer(_StompContract):
@@ -41,7 +49,7 @@ class TestEmbeddedServer(_StompContract):
 
 
 class TestEmbeddedServerAsAStranger(TestEmbeddedServer):
-    profile = "generic"
+    options: ClassVar = {"profile": "generic"}
 
 
 class TestActiveMq(_StompContract):
@@ -51,4 +59,37 @@ class TestActiveMq(_StompContract):
 
 
 class TestActiveMqAsAStranger(TestActiveMq):
-    profile = "generic"
+    options: ClassVar = {"profile": "generic"}
+
+
+@pytest.fixture(scope="module")
+def embedded_rabbit():
+    with StompServer(profile="rabbitmq") as server:
+        yield server
+
+
+QUORUM = {"declare": {"x-queue-type": "quorum"}}
+
+
+class TestEmbeddedRabbit(_StompContract):
+    @pytest.fixture
+    def server(self, embedded_rabbit):
+        return embedded_rabbit
+
+
+class TestRabbitMq(_StompContract):
+    @pytest.fixture
+    def server(self, rabbitmq):
+        return rabbitmq
+
+
+class TestRabbitMqQuorum(TestRabbitMq):
+    options = QUORUM
+
+
+class TestRabbitMqAsAStranger(TestRabbitMq):
+    options: ClassVar = {"profile": "generic", "host": "/"}
+
+
+class TestRabbitMqByContent(TestRabbitMq):
+    options: ClassVar = {"identify": by_content()}

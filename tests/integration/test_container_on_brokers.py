@@ -23,6 +23,7 @@ from retrykit.messaging import (
     ListenerContainer,
     NoStableIdError,
     Republish,
+    by_header,
     park,
 )
 from retrykit.messaging.stomp import StompBroker
@@ -306,7 +307,7 @@ def test_a_broker_without_stable_ids_stops_the_container_loudly(queue):
             StompBroker(server.url, destination=queue), lambda _message: None, template=RetryTemplate(name="orders")
         )
         container.start()
-        with pytest.raises(NoStableIdError, match="retrykit-id"):
+        with pytest.raises(NoStableIdError, match="amqp-message-id"):
             container.wait(PATIENCE)
         assert server.depth(queue) == 1
 
@@ -314,7 +315,7 @@ def test_a_broker_without_stable_ids_stops_the_container_loudly(queue):
 def test_a_header_of_the_producers_can_be_the_stable_id(queue):
     with StompServer(profile="rabbitmq") as server:
         server.publish(queue, b"1", {"order": "o-1"})
-        broker = StompBroker(server.url, destination=queue, id_header="order")
+        broker = StompBroker(server.url, destination=queue, identify=by_header("order"))
         keys = []
 
         def handler(message):
