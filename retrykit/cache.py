@@ -11,7 +11,7 @@ import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from typing import Any, Final, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
@@ -142,6 +142,8 @@ class MapRetryContextCache:
     _marks: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
     _look_again: float = attrs.field(init=False, default=0.0, repr=False)
     _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    shared: ClassVar[bool] = False
+    """No other process has it: whether an attempt still runs is known here without leases."""
     _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)
 
     @property

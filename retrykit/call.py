@@ -69,7 +69,7 @@ class Plan:
     remember: float | None
     lease: float
     renews: bool
-    """The store is shared by machines that cannot see each other's processes: leases of long attempts are renewed."""
+    """The store is shared by processes, which cannot see each other's attempts: leases of long ones are renewed."""
 
     def __init__(self, **facts: Any) -> None:
         for fact, value in facts.items():

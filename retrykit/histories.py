@@ -170,8 +170,8 @@ class _Verbs:
             history = change(History() if stored is None else History.from_json(stored.snapshot))
             if history is None:
                 return None if stored is None else self._summary(text, stored)
-            if stored is not None and not is_known(history):
-                # It says no more than that nothing has happened.
+            if stored is not None and not is_known(history) and not history.fence:
+                # It says no more than that nothing has happened: no attempt was made either, whose fence is to be kept.
                 if (yield _remove(text, stored.version)):
                     return None
                 continue

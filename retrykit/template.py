@@ -123,7 +123,7 @@ class _Template(Value):
             throw_last=self.throw_last,
             remember=self.remember_completed,
             lease=self.lease,
-            renews=getattr(self.context_cache, "store_clock", None) is not None,
+            renews=getattr(self.context_cache, "shared", True),
             fronted=hasattr(self.context_cache, "recent"),
         )
 

@@ -1,4 +1,4 @@
-"""Leases of long attempts: renewed while they run, in a store that machines share."""
+"""Leases of long attempts: renewed while they run, in a store that processes share."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ STATE = RetryState(key="m-1", redelivered=True)
 
 
 class SharedStore(MapRetryContextCache):
-    """A store that machines share, as its clock says; whoever waits for the next renewal is told of it."""
+    """A store that processes share; whoever waits for the next renewal is told of it."""
+
+    shared = True
 
     def __init__(self):
         super().__init__()
