@@ -14,6 +14,7 @@ from redis.exceptions import NoScriptError
 from retrykit.cache import StoredContext
 from retrykit.check import Seconds
 from retrykit.clock import Clock, StoreClock
+from retrykit.context import RetryContext
 from retrykit.redis.client import (
     BACK_OFF,
     FAULTS,
@@ -184,14 +185,29 @@ class RedisRetryContextCache:
 
     def _send(self, request: Request[T]) -> T:
         try:
-            answer = self._patient.execute(lambda _: self._ask(request))
+            answer = self._ask(request)
         except FAULTS as error:
-            raise worded(request.operation, request.key, error) from error
+            answer = self._ask_again(request, error)
         finally:
-            self._requests.over(request)
+            if request.writer is not None:
+                self._requests.give_back(request.writer)
         if not self._looked:
             self._look()
         return request.read(answer)
+
+    def _ask_again(self, request: Request[Any], error: Exception) -> Any:
+        """What the template decides about, as soon as there is something to decide."""
+        failed = iter((error,))
+
+        def attempt(_: RetryContext) -> Any:
+            for first in failed:
+                raise first
+            return self._ask(request)
+
+        try:
+            return self._patient.execute(attempt)
+        except FAULTS as last:
+            raise worded(request.operation, request.key, last) from last
 
     def _ask(self, request: Request[Any]) -> Any:
         sent = monotonic()
@@ -298,14 +314,28 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
 
     async def _send(self, request: Request[T]) -> T:  # type: ignore[override] # as in `load`
         try:
-            answer = await self._patient.execute(lambda _: self._ask(request))
+            answer = await self._ask(request)
         except FAULTS as error:
-            raise worded(request.operation, request.key, error) from error
+            answer = await self._ask_again(request, error)
         finally:
-            self._requests.over(request)
+            if request.writer is not None:
+                self._requests.give_back(request.writer)
         if not self._looked:
             await self._look()
         return request.read(answer)
+
+    async def _ask_again(self, request: Request[Any], error: Exception) -> Any:
+        failed = iter((error,))
+
+        async def attempt(_: RetryContext) -> Any:
+            for first in failed:
+                raise first
+            return await self._ask(request)
+
+        try:
+            return await self._patient.execute(attempt)
+        except FAULTS as last:
+            raise worded(request.operation, request.key, last) from last
 
     async def _ask(self, request: Request[Any]) -> Any:
         sent = monotonic()

@@ -188,10 +188,9 @@ class Requests(Value):
         """Nothing but the server's time, which every answer has."""
         return Request("open", "", EXPIRE, (3, *self._indexes, 0, b""), _nothing)
 
-    def over(self, request: Request[Any]) -> None:
-        """Nothing more is going to be sent for this request."""
-        if request.writer is not None:
-            self._writers.give(request.writer)
+    def give_back(self, writer: bytes) -> None:
+        """Nothing more is going to be sent under this name."""
+        self._writers.give(writer)
 
     def _record(self, operation: str, key: str) -> bytes:
         if len(key) > MAX_KEY:
