@@ -238,6 +238,10 @@ def _transaction(call: Call, step: Step) -> Flow:
     if step is RECOVER:
         call.context._facts().recovered = True
     outcome = yield from settle_within(call)
+    if type(outcome) is tuple:
+        # The transaction has a fault. It cannot commit, and that is as good as a commit that failed.
+        yield RollBack(outcome[0])
+        return outcome
     if outcome is not None:
         # Left as after a failure: nothing of this attempt may stay.
         left = raising(TerminatedRetryError, call, None, reason="somebody else had the outcome")

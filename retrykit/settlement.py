@@ -5,10 +5,11 @@ See the essay in `retrykit.flow` for the why.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 from retrykit.call import Call, Flow, raising
-from retrykit.errors import CommitInDoubtError, TerminatedRetryError
+from retrykit.errors import TerminatedRetryError
 from retrykit.history import History
 from retrykit.memory import collision_with, history_of, make_out
 from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Raise, Remove, Report, Save
@@ -99,7 +100,7 @@ def _belongs_to_another(call: Call, stored: Any) -> Flow:
 def settle_within(call: Call) -> Flow:
     """Settle the history inside the work's own transaction, if the cache can join it.
 
-    The outcome if somebody else had it.
+    The outcome if somebody else had it; the failure if the transaction has a fault, and so can surely not commit.
     """
     if not _has_to_settle(call):
         return None
@@ -114,22 +115,31 @@ def settle_within(call: Call) -> Flow:
     while True:
         answer = (yield from _settling(call, version, joined=True)) if known else None
         if isinstance(answer, Exception):
-            return raising(CommitInDoubtError, call, answer)
+            return (yield from _failed(call, answer))
         if answer is not None and answer is not False:
             call.settled = True
             return None
         stored = yield Load(call.key or "", joined=True)
-        outcome = _overtaken(call, stored)
+        theirs = history_of(stored)
+        if isinstance(theirs, Exception):
+            return (yield from _failed(call, theirs))
+        outcome = _overtaken(call, theirs)
         if outcome is not None:
             return outcome
         version, known = None if stored is None else stored.version, True
 
 
-def _overtaken(call: Call, stored: Any) -> Any:
+def _failed(call: Call, fault: Exception) -> Flow:
+    """The failure of an attempt whose transaction cannot be used any more: the database's own words for it."""
+    error = fault.__cause__ if isinstance(fault.__cause__, Exception) else fault
+    with suppress(Exception):
+        error.add_note("retrykit: raised by the work's transaction while its history was settled there; rolled back")
+    yield NOW
+    return (error, call.context._now)
+
+
+def _overtaken(call: Call, theirs: History | None) -> Any:
     """Somebody else changed the history while the attempt ran: may it still settle?"""
-    theirs = history_of(stored)
-    if isinstance(theirs, Exception):
-        return raising(CommitInDoubtError, call, theirs)
     fault = collision_with(call, theirs)
     if fault is not None:
         return Raise(fault)

@@ -217,9 +217,13 @@ class JoinedStore:
         return bool(self._stage("remove", key, lambda: Store.remove(self.store, key, expected), expected))
 
     def _stage(self, verb: str, key: str, act: Callable[[], Any], expected: int | None) -> int | None:
-        fault = self.store.fault(verb, key)
+        # A transaction with a fault can only be rolled back: that is a failed attempt.
+        try:
+            fault = self.store.fault(verb, key)
+        except StoreFault as before:
+            fault = before
         if fault is not None:
-            raise fault
+            raise self.store.world.failure(fault)
         found = self.store.real.load(key)
         if (None if found is None else found.version) != expected:
             return None

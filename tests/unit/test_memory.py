@@ -8,6 +8,7 @@ import attrs
 import pytest
 
 from retrykit import (
+    ExhaustedRetryError,
     MapRetryContextCache,
     RetryContext,
     RetryState,
@@ -15,7 +16,7 @@ from retrykit import (
     SimpleRetryPolicy,
     TerminatedRetryError,
 )
-from retrykit.errors import CommitInDoubtError
+from retrykit.errors import CodecError, ContextCacheError
 from tests.doubles import EPOCH, Fails, ManualClock, Transaction
 
 ERROR = OSError("broken")
@@ -139,15 +140,23 @@ def test_a_transaction_on_another_database_is_not_joined():
     assert len(template.context_cache) == 0
 
 
-def test_when_settling_within_fails_nothing_is_committed_and_the_history_is_kept():
-    fault = RuntimeError("no table")
-    log, template = joined(fault=fault)
+@pytest.mark.parametrize("worded", [True, False])
+def test_transaction_that_fails_while_the_history_is_settled_in_it_is_a_failed_attempt(worded):
+    fault = RuntimeError("current transaction is aborted")
+    told = ContextCacheError("remove failed") if worded else fault
+    if worded:
+        told.__cause__ = fault
+    log, template = joined(fault=told)
     deliver(template, Fails(ERROR))
-    error = deliver(template, Fails(), transaction=Transaction(log))
-    assert type(error) is CommitInDoubtError
-    assert error.__cause__ is fault
+    assert deliver(template, Fails(), transaction=Transaction(log)) is fault
     assert log == ["begin", "joined remove", "roll back"]
-    assert template.history("m-1").retry_count == 1
+    assert template.history("m-1").retry_count == 2
+
+
+def test_attempts_whose_transaction_always_fails_come_to_an_end():
+    log, template = joined(fault=RuntimeError("current transaction is aborted"))
+    outcomes = [deliver(template, Fails(), transaction=Transaction(log)) for _ in range(4)]
+    assert [type(outcome) for outcome in outcomes] == [*[RuntimeError] * 3, ExhaustedRetryError]
 
 
 def test_an_item_that_somebody_else_completed_meanwhile_is_a_duplicate():
@@ -199,10 +208,11 @@ def test_a_history_that_was_only_touched_is_settled_all_the_same():
     assert len(template.context_cache) == 0
 
 
-def test_a_history_that_cannot_be_read_any_more_leaves_the_commit_in_doubt():
+def test_a_history_that_cannot_be_read_any_more_is_left_alone_and_the_work_rolled_back():
     log, template = joined()
     damage = during(lambda: mark(template, format=99))
-    assert type(deliver(template, damage, transaction=Transaction(log))) is CommitInDoubtError
+    assert type(deliver(template, damage, transaction=Transaction(log))) is CodecError
+    assert log[-1] == "roll back"
     assert template.context_cache.load(KEY).snapshot["format"] == 99
 
 
