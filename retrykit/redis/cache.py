@@ -33,6 +33,9 @@ T = TypeVar("T")
 Client = redis.Redis | redis.RedisCluster
 AsyncClient = redis.asyncio.Redis | redis.asyncio.RedisCluster
 
+OBSERVE_EVERY: Final = 0.05
+"""Every answer tells the server's time; to look at it more often than this many seconds makes it no more exact."""
+
 SETTINGS: Final = ("maxmemory-policy", "appendonly")
 # Answers come as bytes, whatever the client makes of its own.
 _RAW: Final[dict[str, Any]] = {NEVER_DECODE: True}
@@ -95,6 +98,7 @@ class RedisRetryContextCache:
         self._execute = self._client.execute_command
         self._address = address_of(self._client)
         self.store_clock = None if clock is not None else StoreClock(None if self._asynchronous else self._ask_for_time)
+        self._observe_again = 0.0
         self._looked = False
         self._patient: Any = self._template()
 
@@ -215,7 +219,8 @@ class RedisRetryContextCache:
             answer = self._execute("EVALSHA", request.script.sha, *request.arguments, **_RAW)
         except NoScriptError:
             answer = self._execute("EVAL", request.script.text, *request.arguments, **_RAW)
-        self._observe(sent, answer)
+        if sent >= self._observe_again:
+            self._observe(sent, answer)
         return answer
 
     def _ask_for_time(self) -> None:
@@ -227,6 +232,7 @@ class RedisRetryContextCache:
             raise worded(request.operation, request.key, error) from error
 
     def _observe(self, sent: float, answer: Any) -> None:
+        self._observe_again = sent + OBSERVE_EVERY
         if self.store_clock is not None:
             moment = answer[0] if type(answer) is list else answer
             self.store_clock.observe(sent, float(moment[:MOMENT]), monotonic())
@@ -343,7 +349,8 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
             answer = await self._execute("EVALSHA", request.script.sha, *request.arguments, **_RAW)
         except NoScriptError:
             answer = await self._execute("EVAL", request.script.text, *request.arguments, **_RAW)
-        self._observe(sent, answer)
+        if sent >= self._observe_again:
+            self._observe(sent, answer)
         return answer
 
     async def _look(self) -> None:  # type: ignore[override] # as in `load`
