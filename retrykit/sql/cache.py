@@ -188,7 +188,8 @@ class SqlRetryContextCache(_Verbs):
         self._rows = rows_for(self._database, **self._options)
         self._rows_within = self._rows.in_a_transaction()
         self._connections = self._connect()
-        self._resilience = resilience(self._database, self._patience, in_loop=self._in_loop)
+        evicts = self._rows.on_full == "evict_oldest"
+        self._resilience = resilience(self._database, self._patience, evicts=evicts, in_loop=self._in_loop)
         self._place: Place | None = None
         self._start()
 

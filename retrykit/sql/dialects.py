@@ -4,7 +4,8 @@
   MariaDB has ON DUPLICATE KEY UPDATE, here of nothing, which returns the row of whoever won: the token in it tells.
   (INSERT IGNORE would hide more than the conflict: values that are cut off, for instance.)
 - What deletes the rows that a query chooses, with its limit. PostgreSQL may run a subquery in IN more than once, and
-  each time it skips what it has locked before: as an array it runs once. MariaDB runs one for each row: it joins.
+  each time it skips what it has locked before: as an array it runs once. MariaDB runs one for each row, and where it
+  joins it may begin with the wrong table and lock all of it: it is told where to begin, in its own words.
 - What o'clock it is there. SQLite has no clock but this machine's.
 - What passes: which faults are worth another try.
 - Where a connection is: so that a transaction somewhere else is not taken for one here.
@@ -52,8 +53,8 @@ class Database:
     insert_or_nothing: Callable[[Mapping[str, Any]], Insert]
     clock: Any = None
     place: Executable | None = None
-    evict: Executable | None = None
-    delete_chosen: Callable[[Select[Any]], Delete]
+    delete_chosen: Callable[[Select[Any]], Delete] | None = None
+    texts: Mapping[str, Executable] = attrs.field(factory=dict)
     # Reads of a transaction may show what was there at its beginning, while its writes meet what is there now. So a
     # read that explains why a write lost takes a lock: then it sees the same. (PostgreSQL refuses such a write.)
     reads_the_past: bool = False
@@ -175,10 +176,14 @@ def _on_duplicate_key(values: Mapping[str, Any]) -> Insert:
     return mysql.insert(rk_context).values(values).on_duplicate_key_update(id=literal_column("id"))
 
 
-def _delete_joined(chosen: Select[Any]) -> Delete:
-    rows = chosen.subquery()
-    return delete(rk_context).where(_c.id == rows.c.id)
-
+_EXPIRE: Final = (
+    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE expires_at <= :now {} ORDER BY expires_at LIMIT :chunk "
+    "FOR UPDATE SKIP LOCKED) AS past STRAIGHT_JOIN rk_context ON rk_context.id = past.id"
+)
+_EVICT: Final = (
+    "DELETE FROM rk_context WHERE completed_at IS NULL ORDER BY completed_at, updated_minute, id LIMIT :surplus "
+    "RETURNING context_key"
+)
 
 MARIADB: Final = Database(
     title="MariaDB",
@@ -192,13 +197,12 @@ MARIADB: Final = Database(
         "SELECT concat_ws('/', @@hostname, @@port, @@datadir, database()), EXISTS (SELECT 1 FROM "
         "information_schema.tables WHERE table_schema = database() AND table_name = 'rk_schema')"
     ),
-    evict=text(
-        "DELETE FROM rk_context WHERE completed_at IS NULL ORDER BY completed_at, updated_minute, id "
-        "LIMIT :surplus RETURNING context_key"
-    ).columns(_c.context_key),
-    delete_chosen=_delete_joined,
+    texts={
+        "expire": text(_EXPIRE.format("")),
+        "expire_joined": text(_EXPIRE.format("AND @@tx_isolation = 'READ-COMMITTED'")),
+        "evict": text(_EVICT),
+    },
     reads_the_past=True,
-    undisturbed=literal_column("@@tx_isolation") == literal_column("'READ-COMMITTED'"),
     passes=_mariadb_passes,
     hint=_server_hint,
     oldest=(10, 11),

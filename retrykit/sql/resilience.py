@@ -17,6 +17,7 @@ from sqlalchemy.util import await_only
 
 from retrykit.backoff import ExponentialBackOffPolicy
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
+from retrykit.errors import CacheCapacityError
 from retrykit.policy import (
     CompositeRetryPolicy,
     NeverRetryPolicy,
@@ -54,11 +55,15 @@ class Resilience:
         return self._template.execute(lambda context: work(context.attempt > 1))
 
 
-def resilience(database: Database, patience: float, *, in_loop: bool) -> Resilience:
-    """What tries again on one kind of database."""
+def resilience(database: Database, patience: float, *, evicts: bool, in_loop: bool) -> Resilience:
+    """What tries again on one kind of database. `evicts`: a full store finds room, if not at once."""
+
+    def passes(error: BaseException) -> bool:
+        return database.passes(error) or (evicts and isinstance(error, CacheCapacityError))
+
     policy: RetryPolicy = NeverRetryPolicy()
     if patience > 0:
-        policy = CompositeRetryPolicy((PredicateRetryPolicy(database.passes), TimeoutRetryPolicy(patience)))
+        policy = CompositeRetryPolicy((PredicateRetryPolicy(passes), TimeoutRetryPolicy(patience)))
     clock: Clock = _LOOP_CLOCK if in_loop else SYSTEM_CLOCK
     template = RetryTemplate(
         name="retrykit.sql", retry_policy=policy, back_off_policy=_PAUSES, clock=clock, throw_last=True

@@ -245,17 +245,21 @@ class ContextRows:
 
     def _make_room(self, connection: Connection) -> bool:
         """What is past its time goes first; then, if that is the rule, the oldest histories."""
-        dropped = self.expire(connection, self.now(), CHUNK) if self.room.may_look else 0
-        if self.on_full == "evict_oldest":
-            surplus = min(CHUNK, self.room.surplus(connection))
-            dropped += self._evict(connection, surplus) if surplus > 0 else 0
-        return dropped > 0
+        if self.room.may_look and self.expire(connection, self.now(), CHUNK):
+            return True
+        if self.on_full == "reject":
+            return False
+        surplus = self.room.surplus(connection)
+        return surplus <= 0 or self._evict(connection, min(surplus, CHUNK)) > 0
 
     def _evict(self, connection: Connection, surplus: int) -> int:
         keys = self.sql.evict.on(connection, {"surplus": surplus}).scalars().all()
         for key in keys:
             logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
         self.room.freed(len(keys))
+        if not keys:
+            # Others have them all in their hands, or there are not as many as it seemed.
+            self.room.lost_sight()
         return len(keys)
 
     def _changed(self, *, freed: bool) -> None:

@@ -7,11 +7,12 @@ that drops too. (SQLAlchemy leaves FOR UPDATE out on SQLite, which has one write
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Integer, String, bindparam, delete, func, select, update
+from sqlalchemy import Executable, Integer, String, bindparam, delete, func, select, update
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
@@ -102,15 +103,22 @@ def statements_of(database: Database) -> Statements:
     clock = () if database.clock is None else (database.clock.label("now"),)
     load = select(_c.id, _c.revision, _c.snapshot, *clock).where(_is_key)
     insert = database.insert_or_nothing({name: _given(name) for name in NEW})
-    undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
     reading_now = (load.with_for_update(), _saver.with_for_update()) if database.reads_the_past else (load, _saver)
-    evict = database.delete_chosen(_oldest).returning(_c.context_key) if database.evict is None else database.evict
     return Statements(
         load=Prepared(load),
         load_joined=Prepared(reading_now[0]),
         saver=Prepared(reading_now[1]),
         insert=Prepared(insert.returning(_c.id, _c.token, *clock)),
-        expire=Prepared(database.delete_chosen(_expired)),
-        expire_joined=Prepared(database.delete_chosen(undisturbed)),
-        evict=Prepared(evict),
+        **{name: Prepared(statement) for name, statement in _dropping(database).items()},
     )
+
+
+def _dropping(database: Database) -> Mapping[str, Executable]:
+    if database.delete_chosen is None:
+        return database.texts
+    undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
+    return {
+        "expire": database.delete_chosen(_expired),
+        "expire_joined": database.delete_chosen(undisturbed),
+        "evict": database.delete_chosen(_oldest).returning(_c.context_key),
+    }

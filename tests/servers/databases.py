@@ -62,7 +62,7 @@ def _emptied(url: str) -> None:
     with engine.connect() as connection:
         for table in ("rk_context", "rk_parked"):
             connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608 - our own tables
-        for table in ("work", "customer", "orders"):
+        for table in ("orders", "customer", "work"):
             connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
         connection.execute(text("UPDATE rk_schema SET value = 2 WHERE name = 'version'"))
     engine.dispose()
