@@ -1,0 +1,461 @@
+"""Processes of consumers that share a store: forked when ordered, and then whatever befalls them befalls them.
+
+`python -m tests.fault.store_consumer` reads orders, a line each: {"fork": {…}} is answered with the process id of a new
+child, {"reap": pid} with how that child ended. The children write a ledger (`tests.fault.ledger`), nobody asks them. A
+forked child needs milliseconds where an interpreter would need a second; what forks has no threads, no connections.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.orm import Session, sessionmaker
+
+from retrykit import RetryState, RetryTemplate, SimpleRetryPolicy, flight, owner
+from retrykit.sql import SqlRetryContextCache, sqlite_engine
+from tests.fault.ledger import SETTLED, Pen
+
+metadata = sa.MetaData()
+effects = sa.Table(
+    "effects", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("key", sa.BigInteger, index=True)
+)
+parked = sa.Table(
+    "parked", metadata, sa.Column("id", sa.Integer, primary_key=True), sa.Column("key", sa.BigInteger, index=True)
+)
+guarded = sa.Table(
+    "guarded",
+    metadata,
+    sa.Column("key", sa.BigInteger, primary_key=True, autoincrement=False),
+    sa.Column("fence", sa.BigInteger),
+)
+
+MANY = 10**6
+# How often the item fails: good, flaky and poison ones in turn.
+FATES = (0, 1, 0, 2, MANY)
+
+
+def fate(key: int) -> int:
+    """How many attempts of an item fail."""
+    return FATES[key % len(FATES)]
+
+
+class Trouble(Exception):
+    """What the work raises when it fails."""
+
+
+class SkewedClock:
+    """A machine's clock that is wrong."""
+
+    def __init__(self, skew: float) -> None:
+        self.skew = skew
+
+    def time(self) -> float:
+        return time.time() + self.skew
+
+    def monotonic(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    async def async_sleep(self, seconds: float) -> None:
+        raise NotImplementedError
+
+
+class LoggedFaults(logging.Handler):
+    """What the library says of faults goes into the ledger."""
+
+    def __init__(self, pen: Pen) -> None:
+        super().__init__(logging.WARNING)
+        self.pen = pen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        text = f"{record.getMessage()}: {type(error).__name__}: {error}" if error else record.getMessage()
+        self.pen("log", level=record.levelname, text=text[:500])
+
+
+def engine_for(url: str, **options: Any) -> sa.Engine:
+    """An engine as a user makes it."""
+    if url.startswith("sqlite"):
+        return sqlite_engine(url, durability="process", **options)
+    return sa.create_engine(url, **options)
+
+
+class Consumer:
+    """One process, as an order describes it.
+
+    `work`, `history`, `resource`: URLs of the databases of the work (None: it has none), of the histories, and of the
+    table that fences guard (None: it has none). `worker`: its number. `host`: the machine it pretends to be on, `skew`
+    how wrong that one's clock is. `threads`: for each the keys that it is to bring to their end; `deliveries`: to
+    deliver so often instead.
+    """
+
+    def __init__(self, order: dict[str, Any]) -> None:
+        self.order = order
+        self.number = order["worker"]
+        self.pen = Pen(order["ledger"], w=self.number)
+        self.write = self.pen
+        self.dies_at = order.get("dies_at", {})
+        self.deliveries = 0
+        self.lock = threading.Lock()
+        self.gate = None if "gate" not in order else Path(order["gate"])
+        logging.getLogger("retrykit").addHandler(LoggedFaults(self.pen))
+        if "host" in order:
+            owner._machine = functools.cache(lambda: f"{order['host']}/boot/pid")
+        self.work = None if order.get("work") is None else engine_for(order["work"], **order.get("engine", {}))
+        self.resource = None if order.get("resource") is None else engine_for(order["resource"])
+        self.sessions = None if self.work is None else sessionmaker(self.work)
+        self.template = RetryTemplate(
+            name="orders",
+            retry_policy=SimpleRetryPolicy(order["max_attempts"]),
+            context_cache=sabotaged(self.cache(), order.get("sabotage")),
+            clock=SkewedClock(order.get("skew", 0)),
+            remember_completed=order.get("remember"),
+            lease=order.get("lease", 300),
+        )
+
+    def cache(self) -> Any:
+        """The store of the histories: on the work's own engine, if that is where it is."""
+        url, options = self.order["history"], self.order.get("options", {})
+        if url.startswith("redis"):
+            from retrykit.redis import RedisRetryContextCache
+
+            return RedisRetryContextCache(url, **options)
+        return SqlRetryContextCache(self.work if url == self.order.get("work") else engine_for(url), **options)
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Write an event of the present delivery; the last one, if it is the one to die at."""
+        self.pen(event, **_present.facts, **facts)
+        if self.dies_at.get("event") == event:
+            with self.lock:
+                self.dies_at["number"] -= 1
+                if self.dies_at["number"] <= 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+    # -- the work
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        assert self.sessions is not None
+        worked = False
+        try:
+            with self.sessions.begin() as session:
+                yield session
+                worked = True
+                self.note("commit")
+        except BaseException as error:
+            if worked:
+                _present.edge = error
+                self.note("not committed", error=type(error).__name__)
+            raise
+        self.note("committed")
+
+    def attempt(self, context: Any) -> str:
+        key = self.order_key(context)
+        self.note("attempt", n=context.attempt, fence=context.fence)
+        # Before the transaction has done anything: SQLite lets one write at a time.
+        self.await_gate()
+        try:
+            if context.transaction is not None:
+                context.transaction.execute(sa.insert(effects).values(key=key))
+            if self.resource is not None:
+                self.write_guarded(key, context.fence)
+            if context.attempt <= self.order.get("fails", fate(key)):
+                self.note("fail")
+                raise Trouble(f"attempt {context.attempt} of {key} failed")
+        except Trouble as error:
+            _present.raised = error
+            raise
+        except Exception as error:
+            _present.raised = error
+            self.note("broken", error=repr(error)[:200])
+            raise
+        self.note("work")
+        return "work"
+
+    def recover(self, context: Any) -> str:
+        key = self.order_key(context)
+        self.note("recovery", fence=context.fence)
+        try:
+            if context.transaction is not None:
+                context.transaction.execute(sa.insert(parked).values(key=key))
+            if self.resource is not None:
+                self.write_guarded(key, context.fence)
+        except Exception as error:
+            _present.edge = error
+            self.note("recovery broken", error=repr(error)[:200])
+            raise
+        return "substitute"
+
+    def order_key(self, context: Any) -> int:
+        key = context.key
+        assert isinstance(key, int)
+        return key
+
+    def await_gate(self) -> None:
+        """A handler that takes as long as the test likes."""
+        if self.gate is None:
+            return
+        deadline = time.monotonic() + 60
+        while not self.gate.exists():
+            assert time.monotonic() < deadline, "nobody opened the gate"
+            time.sleep(0.002)
+
+    def write_guarded(self, key: int, fence: int) -> None:
+        """The write that fences are for: accepted from nobody who has been overtaken."""
+        assert self.resource is not None
+        later = sa.update(guarded).where(guarded.c.key == key, guarded.c.fence < fence)
+        with self.resource.begin() as connection:
+            accepted = connection.execute(later.values(fence=fence)).rowcount == 1
+        self.note("fenced", fence=fence, accepted=accepted)
+
+    # -- the source
+
+    def deliver(self, key: int, redelivered: bool | None) -> str:
+        with self.lock:
+            self.deliveries += 1
+            _present.facts = {"d": self.deliveries, "k": key}
+        _present.raised = _present.edge = None
+        self.note("deliver")
+        state = RetryState(
+            key=key, redelivered=redelivered, recover_on_redelivery=self.order.get("recover_later", False)
+        )
+        error: Exception | None = None
+        try:
+            outcome = self.template.execute(
+                self.attempt,
+                self.recover if self.order.get("recovers", True) else None,
+                state=state,
+                transaction=None if self.sessions is None else self.transaction,
+            )
+        except Exception as raised:
+            # Sabotage: the source is told of something else than what happened.
+            hidden = self.order.get("sabotage") == "HidesErrors"
+            error = LookupError("of the store") if hidden else raised
+            outcome = type(error).__name__
+        self.note_end(outcome or "duplicate", error)
+        return outcome or "duplicate"
+
+    def note_end(self, outcome: str, error: Exception | None) -> None:
+        chain = list(_chain(error))
+        notes = [note for link in chain for note in getattr(link, "__notes__", ())]
+        self.note(
+            "end",
+            outcome=outcome,
+            error=None if error is None else repr(error)[:300],
+            same=_present.raised is not None and _present.raised in chain,
+            # A database that gave no connection or no commit speaks for itself.
+            edge=_present.edge in chain if _present.edge is not None else isinstance(error, sa.exc.SQLAlchemyError),
+            noted=any("was not stored" in note for note in notes),
+        )
+
+    def consume(self, keys: list[int], seed: int) -> None:
+        """Deliver each until it is settled, in an order of our own; what is not settled comes again later."""
+        random.Random(seed).shuffle(keys)
+        first, again = self.order.get("redelivered", [None, None])
+        known = set(self.order.get("known", ()))
+        queue = deque((key, again if key in known else first, 0) for key in keys)
+        deadline = time.monotonic() + self.order.get("patience", 100)
+        while queue and time.monotonic() < deadline:
+            key, redelivered, tries = queue.popleft()
+            outcome = self.deliver(key, redelivered)
+            if outcome not in SETTLED:
+                queue.append((key, again, tries + 1))
+                if outcome != "Trouble":
+                    # A source takes its time before it delivers again.
+                    time.sleep(min(0.002 * 2 ** min(tries, 10), 0.25))
+
+    def deliver_often(self, keys: list[int]) -> None:
+        for _ in range(self.order["deliveries"]):
+            for key in keys:
+                self.deliver(key, self.order.get("redelivered", [None])[0])
+
+    def run(self) -> None:
+        start = threading.Barrier(len(self.order["threads"]))
+
+        def consume(number: int, keys: list[int]) -> None:
+            start.wait()
+            if "deliveries" in self.order:
+                self.deliver_often(keys)
+            else:
+                self.consume(keys, self.order.get("seed", 1) * 1_000 + self.number * 100 + number)
+
+        parts = enumerate(self.order["threads"])
+        threads = [threading.Thread(target=consume, args=part) for part in parts]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.pen("done")
+
+
+class Present(threading.local):
+    """What the thread's present delivery has come to."""
+
+    facts: dict[str, Any]
+    raised: BaseException | None = None
+    edge: BaseException | None = None
+
+
+_present = Present()
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        # A recovery that failed tells of the failure that it was for.
+        waiting += [link.__context__, link.__cause__, getattr(link, "failure", None)]
+
+
+# -- stores that lie: the checks have to notice
+
+
+class Sabotage:
+    """A store of which one verb does not do what it promises."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+    def load(self, key: str) -> Any:
+        return self.real.load(key)
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        return self.real.save(key, snapshot, expected)
+
+    def remove(self, key: str, expected: int | None = None) -> Any:
+        return self.real.remove(key, expected)
+
+
+class SavesNothing(Sabotage):
+    """Every third save is confirmed and not made."""
+
+    saves = 0
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        self.saves += 1
+        return self.saves + MANY if self.saves % 3 == 0 else self.real.save(key, snapshot, expected)
+
+
+class SavesOverOthers(Sabotage):
+    """Whoever writes last wins: nothing is compared."""
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        while (saved := self.real.save(key, snapshot, expected)) is None:
+            stored = self.real.load(key)
+            expected = None if stored is None else stored.version
+        return saved
+
+
+class ForgetsFlights(Sabotage):
+    """Attempts that run are stored without their reservation."""
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        return self.real.save(key, {**snapshot, "in_flight": []}, expected)
+
+
+class RepeatsFences(Sabotage):
+    """The fence never grows, neither with what is stored nor with time."""
+
+    def __init__(self, real: Any) -> None:
+        super().__init__(real)
+        flight.first_fence = lambda _: 42
+
+    def load(self, key: str) -> Any:
+        stored = self.real.load(key)
+        if stored is not None and "fence" in stored.snapshot:
+            stored.snapshot["fence"] = 41
+        return stored
+
+
+class ForgetsMarks(Sabotage):
+    """A completion mark seems to be stored and is not."""
+
+    def joined(self, transaction: Any) -> Any:
+        return None
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        return MANY if "completed_at" in snapshot else self.real.save(key, snapshot, expected)
+
+
+class ForgetsItems(Sabotage):
+    """What is stored says that it is done."""
+
+    def save(self, key: str, snapshot: Any, expected: int | None) -> Any:
+        done = {"completed_at": 1.0, "expires_at": 10.0**10} if snapshot["retry_count"] else {}
+        return self.real.save(key, {**snapshot, **done}, expected)
+
+
+SABOTAGES = {
+    kind.__name__: kind
+    for kind in (SavesNothing, SavesOverOthers, ForgetsFlights, RepeatsFences, ForgetsMarks, ForgetsItems)
+}
+
+
+def sabotaged(cache: Any, how: str | None) -> Any:
+    """The cache, or one that lies."""
+    return SABOTAGES[how](cache) if how in SABOTAGES else cache
+
+
+# -- the process that forks
+
+
+def fork(order: dict[str, Any]) -> int:
+    """Start a child: its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        Consumer(order).run()
+        status = 0
+    except BaseException as error:
+        print(f"consumer {order['worker']}: {error!r}", file=sys.stderr, flush=True)
+    os._exit(status)
+
+
+def obey(order: dict[str, Any]) -> int:
+    """Carry out one order."""
+    if "fork" in order:
+        return fork(order["fork"])
+    _, status = os.waitpid(order["reap"], 0)
+    return os.waitstatus_to_exitcode(status)
+
+
+def main() -> None:
+    logging.getLogger("retrykit").propagate = False
+    for driver in ("psycopg", "pymysql", "redis"):
+        # Loaded once, for all children.
+        try:
+            __import__(driver)
+        except ImportError:
+            continue
+    for line in sys.stdin:
+        print(json.dumps(obey(json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
