@@ -150,8 +150,10 @@ class ContextRows:
     def save(self, connection: Connection, row: Row, expected: int | None, *, again: bool = False) -> int | None:
         """Compare and set; the new version, or None for the one who lost. `again`: it may have been done before."""
         version = self._insert(connection, row) if expected is None else self._update(connection, row, expected)
-        if version is None and again:
-            version = self._own(connection, row, expected)
+        if again:
+            # What the first try took or freed is in no account.
+            self.room.lost_sight()
+            version = self._own(connection, row, expected) if version is None else version
         self._prune(connection)
         return version
 
