@@ -21,7 +21,8 @@ import attrs
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK
 from retrykit.errors import CodecError, RetryError
-from retrykit.history import MAX_ERRORS, Attributes, ErrorSummary, History, Tally, fade, from_faded, summary
+from retrykit.failure import ErrorSummary, fade, from_faded, summary
+from retrykit.history import MAX_ERRORS, Attributes, History, Tally
 from retrykit.key import Key, key_from_json, key_to_json
 from retrykit.state import RetryState
 

@@ -9,7 +9,8 @@ import attrs
 from retrykit.call import Call, Flow
 from retrykit.check import seconds, wrong_type
 from retrykit.context import instant
-from retrykit.history import MAX_ERRORS, History, Tally, message_of
+from retrykit.failure import message_of
+from retrykit.history import MAX_ERRORS, History, Tally
 from retrykit.policy import Branch, RetryDecision, tallies_of
 from retrykit.state import RetryState
 from retrykit.steps import Take

@@ -1,8 +1,8 @@
 """Leases of attempts that take long: renewed beside the attempt, by one thread of the process or a task of the loop.
 
 One process cannot see whether an attempt that another makes still runs. It believes so until the lease is over, or the
-process is gone. So whoever runs longer says again, each third of a lease, that it is there; who is frozen, or cut off from the
-store, does not, and is overtaken. What is said, and what it means when it is refused, is the flow's business
+process is gone. So whoever runs longer says again, each third of a lease, that it is there; who is frozen, or cut off
+from the store, does not, and is overtaken. What is said, and what it means when it is refused, is the flow's business
 (`retrykit.flight.renew`): this module only knows when it is time.
 """
 

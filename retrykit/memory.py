@@ -15,7 +15,8 @@ from retrykit.call import Call, Flow
 from retrykit.context import RetryContext, first_fence
 from retrykit.decision import count, decide, pay
 from retrykit.errors import InconsistentKeyError
-from retrykit.history import Flight, History, StoredError, message_of
+from retrykit.failure import StoredError, message_of
+from retrykit.history import Flight, History
 from retrykit.steps import NOW, Load, Probe, Recent, Report, Save
 
 # -- recalling

@@ -26,7 +26,7 @@ from retrykit.check import (
     wrong_type,
     wrong_value,
 )
-from retrykit.history import StoredError, type_name
+from retrykit.failure import StoredError, type_name
 from retrykit.value import Value
 
 if TYPE_CHECKING:

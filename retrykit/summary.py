@@ -14,7 +14,8 @@ import attrs
 from retrykit.check import wrong_type, wrong_value
 from retrykit.context import instant
 from retrykit.errors import CodecError
-from retrykit.history import ErrorSummary, Flight, History, StoredError, error_to_json
+from retrykit.failure import ErrorSummary, StoredError, error_to_json
+from retrykit.history import Flight, History
 from retrykit.key import Key, key_from_json, key_to_json, namespace
 from retrykit.owner import is_running
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import attrs
 
 from retrykit.check import wrong_type
-from retrykit.history import StoredError, message_of, type_name
+from retrykit.failure import StoredError, message_of, type_name
 from retrykit.key import key_to_json
 from retrykit.message import Discard, Message, Park, Republish, is_nonempty_text
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 import retrykit.errors
-from retrykit.history import StoredError, error_from_json, type_name
+from retrykit.failure import StoredError, error_from_json, type_name
 
 _TREE: Final = """
 Throwable

@@ -38,7 +38,8 @@ from retrykit import (
 )
 from retrykit.cache import canonical_key
 from retrykit.errors import CodecError
-from retrykit.history import FORMAT, ErrorSummary, Flight, History, StoredError, Tally
+from retrykit.failure import ErrorSummary, StoredError
+from retrykit.history import FORMAT, Flight, History, Tally
 from retrykit.key import key_from_json, key_to_json
 from retrykit.policy import every, names_of
 

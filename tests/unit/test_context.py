@@ -30,7 +30,7 @@ from retrykit import (
     retryable,
     veto,
 )
-from retrykit.history import StoredError
+from retrykit.failure import StoredError
 from retrykit.state import always
 from tests.doubles import EPOCH, Fails, ManualClock, pickled
 

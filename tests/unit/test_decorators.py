@@ -29,7 +29,7 @@ from retrykit import (
     veto,
 )
 from retrykit.decorators import AsyncRetryable, Retryable, RetryableOfClass
-from retrykit.history import StoredError
+from retrykit.failure import StoredError
 from retrykit.template import short_cut
 from tests.doubles import Ears, ManualClock, Transaction
 

@@ -25,7 +25,7 @@ from retrykit import (
     TimeoutRetryPolicy,
 )
 from retrykit.errors import CommitInDoubtError
-from retrykit.history import StoredError
+from retrykit.failure import StoredError
 from tests.doubles import Fails, ManualClock, Transaction
 
 

@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import json
 import operator
+import traceback
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from retrykit import CodecError
-from retrykit.history import (
+from retrykit.failure import (
     MAX_CAUSES,
     MAX_MESSAGE,
     MAX_TRACEBACK,
-    Attributes,
     ErrorSummary,
-    Flight,
-    History,
     StoredError,
-    Tally,
     error_from_json,
     error_to_json,
     message_of,
     render,
 )
+from retrykit.history import Attributes, Flight, History, Tally
 from tests.doubles import pickled
 
 
@@ -83,10 +81,46 @@ def test_a_chain_of_causes_is_bounded_and_may_bite_its_tail():
 
 
 def test_a_rendered_error_ends_where_it_happened():
-    stored = StoredError.of(raised(ValueError("x" * 2 * MAX_TRACEBACK)), rendered=True)
+    stored = StoredError.of(raised(ValueError("x" * 2 * MAX_TRACEBACK), OSError("inner")), rendered=True)
     assert len(stored.traceback) == MAX_TRACEBACK
     assert stored.traceback.startswith("…")
     assert "in raised" in StoredError.of(raised(ValueError("short")), rendered=True).traceback
+
+
+def recursing(depth):
+    return recursing(depth - 1) if depth else 1 / 0
+
+
+@pytest.mark.parametrize("depth", [0, 1, 30])
+def test_plain_error_is_rendered_as_the_standard_library_words_it_but_for_its_marks(depth):
+    with pytest.raises(ZeroDivisionError) as caught:
+        recursing(depth)
+    theirs = "".join(traceback.TracebackException.from_exception(caught.value, capture_locals=False).format())
+    ours = render(caught.value).splitlines()
+    if depth < 3:
+        assert ours == [line for line in theirs.splitlines() if not line.strip() or set(line.strip()) - {"^", "~"}]
+    assert ours[-1] == "ZeroDivisionError: division by zero"
+    assert ours.count("    return recursing(depth - 1) if depth else 1 / 0") == depth + 1
+
+
+def test_endless_recursion_is_rendered_with_its_beginning_and_its_end():
+    with pytest.raises(RecursionError) as caught:
+        recursing(100_000)
+    text = render(caught.value)
+    assert len(text) <= MAX_TRACEBACK
+    assert text.splitlines()[-1].startswith("RecursionError: maximum recursion")
+
+
+@pytest.mark.parametrize("kind", ["cause", "context", "group", "notes"])
+def test_what_belongs_to_an_error_is_rendered_too(kind):
+    error = ExceptionGroup("several", [OSError("inner")]) if kind == "group" else ValueError("outer")
+    if kind == "cause":
+        error.__cause__ = OSError("inner")
+    elif kind == "context":
+        error.__context__ = OSError("inner")
+    elif kind == "notes":
+        error.add_note("inner")
+    assert "inner" in render(error)
 
 
 def test_an_error_without_words_hides_nothing():
@@ -100,7 +134,9 @@ def test_rendering_that_fails_hides_nothing(monkeypatch):
         raise RuntimeError("no")
 
     monkeypatch.setattr("traceback.format_exception", broken)
-    assert render(ValueError()) == "<no traceback: rendering it raised RuntimeError>"
+    error = ValueError()
+    error.add_note("so that the standard library renders it")
+    assert render(error) == "<no traceback: rendering it raised RuntimeError>"
 
 
 def test_a_stored_error_of_a_stored_error_is_itself():

@@ -27,7 +27,8 @@ from retrykit import (
     SimpleRetryPolicy,
     TimeoutRetryPolicy,
 )
-from retrykit.history import StoredError, Tally
+from retrykit.failure import StoredError
+from retrykit.history import Tally
 from retrykit.policy import every, nearest
 from tests.doubles import Fails, ManualClock, pickled
 

@@ -37,7 +37,7 @@ from retrykit import (
 )
 from retrykit.context import _bound
 from retrykit.errors import AttemptsInFlightError, CommitInDoubtError
-from retrykit.history import StoredError
+from retrykit.failure import StoredError
 from retrykit.owner import begin
 from retrykit.template import short_cut
 from tests.doubles import (
