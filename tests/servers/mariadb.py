@@ -53,7 +53,9 @@ class MariaDb(ServerProcess):
         assert program is not None, mariadb_missing()
         options = ["--auth-root-authentication-method=normal", "--skip-test-db", "--skip-name-resolve"]
         small = ["--innodb-log-file-size=16M", "--innodb-buffer-pool-size=8M"]
-        self._run([program, "--no-defaults", f"--datadir={self.base}/data", *options, *small])
+        # Not the shared /tmp: a server that starts there removes the temporary tables of the others.
+        folders = [f"--datadir={self.base}/data", f"--tmpdir={self.base}"]
+        self._run([program, "--no-defaults", *folders, *options, *small])
         # The passwords are set by the first start, before anybody can connect.
         self._init_file.write_text(
             f"CREATE USER IF NOT EXISTS {USER}@'%' IDENTIFIED BY '{self.password}';\n"

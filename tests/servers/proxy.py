@@ -227,7 +227,8 @@ class TcpProxy:
             with self._changed:
                 self.accepted += 1
                 self._links.add(link)
-            link.start()
+                # Before anybody can find it, and wait for its end.
+                link.start()
 
 
 class _Trap(NamedTuple):
