@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Transaction
@@ -30,6 +31,9 @@ def unwrapped(transaction: object) -> Session | Connection | None:
 
 def _beneath(transaction: Any) -> Session | Connection | None:
     """Of an AsyncSession, AsyncConnection, their transactions and scopes: what runs their statements."""
+    asynchronous = sys.modules.get("sqlalchemy.ext.asyncio")
+    if asynchronous is not None and isinstance(transaction, asynchronous.async_scoped_session):
+        transaction = transaction()
     for name in ("sync_session", "sync_connection", "sync_transaction"):
         inner = getattr(transaction, name, None)
         if isinstance(inner, Session | Connection | SessionTransaction | Transaction):
