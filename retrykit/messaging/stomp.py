@@ -226,9 +226,13 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self.frames.put(frame)
 
     def on_receipt(self, frame: Any) -> None:
-        """One confirmation less to wait for."""
+        """One confirmation less to wait for.
+
+        After an ERROR it confirms nothing: RabbitMQ refuses a SUBSCRIBE, and then sends its receipt.
+        """
         with self._changed:
-            self._awaited.pop(frame.headers.get("receipt-id", ""), None)
+            if self.lost is None:
+                self._awaited.pop(frame.headers.get("receipt-id", ""), None)
             self._changed.notify_all()
 
     def on_error(self, frame: Any) -> None:

@@ -108,16 +108,34 @@ class Wire:
         """SEND a persistent message and wait for its receipt."""
         self.ask("SEND", body, **{"destination": destination, "persistent": "true", **headers})
 
-    def subscribe(self, destination: str, id: str = "1", *, prefetch: int = 1, ack: str = "client-individual") -> None:  # noqa: A002
+    def subscribe(
+        self,
+        destination: str,
+        id: str = "1",  # noqa: A002
+        *,
+        prefetch: int = 1,
+        ack: str = "client-individual",
+        **others: str,
+    ) -> None:
         """Subscribe and wait for the receipt."""
         headers = {"destination": destination, "id": id, "ack": ack, "receipt": uuid.uuid4().hex}
-        headers["activemq.prefetchSize"] = str(prefetch)
-        self.frame("SUBSCRIBE", headers)
+        # One for each kind of broker; the others take no notice.
+        headers["activemq.prefetchSize"] = headers["prefetch-count"] = str(prefetch)
+        self.frame("SUBSCRIBE", headers | {name.replace("_", "-"): value for name, value in others.items()})
         self.await_receipt(headers["receipt"])
 
     def message(self, timeout: float = 10) -> Frame:
         """The next MESSAGE frame."""
         return self._take(lambda frame: frame.command == "MESSAGE", timeout, "a message")
+
+    def messages(self, seconds: float = 0.5) -> list[Frame]:
+        """The MESSAGE frames that come until none comes for a while."""
+        found = [frame for frame in self._waiting if frame.command == "MESSAGE"]
+        self._waiting.clear()
+        while (frame_ := self.next(seconds)) is not None:
+            assert frame_.command == "MESSAGE", frame_
+            found.append(frame_)
+        return found
 
     def error(self, timeout: float = 10) -> Frame:
         """The next frame, which must be an ERROR."""

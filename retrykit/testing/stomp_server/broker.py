@@ -29,9 +29,10 @@ _OWN_HEADERS = {
 class StompError(Exception):
     """The client's frame cannot be carried out; the connection goes on unless `fatal`."""
 
-    def __init__(self, message: str, *, fatal: bool = False) -> None:
-        """Keep the text of the ERROR frame's `message` header."""
+    def __init__(self, message: str, detail: str | None = None, *, fatal: bool = False) -> None:
+        """Keep the text of the ERROR frame's `message` header, and of its body (the same by default)."""
         super().__init__(message)
+        self.detail = message if detail is None else detail
         self.fatal = fatal
 
 
@@ -63,8 +64,11 @@ class Broker:
         survivors = list(survivors)
         self._numbers = itertools.count(max((message.number for message in survivors), default=0) + 1)
         for message in survivors:
-            message.redelivered = message.redelivered and keep_flags
-            self._place(message)
+            self._revive(message)
+
+    def _revive(self, message: Message) -> None:
+        message.redelivered = message.redelivered and self._keep_flags
+        self._place(message)
 
     # -- messages in and out
 
@@ -80,25 +84,27 @@ class Broker:
         """Make the message of a SEND frame; `origin` becomes part of its id."""
         destination = frame.headers["destination"]
         self.queue(destination)
-        number = next(self._numbers)
-        persistent = frame.headers.get("persistent") == "true"
         headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
         delay = self._delay(headers)
-        if self.profile.dead_letters is not None:
-            stamp = str(time.time_ns() // 1_000_000)
-            headers = {"expires": "0", "priority": "4", "timestamp": stamp} | headers
-        if persistent:
-            headers["persistent"] = "true"
-        message = Message(number, f"{origin}:-1:1:{number}", destination, headers, frame.body, persistent)
+        stamp = str(time.time_ns() // 1_000_000)
+        headers = {"expires": "0", "priority": "4", "timestamp": stamp} | headers
+        message = self._made(frame, origin, destination, headers)
         if delay > 0:
             headers["scheduledJobId"] = message.message_id
             # The delay counts from the COMMIT where there is one, so until `change` it is a duration.
             message.due = delay
         return message
 
+    def _made(self, frame: Frame, origin: str, destination: str, headers: dict[str, str]) -> Message:
+        number = next(self._numbers)
+        persistent = frame.headers.get("persistent") == "true"
+        if persistent:
+            headers["persistent"] = "true"
+        return Message(number, f"{origin}:-1:1:{number}", destination, headers, frame.body, persistent)
+
     def _delay(self, headers: dict[str, str]) -> float:
         scheduling = [name for name in headers if name.startswith("AMQ_SCHEDULED_")]
-        if self.profile.name != "activemq" or not scheduling:
+        if not scheduling:
             return 0.0
         if scheduling != ["AMQ_SCHEDULED_DELAY"]:
             raise StompError(f"The embedded server knows only AMQ_SCHEDULED_DELAY, not {' '.join(scheduling)}")
@@ -133,6 +139,10 @@ class Broker:
 
     # -- deliveries
 
+    def name_delivery(self, message: Message) -> tuple[str, str]:
+        """Make the message id and the acknowledgement id of one more delivery."""
+        return message.message_id, f"ID:{self.boot}:{next(self._ack_numbers)}"
+
     def attach(self, subscription: Subscription) -> None:
         """Let a subscription take part; it may get messages at once."""
         subscription.queue.turns.append(subscription)
@@ -161,15 +171,17 @@ class Broker:
         """Deliver as much as there are messages and room, in turns; nothing while `paused`."""
         while not self.paused and queue.waiting and (subscription := queue.next_subscription()) is not None:
             message = queue.next_message()
-            if message.expired(time.time()):
+            if self._expired(message):
                 self.bury(message, f"java.lang.Throwable: Message Expired. Expiration:{message.headers['expires']}")
                 continue
             self._deliver(message, subscription)
 
+    def _expired(self, message: Message) -> bool:
+        return message.expired(time.time())
+
     def _deliver(self, message: Message, subscription: Subscription) -> None:
-        ack_id = f"ID:{self.boot}:{next(self._ack_numbers)}"
-        shown_id = message.message_id if self.profile.stable_ids else f"T_{subscription.id}@@{ack_id}"
-        delivery = Delivery(message, subscription, shown_id, ack_id if self.profile.stable_ids else shown_id)
+        shown_id, ack_id = subscription.name(message)
+        delivery = Delivery(message, subscription, shown_id, ack_id)
         if self._keep_flags and not message.redelivered:
             # Before the frame leaves: after a crash nobody knows how far the client came.
             self.journal.record((), (), [message])
@@ -210,7 +222,10 @@ class Broker:
             for message in queue.returned:
                 message.redelivered = False
 
-    def survivors(self) -> list[Message]:
+    def closing(self) -> None:
+        """Write down what a clean end leaves behind, and a crash does not."""
+
+    def survivors(self, *, crash: bool) -> list[Message]:
         """List the persistent messages in order of arrival, wherever they are."""
         kept = [message for queue in self.queues.values() for _, message in queue.all_messages() if message.persistent]
         return sorted(kept, key=lambda message: message.number)

@@ -29,6 +29,8 @@ class QueuedMessage:
 class Controls(ABC):
     """Introspection and faults, the same for `StompServer` and `StompServerProcess`.
 
+    Where a fault is about COMMITs, an ACK with a receipt and without a transaction is one on the `rabbitmq` profile.
+
     Every method raises RuntimeError when the server does not run, TimeoutError when it does not answer within 30 s.
     """
 

@@ -16,10 +16,15 @@ from retrykit.testing.stomp_server.frames import Frame, FrameError, FrameParser,
 from retrykit.testing.stomp_server.journal import Journal
 from retrykit.testing.stomp_server.profiles import Profile
 from retrykit.testing.stomp_server.queues import Message
-from retrykit.testing.stomp_server.session import Session
+from retrykit.testing.stomp_server.rabbit import RabbitBroker, RabbitSession
+from retrykit.testing.stomp_server.session import Outlet, Session
 
 log = logging.getLogger(__name__)
 
+_KINDS: dict[str, tuple[type[Broker], type[Session]]] = {
+    "activemq": (Broker, Session),
+    "rabbitmq": (RabbitBroker, RabbitSession),
+}
 # A client that is silent for longer than this many of its heart-beats is taken for dead.
 _PATIENCE = 3.0
 
@@ -45,17 +50,19 @@ class Engine:
         self._flush_due = False
         self._dirty: list[Connection] = []
         self._sessions = 0
+        self._queues: dict[str, dict[str, str]] = {}
         self._timers: set[asyncio.TimerHandle] = set()
 
     async def open(self, host: str, port: int) -> int:
         """Read the data file and listen; the port. Raises OSError."""
         self.loop = asyncio.get_running_loop()
-        self.journal = Journal(self._data)
+        self.journal = Journal(self._data, None if self._data else self._queues)
         self.connections.clear()
         self._timers.clear()
         self._dirty, self._flush_due = [], False
         survivors = self.journal.open() if self._data else self.survivors
-        self.broker = Broker(self._profile, self.journal, survivors, self._call_later, keep_flags=self._keep_flags)
+        kind, _ = _KINDS[self._profile.name]
+        self.broker = kind(self._profile, self.journal, survivors, self._call_later, keep_flags=self._keep_flags)
         try:
             self._server = await self.loop.create_server(lambda: Connection(self), host, port, reuse_address=True)
         except OSError:
@@ -69,9 +76,12 @@ class Engine:
         if not crash:
             self.flush()
         self.drop_connections()
+        if not crash:
+            self.broker.closing()
+            self.flush()
         for timer in self._timers:
             timer.cancel()
-        self.survivors = self.broker.survivors()
+        self.survivors = self.broker.survivors(crash=crash)
         self.journal.close()
         # One turn of the loop lets the sockets close before anybody binds the port again.
         await asyncio.sleep(0)
@@ -80,14 +90,17 @@ class Engine:
         def act() -> None:
             self._timers.discard(timer)
             action()
+            self.wants_flush()
 
         timer = self.loop.call_later(seconds, act)
         self._timers.add(timer)
 
-    def session_name(self) -> str:
-        """Name a new connection's session."""
+    def new_session(self, outlet: Outlet) -> Session:
+        """Start the session of a new connection."""
         self._sessions += 1
-        return f"ID:embedded-{self.broker.boot}:{self._sessions}"
+        name = f"ID:embedded-{self.broker.boot}:{self._sessions}"
+        _, kind = _KINDS[self._profile.name]
+        return kind(self.broker, self.faults, outlet, name=name, login=self.login)
 
     # -- output: what is durable first, then what says so
 
@@ -209,7 +222,7 @@ class Connection(asyncio.Protocol):
             transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         engine = self._engine
         engine.connections.add(self)
-        self._session = Session(engine.broker, engine.faults, self, name=engine.session_name(), login=engine.login)
+        self._session = engine.new_session(self)
 
     def data_received(self, data: bytes) -> None:
         """Carry out the frames that came."""

@@ -1,7 +1,8 @@
 """The data file: one line per atomic change, so that a transaction is there as a whole or not at all.
 
 After a first line that names the format, a line is a CRC-32 in hex, a space, and JSON:
-`{"add": [message, …], "remove": [number, …], "flag": [number, …]}`. A torn end (the process was killed while writing)
+`{"add": [message, …], "remove": [number, …], "flag": [number, …]}`, or `{"queue": name, "arguments": {…}}`, or, as the
+last of all, `{"end": true}`: the server ended in good order. A torn end (the process was killed while writing)
 fails its check and is cut off when the file is opened; what is dead is dropped at the same time by writing the file
 anew. One server at a time may use a file.
 """
@@ -23,8 +24,13 @@ _SIGNATURE = b"retrykit stomp journal 1\n"
 class Journal:
     """Keeps persistent messages; without a path it keeps nothing and costs nothing."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Remember the path; nothing is read or written before `open`."""
+    def __init__(self, path: Path | None, queues: dict[str, dict[str, str]] | None = None) -> None:
+        """Remember the path; nothing is read or written before `open`.
+
+        `queues` are the arguments of each queue that was declared, where no file keeps them.
+        """
+        self.queues = {} if queues is None else queues
+        self.crashed = False
         self._path = path
         self._file: BinaryIO | None = None
         self._pending: list[bytes] = []
@@ -33,16 +39,32 @@ class Journal:
         """Read what survived, in order of arrival, and make the file ready for more. Raises OSError."""
         if self._path is None:
             return []
-        messages = _replay(self._path)
+        messages = self._replay(self._path)
         fresh = self._path.with_name(self._path.name + ".new")
         with fresh.open("wb") as file:
-            file.write(_SIGNATURE + b"".join(_line({"add": [_to_json(message)]}) for message in messages))
+            queues = [_line({"queue": name, "arguments": given}) for name, given in self.queues.items()]
+            file.write(_SIGNATURE + b"".join(queues))
+            file.write(b"".join(_line({"add": [_to_json(message)]}) for message in messages))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
         _sync_folder(self._path.parent)
         self._file = self._path.open("ab", buffering=0)
         return messages
+
+    def _replay(self, path: Path) -> list[Message]:
+        alive: dict[int, Message] = {}
+        for change in _changes(path):
+            self.crashed = "end" not in change
+            if "queue" in change:
+                self.queues[change["queue"]] = change["arguments"]
+            for number in change.get("remove", ()):
+                alive.pop(number, None)
+            for number in change.get("flag", ()):
+                if number in alive:
+                    alive[number].redelivered = True
+            alive |= {stored["number"]: _from_json(stored) for stored in change.get("add", ())}
+        return sorted(alive.values(), key=lambda message: message.number)
 
     def record(self, added: Iterable[Message], removed: Iterable[Message], flagged: Iterable[Message] = ()) -> None:
         """Note one atomic change, durable after the next `sync`. Messages that are not persistent are left out."""
@@ -54,7 +76,20 @@ class Journal:
             "flag": [message.number for message in flagged if message.persistent],
         }
         if any(change.values()):
-            self._pending.append(_line({name: value for name, value in change.items() if value}))
+            self._note({name: value for name, value in change.items() if value})
+
+    def record_queue(self, name: str, arguments: dict[str, str]) -> None:
+        """Note that a queue was made."""
+        self.queues[name] = arguments
+        self._note({"queue": name, "arguments": arguments})
+
+    def record_end(self) -> None:
+        """Note that the server ends in good order."""
+        self._note({"end": True})
+
+    def _note(self, change: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._pending.append(_line(change))
 
     def sync(self) -> None:
         """Make everything noted so far survive a crash. Raises OSError; what was noted is then in doubt."""
@@ -126,18 +161,6 @@ def _changes(path: Path) -> Iterator[dict[str, Any]]:
 def _checked(line: bytes) -> bytes | None:
     check, _, text = line.rstrip(b"\n").partition(b" ")
     return text if line.endswith(b"\n") and check == b"%08x" % zlib.crc32(text) else None
-
-
-def _replay(path: Path) -> list[Message]:
-    alive: dict[int, Message] = {}
-    for change in _changes(path):
-        for number in change.get("remove", ()):
-            alive.pop(number, None)
-        for number in change.get("flag", ()):
-            if number in alive:
-                alive[number].redelivered = True
-        alive |= {stored["number"]: _from_json(stored) for stored in change.get("add", ())}
-    return sorted(alive.values(), key=lambda message: message.number)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,10 +10,7 @@ class Profile:
     """The behavior of one broker.
 
     `dead_letters` is the queue that takes a NACKed persistent message; None: NACK hands the message back at once.
-    `stable_ids`: `message-id` names the message for good; otherwise it names one delivery.
-    `buffered`: frames of a transaction wait for COMMIT and are then carried out one by one, so that one may fail alone;
-    otherwise a transaction is one atomic unit whose ACKs free their place in the prefetch window at once.
-    `plain_flag`: `redelivered:false` is written too.
+    What is more than a name or a number is code: `broker` and `session` for ActiveMQ, `rabbit` for RabbitMQ.
     """
 
     name: str
@@ -21,9 +18,6 @@ class Profile:
     prefetch_header: str
     default_prefetch: int
     dead_letters: str | None
-    stable_ids: bool
-    buffered: bool
-    plain_flag: bool
 
 
 PROFILES = {
@@ -33,9 +27,6 @@ PROFILES = {
         prefetch_header="activemq.prefetchSize",
         default_prefetch=1000,
         dead_letters="/queue/ActiveMQ.DLQ",
-        stable_ids=True,
-        buffered=False,
-        plain_flag=False,
     ),
     "rabbitmq": Profile(
         name="rabbitmq",
@@ -44,9 +35,6 @@ PROFILES = {
         # RabbitMQ itself has no limit; a number that nobody reaches says the same.
         default_prefetch=1 << 30,
         dead_letters=None,
-        stable_ids=False,
-        buffered=True,
-        plain_flag=True,
     ),
 }
 

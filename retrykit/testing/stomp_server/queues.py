@@ -43,12 +43,16 @@ class Delivery:
 
 @dataclass(slots=True, eq=False)
 class Subscription:
-    """A consumer of one queue; at most `prefetch` unsettled messages are with it."""
+    """A consumer of one queue; at most `prefetch` unsettled messages are with it.
+
+    `name` gives each delivery its message id and its acknowledgement id.
+    """
 
     id: str
     queue: Queue
     mode: str
     prefetch: int
+    name: Callable[[Message], tuple[str, str]]
     deliver: Callable[[Delivery], None]
     in_flight: dict[str, Delivery] = field(default_factory=dict)
     acked_in_transactions: int = 0
@@ -74,6 +78,8 @@ class Queue:
     """Messages that wait, and the subscriptions that take turns.
 
     What came back waits in `returned`, in the order it came back, and goes before what was never delivered.
+    `kind`, `settled` (what is gone, though a crash brings it back) and `left` (subscriptions that ended, with what they
+    still have) mean something to RabbitMQ only.
     """
 
     name: str
@@ -81,6 +87,9 @@ class Queue:
     returned: deque[Message] = field(default_factory=deque)
     scheduled: dict[int, Message] = field(default_factory=dict)
     turns: deque[Subscription] = field(default_factory=deque)
+    kind: str = ""
+    settled: list[Message] = field(default_factory=list)
+    left: list[Subscription] = field(default_factory=list)
 
     @property
     def waiting(self) -> int:
@@ -102,7 +111,8 @@ class Queue:
 
     def all_messages(self) -> list[tuple[str, Message]]:
         """List every message with its state, the deliverable ones in their order."""
-        in_flight = [delivery.message for subscription in self.turns for delivery in subscription.in_flight.values()]
+        holders = (*self.turns, *self.left)
+        in_flight = [delivery.message for subscription in holders for delivery in subscription.in_flight.values()]
         return (
             [("in_flight", message) for message in in_flight]
             + [("ready", message) for message in (*self.returned, *self.fresh)]

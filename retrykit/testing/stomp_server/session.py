@@ -11,7 +11,7 @@ from typing import Protocol
 from retrykit.testing.stomp_server.broker import Broker, StompError
 from retrykit.testing.stomp_server.faults import DroppedError, Faults
 from retrykit.testing.stomp_server.frames import Frame
-from retrykit.testing.stomp_server.queues import Delivery, Message, Subscription
+from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
 
 VERSIONS = ("1.2", "1.1", "1.0")
 ACK_MODES = ("auto", "client", "client-individual")
@@ -39,11 +39,10 @@ class Outlet(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Transaction:
-    """What waits for COMMIT; `frames` only where the profile buffers."""
+    """What waits for COMMIT."""
 
     sends: list[Message] = field(default_factory=list)
     acks: list[Delivery] = field(default_factory=list)
-    frames: list[Frame] = field(default_factory=list)
 
 
 class Session:
@@ -112,18 +111,24 @@ class Session:
         if self._version is None:
             raise StompError("Not connected.")
         command(frame)
-        if frame.command not in ("COMMIT", "DISCONNECT"):
+        if not self._receipts_itself(frame):
             self._receipt(frame)
+
+    def _receipts_itself(self, frame: Frame) -> bool:
+        """Whether the command says when its receipt goes out."""
+        return frame.command in ("COMMIT", "DISCONNECT")
 
     def _refuse(self, frame: Frame, error: StompError) -> None:
         self._broker.counters["errors"] += 1
         headers = {"content-type": "text/plain", "message": str(error).replace("\n", " ")}
-        if "receipt" in frame.headers:
-            headers["receipt-id"] = frame.headers["receipt"]
-        self._outlet.send(Frame("ERROR", headers, str(error).encode()))
+        self._outlet.send(Frame("ERROR", headers | self._error_headers(frame), error.detail.encode()))
         if error.fatal:
             self._ended = True
             self._outlet.finish()
+
+    def _error_headers(self, frame: Frame) -> dict[str, str]:
+        """What else an ERROR says."""
+        return {"receipt-id": frame.headers["receipt"]} if "receipt" in frame.headers else {}
 
     def _receipt(self, frame: Frame) -> None:
         if "receipt" in frame.headers:
@@ -156,7 +161,10 @@ class Session:
             return
         given = f"{frame.headers.get('login', '')}\n{frame.headers.get('passcode', '')}"
         if not hmac.compare_digest(given.encode(), "\n".join(self._login).encode()):
-            raise StompError("User name or password is invalid.", fatal=True)
+            raise self._refused_login(frame.headers.get("login", ""))
+
+    def _refused_login(self, user: str) -> StompError:
+        return StompError("User name or password is invalid.", fatal=True)
 
     def _disconnect(self, frame: Frame) -> None:
         self.end()
@@ -169,9 +177,6 @@ class Session:
         if not frame.headers.get("destination"):
             raise StompError("SEND received without a Destination specified!")
         transaction = self._transaction(frame)
-        if transaction is not None and self._broker.profile.buffered:
-            transaction.frames.append(frame)
-            return
         message = self._broker.new_message(frame, self._name)
         self._broker.counters["sends"] += 1
         if transaction is None:
@@ -191,11 +196,17 @@ class Session:
         if id_ in self._subscriptions:
             # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
             raise StompError(f"The subscription id is in use already: {id_}")
-        queue = self._broker.queue(headers["destination"])
+        queue = self._queue_of(headers)
         mode = headers.get("ack", "auto")
         mode = mode if mode in ACK_MODES else "auto"
-        subscription = Subscription(id_, queue, mode, self._prefetch(headers), self._deliver)
-        self._subscriptions[id_] = subscription
+        name = self._broker.name_delivery
+        self._subscribed(Subscription(id_, queue, mode, self._prefetch(headers), name, self._deliver))
+
+    def _queue_of(self, headers: dict[str, str]) -> Queue:
+        return self._broker.queue(headers["destination"])
+
+    def _subscribed(self, subscription: Subscription) -> None:
+        self._subscriptions[subscription.id] = subscription
         self._broker.attach(subscription)
 
     def _prefetch(self, headers: dict[str, str]) -> int:
@@ -226,27 +237,29 @@ class Session:
                 del self._stale[next(iter(self._stale))]
 
     def _deliver(self, delivery: Delivery) -> None:
-        message, profile = delivery.message, self._broker.profile
-        headers = {
-            "subscription": delivery.subscription.id,
-            "destination": message.destination,
-            "message-id": delivery.message_id,
-        } | message.headers
-        if message.redelivered or profile.plain_flag:
-            headers["redelivered"] = "true" if message.redelivered else "false"
+        message = delivery.message
+        headers = (
+            {
+                "subscription": delivery.subscription.id,
+                "destination": message.destination,
+                "message-id": delivery.message_id,
+            }
+            | message.headers
+            | self._flag(message)
+        )
         if delivery.subscription.mode != "auto":
             self._pending[delivery.ack_id] = delivery
             if self._version == "1.2":
                 headers["ack"] = delivery.ack_id
         self._outlet.send(Frame("MESSAGE", headers, message.body))
 
+    def _flag(self, message: Message) -> dict[str, str]:
+        return {"redelivered": "true"} if message.redelivered else {}
+
     # -- settlements
 
     def _ack(self, frame: Frame) -> None:
         transaction = self._transaction(frame)
-        if transaction is not None and self._broker.profile.buffered:
-            transaction.frames.append(frame)
-            return
         delivery = self._delivery(frame)
         if delivery is None:
             return
@@ -274,9 +287,6 @@ class Session:
 
     def _nack(self, frame: Frame) -> None:
         transaction = self._transaction(frame)
-        if transaction is not None and self._broker.profile.buffered:
-            transaction.frames.append(frame)
-            return
         delivery = self._delivery(frame)
         if delivery is None:
             return
@@ -284,9 +294,6 @@ class Session:
             raise StompError(f"Poison ack cannot be transacted: {delivery.message_id}")
         self._broker.counters["nacks"] += 1
         del self._pending[delivery.ack_id]
-        if self._broker.profile.dead_letters is None and frame.headers.get("requeue") != "false":
-            self._broker.hand_back([delivery])
-            return
         self._broker.bury(delivery.message)
         self._release([delivery])
 
@@ -344,19 +351,12 @@ class Session:
         self._broker.change(transaction.sends, [delivery.message for delivery in transaction.acks])
         self._release(transaction.acks)
         self._broker.counters["commits"] += 1
-        self._replay(transaction.frames)
         if self._faults.strikes("before_receipt"):
             raise DroppedError
         self._receipt(frame)
         if self._faults.strikes("after_receipt"):
             self._ended = True
             self._outlet.finish()
-
-    def _replay(self, frames: list[Frame]) -> None:
-        for frame in frames:
-            # Its receipt went out when it was buffered; only a failure is still to be told.
-            headers = {name: text for name, text in frame.headers.items() if name not in ("transaction", "receipt")}
-            self.receive(Frame(frame.command, headers, frame.body))
 
     def _abort(self, frame: Frame) -> None:
         transaction = self._ending(frame, "aborting")

@@ -1,0 +1,441 @@
+"""RabbitMQ 3.10 over STOMP, where it differs from ActiveMQ: as measured on the real one, surprising parts included.
+
+A transaction is a list of frames that COMMIT carries out one by one; receipts of its SENDs come after that of the
+COMMIT. Acknowledgements name a number within the connection, whoever gave out the id. `/queue/NAME` makes a queue with
+the arguments in the headers, on SEND as on SUBSCRIBE, and they have to agree. A crash forgets the acknowledgements of a
+classic queue that has not been idle since; a quorum queue forgets none, and counts deliveries.
+
+Of the arguments of queues it knows `x-queue-type`, and `x-message-ttl` with dead-lettering through the default
+exchange. There are no exchanges besides that, no virtual hosts besides "/", and no expiry of single messages.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from bisect import insort
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from retrykit.testing.stomp_server.broker import PREFIX, Broker, StompError
+from retrykit.testing.stomp_server.faults import DroppedError
+from retrykit.testing.stomp_server.frames import Frame
+from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
+from retrykit.testing.stomp_server.session import Session, Transaction
+
+DECLARED: Final = "/amq/queue/"
+IDLE_SECONDS: Final = 0.25
+"""After so long without acknowledgements, those of a classic queue survive a crash."""
+
+_OWN_HEADERS: Final = ("message-id", "redelivered", "subscription", "ack", "destination", "persistent")
+_ARGUMENTS: Final = ("x-queue-type", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key")
+_UNKNOWN: Final = re.compile(
+    r"x-(expires|max-|overflow|single-active|delivery-limit|quorum|stream|dead-letter-strategy)"
+)
+_KINDS: Final = ("classic", "quorum")
+_TAG: Final = re.compile(r"([TQ]_.*)@@[^@]*@@([0-9]+)", re.DOTALL)
+
+
+def _name_of(destination: str, prefix: str) -> str | None:
+    return destination.removeprefix(prefix) if destination.startswith(prefix) else None
+
+
+def _arguments(headers: dict[str, str]) -> dict[str, str]:
+    """What a queue is made with."""
+    odd = [name for name in headers if _UNKNOWN.match(name)]
+    odd += [name for name in ("auto-delete", "exclusive") if headers.get(name, "false") != "false"]
+    odd += ["durable"] if headers.get("durable", "true") != "true" else []
+    if odd or headers.get("x-dead-letter-exchange", "") or headers.get("x-queue-type", "classic") not in _KINDS:
+        raise StompError(f"The embedded server does not know queues like that: {' '.join(odd) or headers}")
+    given = {name: headers[name] for name in _ARGUMENTS if name in headers}
+    return {name: value for name, value in given.items() if (name, value) != ("x-queue-type", "classic")}
+
+
+class RabbitBroker(Broker):
+    """The queues of one virtual host."""
+
+    def queue(self, destination: str) -> Queue:
+        """Find a queue by its `/queue/NAME`, or make one as it is made without arguments."""
+        return self.queues.get(destination) or self.declare(destination, {})
+
+    def declare(self, destination: str, headers: dict[str, str]) -> Queue:
+        """Find or make the queue with these arguments."""
+        name = _name_of(destination, PREFIX)
+        if not name or "/" in name:
+            raise StompError("Invalid destination", f"'/{name}' is not a valid queue destination\n")
+        arguments, known = _arguments(headers), self.journal.queues.get(destination)
+        if known is None:
+            self.journal.record_queue(destination, arguments)
+        elif known != arguments:
+            odd = next(key for key in _ARGUMENTS if known.get(key) != arguments.get(key))
+            detail = f"PRECONDITION_FAILED - inequivalent arg '{odd}' for queue '{name}' in vhost '/'"
+            raise StompError("precondition_failed", detail, fatal=True)
+        if destination not in self.queues:
+            kind = arguments.get("x-queue-type", "classic")
+            self.queues[destination] = Queue(destination, kind=kind)
+        return self.queues[destination]
+
+    def route(self, destination: str, headers: dict[str, str]) -> Queue | None:
+        """Find the queue that a SEND goes to; None: nobody gets it, and nobody is told."""
+        if destination.startswith(PREFIX):
+            return self.declare(destination, headers)
+        name = _name_of(destination, DECLARED)
+        if name is None and destination.startswith("/"):
+            raise StompError("Unknown destination", f"'{destination}' is not a valid destination.\n")
+        return self._known(PREFIX + (name or destination))
+
+    def source(self, destination: str, headers: dict[str, str]) -> Queue:
+        """Find the queue that a SUBSCRIBE is about."""
+        name = _name_of(destination, DECLARED)
+        if name is None:
+            return self.declare(destination, headers)
+        queue = self._known(PREFIX + name)
+        if queue is None:
+            raise StompError("not_found", f"NOT_FOUND - no queue '{name}' in vhost '/'", fatal=True)
+        return queue
+
+    def _known(self, destination: str) -> Queue | None:
+        """Find a queue, also one that is empty since a restart."""
+        arguments = self.journal.queues.get(destination)
+        return None if arguments is None else self.declare(destination, arguments)
+
+    def new_message(self, frame: Frame, origin: str) -> Message:
+        """Make the message of a SEND frame whose queue is known; all headers travel, those of the frame too."""
+        if "expiration" in frame.headers:
+            raise StompError("The embedded server does not let single messages expire")
+        destination = self.queue(frame.headers["destination"]).name
+        headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
+        headers["content-length"] = str(len(frame.body))
+        return self._made(frame, origin, destination, headers)
+
+    # -- what survives a crash
+
+    def _revive(self, message: Message) -> None:
+        queue = self._known(message.destination) or self.queue(message.destination)
+        if self.journal.crashed and queue.kind == "classic":
+            message.redelivered = True
+        self._place(message)
+
+    def change(self, arriving: Sequence[Message], leaving: Sequence[Message]) -> None:
+        """Let messages arrive and settled ones go; those of classic queues are written down later."""
+        gone: list[Message] = []
+        for message in leaving:
+            queue = self.queue(message.destination)
+            if queue.kind == "classic" and message.persistent:
+                self._settle_later(queue, message)
+            else:
+                gone.append(message)
+        for queue in {self.queue(message.destination) for message in arriving if message.persistent}:
+            # What is written for a message that has to be safe takes along what waited.
+            gone += queue.settled
+            queue.settled.clear()
+        super().change(arriving, gone)
+
+    def _settle_later(self, queue: Queue, message: Message) -> None:
+        queue.settled.append(message)
+        self._call_later(IDLE_SECONDS, lambda: self._write_settled(queue, message))
+
+    def _write_settled(self, queue: Queue, last: Message) -> None:
+        if queue.settled and queue.settled[-1] is last:
+            self.journal.record((), queue.settled)
+            queue.settled.clear()
+
+    def closing(self) -> None:
+        """Write down what a clean end leaves behind."""
+        for queue in self.queues.values():
+            waiting = [message for _, message in queue.all_messages() if message.redelivered]
+            self.journal.record((), queue.settled, waiting)
+            queue.settled.clear()
+        self.journal.record_end()
+
+    def survivors(self, *, crash: bool) -> list[Message]:
+        """List the persistent messages; after a crash with those that classic queues had forgotten to forget."""
+        kept = super().survivors(crash=crash)
+        for queue in self.queues.values():
+            if crash and queue.kind == "classic":
+                kept += queue.settled
+                for message in kept:
+                    message.redelivered = message.redelivered or message.destination == queue.name
+        return sorted(kept, key=lambda message: message.number)
+
+    # -- deliveries
+
+    def _expired(self, message: Message) -> bool:
+        return False
+
+    def _deliver(self, message: Message, subscription: Subscription) -> None:
+        if subscription.queue.kind == "quorum" and subscription.mode != "auto":
+            # If it comes back, then with this count, however it does.
+            headers = message.headers | {"x-delivery-count": str(_count(message) + 1)}
+            self.journal.record([replace(message, headers=headers, redelivered=True)], ())
+        super()._deliver(message, subscription)
+
+    def leave(self, subscription: Subscription) -> None:
+        """End a subscription, which keeps what it has until its connection ends."""
+        subscription.queue.turns.remove(subscription)
+        subscription.queue.left.append(subscription)
+
+    def detach(self, subscription: Subscription) -> list[Delivery]:
+        """End a subscription and hand back what it had."""
+        queue = subscription.queue
+        if subscription in queue.left:
+            queue.left.remove(subscription)
+            queue.turns.append(subscription)
+        return super().detach(subscription)
+
+    def hand_back(self, deliveries: Sequence[Delivery]) -> None:
+        """Put deliveries back where they were in their queues, flagged; quorum queues count them."""
+        for delivery in deliveries:
+            message, queue = delivery.message, delivery.subscription.queue
+            delivery.subscription.remove(delivery)
+            message.redelivered = True
+            if queue.kind == "quorum":
+                message.headers["x-delivery-count"] = str(_count(message) + 1)
+            place = list(queue.returned)
+            insort(place, message, key=lambda other: other.number)
+            queue.returned.clear()
+            queue.returned.extend(place)
+        for queue in {delivery.subscription.queue for delivery in deliveries}:
+            self.dispatch(queue)
+
+    def _place(self, message: Message) -> None:
+        super()._place(message)
+        ttl = self.journal.queues.get(message.destination, {}).get("x-message-ttl", "")
+        if ttl.isascii() and ttl.isdigit():
+            self._call_later(int(ttl) / 1000, lambda: self._outlive(message))
+
+    def _outlive(self, message: Message) -> None:
+        queue = self.queue(message.destination)
+        for waiting in (queue.fresh, queue.returned):
+            if message in waiting:
+                waiting.remove(message)
+                self.bury(message)
+
+    def bury(self, message: Message, cause: str | None = None) -> None:
+        """Move a message to where its queue sends dead letters, or drop it."""
+        self.counters["dead_letters"] += 1
+        arguments = self.journal.queues.get(message.destination, {})
+        key = arguments.get("x-dead-letter-routing-key", message.destination.removeprefix(PREFIX))
+        target = self._known(PREFIX + key) if "x-dead-letter-exchange" in arguments else None
+        if target is None:
+            self.change((), [message])
+            return
+        headers = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
+        number = next(self._numbers)
+        dead = Message(number, message.message_id, target.name, headers, message.body, message.persistent)
+        self.change([dead], [message])
+
+
+def _count(message: Message) -> int:
+    return int(message.headers.get("x-delivery-count", "0"))
+
+
+@dataclass(slots=True, eq=False)
+class _Buffered(Transaction):
+    """Frames that wait for COMMIT."""
+
+    frames: list[Frame] = field(default_factory=list)
+
+
+class RabbitSession(Session):
+    """One client of RabbitMQ's STOMP plug-in."""
+
+    _broker: RabbitBroker
+
+    def __init__(self, *arguments: object, **options: object) -> None:
+        """As the base."""
+        super().__init__(*arguments, **options)  # type: ignore[arg-type] # handed on as they came
+        self._tags = itertools.count(1)
+        self._by_tag: dict[int, Delivery] = {}
+        self._left: list[Subscription] = []
+        self._doomed: StompError | None = None
+
+    def end(self) -> None:
+        """Hand back what ended subscriptions still had, too."""
+        left, self._left = self._left, []
+        for subscription in left:
+            self._broker.detach(subscription)
+        self._by_tag.clear()
+        super().end()
+
+    def _carry_out(self, frame: Frame) -> None:
+        super()._carry_out(frame)
+        if self._doomed is not None:
+            # The broker behind the plug-in refuses when the plug-in has confirmed already.
+            error, self._doomed = self._doomed, None
+            raise error
+        if self._is_confirmed_ack(frame) and self._faults.strikes("after_receipt"):
+            self._ended = True
+            self._outlet.finish()
+
+    def _is_confirmed_ack(self, frame: Frame) -> bool:
+        """Whether this frame ends a delivery as a COMMIT does: faults that are ordered for those strike."""
+        return frame.command == "ACK" and "receipt" in frame.headers and "transaction" not in frame.headers
+
+    def _connect(self, frame: Frame) -> None:
+        if self._version is not None:
+            raise DroppedError
+        host = frame.headers.get("host", "/")
+        if host != "/":
+            raise StompError("Bad CONNECT", f"Virtual host '{host}' access denied", fatal=True)
+        super()._connect(frame)
+
+    def _refused_login(self, user: str) -> StompError:
+        return StompError("Bad CONNECT", f"Access refused for user '{user}'\n", fatal=True)
+
+    def _error_headers(self, frame: Frame) -> dict[str, str]:
+        return {"version": "1.0,1.1,1.2"}
+
+    def _receipts_itself(self, frame: Frame) -> bool:
+        return super()._receipts_itself(frame) or (frame.command == "SEND" and "transaction" in frame.headers)
+
+    # -- messages
+
+    def _send(self, frame: Frame) -> None:
+        if "message-id" in frame.headers:
+            raise StompError("Invalid header", "'message-id' is not allowed on 'SEND'.\n")
+        destination = frame.headers.get("destination")
+        if not destination:
+            raise StompError("Missing destination", "\"SEND\" must include a 'destination' header\n")
+        if not destination.startswith("/exchange/"):
+            self._broker.route(destination, frame.headers)
+        if not self._wait_for_commit(frame):
+            self._publish(frame)
+
+    def _publish(self, frame: Frame) -> None:
+        self._broker.counters["sends"] += 1
+        destination = frame.headers["destination"]
+        if destination.startswith("/exchange/"):
+            exchange = destination.split("/")[2]
+            self._doomed = StompError("not_found", f"NOT_FOUND - no exchange '{exchange}' in vhost '/'", fatal=True)
+            return
+        queue = self._broker.route(destination, frame.headers)
+        if queue is not None:
+            headers = frame.headers | {"destination": queue.name}
+            self._broker.change([self._broker.new_message(Frame("SEND", headers, frame.body), self._name)], ())
+
+    def _queue_of(self, headers: dict[str, str]) -> Queue:
+        return self._broker.source(headers["destination"], headers)
+
+    def _name_delivery(self, id_: str) -> tuple[str, str]:
+        handle = f"T_{id_}@@{self._name}@@{next(self._tags)}"
+        return handle, handle
+
+    def _subscribed(self, subscription: Subscription) -> None:
+        subscription.name = lambda _message: self._name_delivery(subscription.id)
+        super()._subscribed(subscription)
+
+    def _deliver(self, delivery: Delivery) -> None:
+        if delivery.subscription.mode != "auto":
+            self._by_tag[int(delivery.ack_id.rpartition("@@")[2])] = delivery
+        super()._deliver(delivery)
+
+    def _flag(self, message: Message) -> dict[str, str]:
+        return {"redelivered": "true" if message.redelivered else "false"}
+
+    def _unsubscribe(self, frame: Frame) -> None:
+        subscription = self._subscriptions.pop(frame.headers.get("id", ""), None)
+        if subscription is None:
+            raise StompError("No subscription found", "UNSUBSCRIBE must refer to an existing subscription.\n")
+        self._broker.leave(subscription)
+        self._left.append(subscription)
+
+    # -- settlements
+
+    def _ack(self, frame: Frame) -> None:
+        if self._wait_for_commit(frame):
+            return
+        if self._is_confirmed_ack(frame) and self._faults.strikes("before_commit"):
+            raise DroppedError
+        deliveries = self._taken(frame)
+        self._broker.counters["acks"] += len(deliveries)
+        self._settle(deliveries)
+        if self._is_confirmed_ack(frame) and self._faults.strikes("before_receipt"):
+            raise DroppedError
+
+    def _nack(self, frame: Frame) -> None:
+        if self._wait_for_commit(frame):
+            return
+        deliveries = self._taken(frame)
+        self._broker.counters["nacks"] += len(deliveries)
+        if frame.headers.get("requeue") != "false":
+            self._broker.hand_back(deliveries)
+            return
+        for delivery in deliveries:
+            self._broker.bury(delivery.message)
+        self._release(deliveries)
+
+    def _taken(self, frame: Frame) -> list[Delivery]:
+        """Find what an ACK or NACK is about: by the number in the id, of whatever session that was."""
+        header = "id" if self._version == "1.2" else "message-id"
+        text = frame.headers.get(header)
+        if text is None:
+            raise StompError("Missing header", f'"{frame.command}" must include the "{header}" header\n')
+        match = _TAG.fullmatch(text)
+        if match is None:
+            raise StompError("Invalid header", f'"{frame.command}" must include a valid "{header}" header\n')
+        subscription = self._subscriptions.get(match[1].removeprefix("T_").removeprefix("Q_"))
+        if subscription is None:
+            raise StompError("Subscription not found", f'Message with id "{text}" has no subscription')
+        last = int(match[2])
+        several = subscription.mode == "client"
+        tags = [tag for tag in self._by_tag if tag == last or (several and tag < last)]
+        if last not in tags:
+            detail = f"PRECONDITION_FAILED - unknown delivery tag {last}"
+            self._doomed = StompError("precondition_failed", detail, fatal=True)
+            return []
+        return [self._by_tag.pop(tag) for tag in sorted(tags)]
+
+    # -- transactions
+
+    def _wait_for_commit(self, frame: Frame) -> bool:
+        transaction = self._transaction(frame)
+        if transaction is None:
+            return False
+        assert isinstance(transaction, _Buffered)  # noqa: S101 - `_begin` makes no others
+        transaction.frames.append(frame)
+        return True
+
+    def _transaction(self, frame: Frame) -> Transaction | None:
+        name = frame.headers.get("transaction")
+        if name is not None and name not in self._transactions:
+            raise StompError("Bad transaction", f'Invalid transaction identifier: "{name}"\n')
+        return super()._transaction(frame)
+
+    def _begin(self, frame: Frame) -> None:
+        name = frame.headers.get("transaction")
+        if not name:
+            raise StompError("Missing transaction", "\"BEGIN\" must include a 'transaction' header\n")
+        self._transactions[name] = _Buffered()
+
+    def _commit(self, frame: Frame) -> None:
+        transaction = self._ending(frame, "committing")
+        if self._faults.strikes("before_commit"):
+            raise DroppedError
+        del self._transactions[frame.headers["transaction"]]
+        self._broker.counters["commits"] += 1
+        assert isinstance(transaction, _Buffered)  # noqa: S101 - `_begin` makes no others
+        confirmed = [each for each in transaction.frames if self._carry_out_late(each)]
+        if self._faults.strikes("before_receipt"):
+            raise DroppedError
+        for each in (frame, *confirmed):
+            self._receipt(each)
+        if self._faults.strikes("after_receipt"):
+            self._ended = True
+            self._outlet.finish()
+
+    def _carry_out_late(self, frame: Frame) -> bool:
+        """Carry out a frame of a transaction, unless one before it was refused; whether it is a SEND, and done."""
+        if self._doomed is not None:
+            return False
+        if frame.command == "SEND":
+            self._publish(frame)
+            return self._doomed is None
+        settle = self._ack if frame.command == "ACK" else self._nack
+        settle(Frame(frame.command, _without(frame.headers, "transaction", "receipt")))
+        return False
+
+
+def _without(headers: dict[str, str], *names: str) -> dict[str, str]:
+    return {name: value for name, value in headers.items() if name not in names}
