@@ -7,6 +7,7 @@ forked child needs milliseconds where an interpreter would need a second; what f
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import json
 import logging
@@ -17,15 +18,16 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
 
-from retrykit import RetryState, RetryTemplate, SimpleRetryPolicy, flight, owner
+from retrykit import AsyncRetryTemplate, FrontContextCache, RetryState, RetryTemplate, SimpleRetryPolicy, flight, owner
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from tests.fault.ledger import SETTLED, Pen
 
@@ -57,6 +59,18 @@ class Trouble(Exception):
     """What the work raises when it fails."""
 
 
+class Present:
+    """What a delivery has come to so far."""
+
+    def __init__(self, **facts: Any) -> None:
+        self.facts = facts
+        self.raised: BaseException | None = None
+        self.edge: BaseException | None = None
+
+
+_present: ContextVar[Present] = ContextVar("present")
+
+
 class SkewedClock:
     """A machine's clock that is wrong."""
 
@@ -73,7 +87,7 @@ class SkewedClock:
         time.sleep(seconds)
 
     async def async_sleep(self, seconds: float) -> None:
-        raise NotImplementedError
+        await asyncio.sleep(seconds)
 
 
 class LoggedFaults(logging.Handler):
@@ -102,14 +116,13 @@ class Consumer:
     `work`, `history`, `resource`: URLs of the databases of the work (None: it has none), of the histories, and of the
     table that fences guard (None: it has none). `worker`: its number. `host`: the machine it pretends to be on, `skew`
     how wrong that one's clock is. `threads`: for each the keys that it is to bring to their end; `deliveries`: to
-    deliver so often instead.
+    deliver so often instead. `fronted`: what it stored last it remembers. `asynchronous`: tasks for threads.
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
         self.number = order["worker"]
         self.pen = Pen(order["ledger"], w=self.number)
-        self.write = self.pen
         self.dies_at = order.get("dies_at", {})
         self.deliveries = 0
         self.lock = threading.Lock()
@@ -117,17 +130,29 @@ class Consumer:
         logging.getLogger("retrykit").addHandler(LoggedFaults(self.pen))
         if "host" in order:
             owner._machine = functools.cache(lambda: f"{order['host']}/boot/pid")
-        self.work = None if order.get("work") is None else engine_for(order["work"], **order.get("engine", {}))
         self.resource = None if order.get("resource") is None else engine_for(order["resource"])
-        self.sessions = None if self.work is None else sessionmaker(self.work)
-        self.template = RetryTemplate(
+        self.connect()
+        cache = sabotaged(self.cache(), order.get("sabotage"))
+        self.template = self.template_class(
             name="orders",
             retry_policy=SimpleRetryPolicy(order["max_attempts"]),
-            context_cache=sabotaged(self.cache(), order.get("sabotage")),
+            context_cache=FrontContextCache(cache) if order.get("fronted") else cache,
             clock=SkewedClock(order.get("skew", 0)),
             remember_completed=order.get("remember"),
             lease=order.get("lease", 300),
         )
+
+    template_class: type[RetryTemplate | AsyncRetryTemplate] = RetryTemplate
+
+    def connect(self) -> None:
+        """To the database of the work."""
+        self.work = None if self.order.get("work") is None else engine_for(self.order["work"], **self.engine_options)
+        self.sessions = None if self.work is None else sessionmaker(self.work)
+
+    @property
+    def engine_options(self) -> dict[str, Any]:
+        """What the engine of the work is made with."""
+        return dict(self.order.get("engine", {}))
 
     def cache(self) -> Any:
         """The store of the histories: on the work's own engine, if that is where it is."""
@@ -140,7 +165,7 @@ class Consumer:
 
     def note(self, event: str, **facts: Any) -> None:
         """Write an event of the present delivery; the last one, if it is the one to die at."""
-        self.pen(event, **_present.facts, **facts)
+        self.pen(event, **_present.get().facts, **facts)
         if self.dies_at.get("event") == event:
             with self.lock:
                 self.dies_at["number"] -= 1
@@ -160,7 +185,7 @@ class Consumer:
                 self.note("commit")
         except BaseException as error:
             if worked:
-                _present.edge = error
+                _present.get().edge = error
                 self.note("not committed", error=type(error).__name__)
             raise
         self.note("committed")
@@ -179,10 +204,10 @@ class Consumer:
                 self.note("fail")
                 raise Trouble(f"attempt {context.attempt} of {key} failed")
         except Trouble as error:
-            _present.raised = error
+            _present.get().raised = error
             raise
         except Exception as error:
-            _present.raised = error
+            _present.get().raised = error
             self.note("broken", error=repr(error)[:200])
             raise
         self.note("work")
@@ -197,7 +222,7 @@ class Consumer:
             if self.resource is not None:
                 self.write_guarded(key, context.fence)
         except Exception as error:
-            _present.edge = error
+            _present.get().edge = error
             self.note("recovery broken", error=repr(error)[:200])
             raise
         return "substitute"
@@ -227,14 +252,7 @@ class Consumer:
     # -- the source
 
     def deliver(self, key: int, redelivered: bool | None) -> str:
-        with self.lock:
-            self.deliveries += 1
-            _present.facts = {"d": self.deliveries, "k": key}
-        _present.raised = _present.edge = None
-        self.note("deliver")
-        state = RetryState(
-            key=key, redelivered=redelivered, recover_on_redelivery=self.order.get("recover_later", False)
-        )
+        state = self.begin(key, redelivered)
         error: Exception | None = None
         try:
             outcome = self.template.execute(
@@ -248,52 +266,71 @@ class Consumer:
             hidden = self.order.get("sabotage") == "HidesErrors"
             error = LookupError("of the store") if hidden else raised
             outcome = type(error).__name__
-        self.note_end(outcome or "duplicate", error)
-        return outcome or "duplicate"
+        return self.end(outcome, error)
 
-    def note_end(self, outcome: str, error: Exception | None) -> None:
-        chain = list(_chain(error))
+    def begin(self, key: int, redelivered: bool | None) -> RetryState:
+        """A delivery begins: what the source says of it."""
+        with self.lock:
+            self.deliveries += 1
+            _present.set(Present(d=self.deliveries, k=key))
+        self.note("deliver")
+        later = self.order.get("recover_later", False)
+        return RetryState(key=key, redelivered=redelivered, recover_on_redelivery=later)
+
+    def end(self, outcome: str | None, error: Exception | None) -> str:
+        """A delivery ends: the outcome, in a word."""
+        outcome = outcome or "duplicate"
+        chain, present = list(_chain(error)), _present.get()
         notes = [note for link in chain for note in getattr(link, "__notes__", ())]
         self.note(
             "end",
             outcome=outcome,
             error=None if error is None else repr(error)[:300],
-            same=_present.raised is not None and _present.raised in chain,
+            same=present.raised is not None and present.raised in chain,
             # A database that gave no connection or no commit speaks for itself.
-            edge=_present.edge in chain if _present.edge is not None else isinstance(error, sa.exc.SQLAlchemyError),
+            edge=present.edge in chain if present.edge is not None else isinstance(error, sa.exc.SQLAlchemyError),
             noted=any("was not stored" in note for note in notes),
         )
+        return outcome
 
-    def consume(self, keys: list[int], seed: int) -> None:
-        """Deliver each until it is settled, in an order of our own; what is not settled comes again later."""
-        random.Random(seed).shuffle(keys)
+    def source(self, number: int, keys: list[int]) -> Generator[tuple[int, bool | None, float], str, None]:
+        """What is to be delivered next, after what pause; it is sent what came of that.
+
+        Each key until it is settled, in an order of our own, what is not settled again later; or as often as ordered.
+        """
         first, again = self.order.get("redelivered", [None, None])
+        if "deliveries" in self.order:
+            for key in keys * self.order["deliveries"]:
+                yield key, first, 0
+            return
+        random.Random(self.order.get("seed", 1) * 1_000 + self.number * 100 + number).shuffle(keys)
         known = set(self.order.get("known", ()))
-        queue = deque((key, again if key in known else first, 0) for key in keys)
+        queue = deque((key, again if key in known else first, 0, 0.0) for key in keys)
         deadline = time.monotonic() + self.order.get("patience", 100)
         while queue and time.monotonic() < deadline:
-            key, redelivered, tries = queue.popleft()
-            outcome = self.deliver(key, redelivered)
+            key, redelivered, tries, pause = queue.popleft()
+            outcome = yield key, redelivered, pause
             if outcome not in SETTLED:
-                queue.append((key, again, tries + 1))
-                if outcome != "Trouble":
-                    # A source takes its time before it delivers again.
-                    time.sleep(min(0.002 * 2 ** min(tries, 10), 0.25))
+                # A source takes its time before it delivers again what could not even be tried.
+                pause = 0.0 if outcome == "Trouble" else min(0.002 * 2 ** min(tries, 10), 0.25)
+                queue.append((key, again, tries + 1, pause))
 
-    def deliver_often(self, keys: list[int]) -> None:
-        for _ in range(self.order["deliveries"]):
-            for key in keys:
-                self.deliver(key, self.order.get("redelivered", [None])[0])
+    def consume(self, number: int, keys: list[int]) -> None:
+        """What one thread does."""
+        source = self.source(number, keys)
+        outcome: Any = None
+        with suppress(StopIteration):
+            while True:
+                key, redelivered, pause = source.send(outcome)
+                time.sleep(pause)
+                outcome = self.deliver(key, redelivered)
 
     def run(self) -> None:
         start = threading.Barrier(len(self.order["threads"]))
 
         def consume(number: int, keys: list[int]) -> None:
             start.wait()
-            if "deliveries" in self.order:
-                self.deliver_often(keys)
-            else:
-                self.consume(keys, self.order.get("seed", 1) * 1_000 + self.number * 100 + number)
+            self.consume(number, keys)
 
         parts = enumerate(self.order["threads"])
         threads = [threading.Thread(target=consume, args=part) for part in parts]
@@ -302,17 +339,6 @@ class Consumer:
         for thread in threads:
             thread.join()
         self.pen("done")
-
-
-class Present(threading.local):
-    """What the thread's present delivery has come to."""
-
-    facts: dict[str, Any]
-    raised: BaseException | None = None
-    edge: BaseException | None = None
-
-
-_present = Present()
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
@@ -423,6 +449,15 @@ def sabotaged(cache: Any, how: str | None) -> Any:
 # -- the process that forks
 
 
+def make_consumer(order: dict[str, Any]) -> Consumer:
+    """One with threads, or with tasks."""
+    if not order.get("asynchronous"):
+        return Consumer(order)
+    from tests.fault.store_tasks import Tasks
+
+    return Tasks(order)
+
+
 def fork(order: dict[str, Any]) -> int:
     """Start a child: its process id."""
     pid = os.fork()
@@ -430,7 +465,7 @@ def fork(order: dict[str, Any]) -> int:
         return pid
     status = 1
     try:
-        Consumer(order).run()
+        make_consumer(order).run()
         status = 0
     except BaseException as error:
         print(f"consumer {order['worker']}: {error!r}", file=sys.stderr, flush=True)
@@ -447,7 +482,7 @@ def obey(order: dict[str, Any]) -> int:
 
 def main() -> None:
     logging.getLogger("retrykit").propagate = False
-    for driver in ("psycopg", "pymysql", "redis"):
+    for driver in ("psycopg", "pymysql", "redis", "asyncpg", "aiomysql", "aiosqlite", "tests.fault.store_tasks"):
         # Loaded once, for all children.
         try:
             __import__(driver)

@@ -210,6 +210,9 @@ class Fleet:
             "seed": SEED,
             "options": self.place.options,
             **self.place.urls(),
+            # What each stored last the half of them remember; and one in four has tasks, no threads.
+            "fronted": number % 2 == 1,
+            "asynchronous": number % 4 == 2,
             **({"host": f"host{number % 4}", "skew": (number % 4 - 1.5) * 3_000} if self.machines else {}),
             **self.options,
             **options,
@@ -256,7 +259,7 @@ class Fleet:
 
 
 def _kept(order: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in order.items() if name in ("host", "skew")}
+    return {name: order[name] for name in ("host", "skew", "fronted", "asynchronous") if name in order}
 
 
 def dealt(keys: range, *, processes: int = 4, threads: int = 8, copies: int = 1) -> list[list[list[int]]]:

@@ -461,7 +461,8 @@ def test_the_checks_notice_a_store_that_lies(place, fleet, lie):
     # The first item has an honest store, the second one that lies (which may never settle it).
     for sabotage in (None, lie):
         for _ in range(2):
-            fleet.start([[int(sabotage is not None)]] * 8, **options, sabotage=sabotage, patience=3)
+            key = int(sabotage is not None)
+            fleet.start([[key]] * 8, **options, sabotage=sabotage, patience=3, fronted=False, asynchronous=False)
     ledger = fleet.finish()
 
     def findings(key):
