@@ -70,7 +70,12 @@ def _bytes() -> TypeEngine[bytes]:
     return LargeBinary().with_variant(mysql.LONGBLOB(), "mysql", "mariadb")
 
 
-_innodb: dict[str, Any] = {f"{dialect}_engine": "InnoDB" for dialect in ("mysql", "mariadb")}
+# Databases of MariaDB 10.11 are latin1 unless somebody said otherwise.
+_on_mariadb: dict[str, Any] = {
+    f"{dialect}_{option}": value
+    for dialect in ("mysql", "mariadb")
+    for option, value in {"engine": "InnoDB", "charset": "utf8mb4"}.items()
+}
 
 rk_schema = Table(
     "rk_schema",
@@ -82,7 +87,7 @@ rk_schema = Table(
         comment="version; identity: a random number; contexts: how many histories there are (SQLite)",
     ),
     Column("value", BigInteger, nullable=False),
-    **_innodb,
+    **_on_mariadb,
 )
 
 rk_context = Table(
@@ -118,7 +123,7 @@ rk_context = Table(
         server_default=text("0"),
         comment="updated_at in whole minutes: seldom changes with it, so it can be indexed",
     ),
-    **_innodb,
+    **_on_mariadb,
     sqlite_autoincrement=True,
     postgresql_with={"fillfactor": 70},
 )
@@ -161,7 +166,7 @@ rk_parked = Table(
     Column("last_failed_at", Double),
     Column("parked_at", Double, nullable=False),
     Index("ix_rk_parked_name", "name", "id"),
-    **_innodb,
+    **_on_mariadb,
     sqlite_autoincrement=True,
 )
 

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from retrykit.clock import SystemClock
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
-from retrykit.sql import SqlRetryContextCache, create_tables, rk_context, rk_schema, rows
+from retrykit.sql import SqlRetryContextCache, create_tables, park_in, parked_item, rk_context, rk_schema, rows
 from retrykit.sql.dialects import database_of
 from retrykit.sql.statements import statements_of
 from tests.servers.databases import SERVERS, empty_database, with_driver
@@ -129,6 +129,28 @@ def test_odd_snapshots_are_kept_although_no_column_can_show_them(cache):
     odd = {"name": "\ud800\0" * 300, "veto": "x" * 5_000, "retry_count": 2**40, "last_failed_at": 10**400}
     cache.save("a/1", odd, None)
     assert dict(cache.load("a/1").snapshot) == odd
+
+
+@pytest.mark.parametrize("url", ["mariadb"], indirect=True)
+def test_database_whose_own_text_is_latin1_keeps_every_text(request, url, at_the_end):
+    server = request.getfixturevalue("mariadb")
+    database = server.fresh_database()
+    at_the_end.callback(server.drop_database, database)
+    engine = create_engine(database)
+    at_the_end.callback(engine.dispose)
+    with engine.begin() as connection:
+        connection.execute(text("ALTER DATABASE CHARACTER SET latin1"))
+    create_tables(engine)
+    cache = SqlRetryContextCache(engine)
+    snapshot = {"name": "注文 😀", "veto": "ёлка 😀"}
+    assert cache.save("注文/😀", snapshot, None) is not None
+    with engine.begin() as connection:
+        number = park_in(
+            connection, b"\xff", name="注文 😀", reason="ёлка", attempts=1, message_id="ё", headers={"ё": "ё"}
+        )
+        assert tuple(connection.execute(text("SELECT name, veto FROM rk_context")).one()) == tuple(snapshot.values())
+    item = parked_item(engine, number)
+    assert (item.name, item.reason, item.message_id, item.headers) == ("注文 😀", "ёлка", "ё", {"ё": "ё"})
 
 
 # -- cost

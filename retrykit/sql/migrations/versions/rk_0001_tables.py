@@ -19,7 +19,12 @@ down_revision = None
 branch_labels = ("retrykit",)
 depends_on = None
 
-_INNODB: dict[str, Any] = {"mysql_engine": "InnoDB", "mariadb_engine": "InnoDB"}
+_INNODB: dict[str, Any] = {
+    "mysql_engine": "InnoDB",
+    "mysql_charset": "utf8mb4",
+    "mariadb_engine": "InnoDB",
+    "mariadb_charset": "utf8mb4",
+}
 _COUNTED = {
     "rk_context_inserted": ("INSERT ON rk_context WHEN NEW.completed_at IS NULL", "value + 1"),
     "rk_context_deleted": ("DELETE ON rk_context WHEN OLD.completed_at IS NULL", "value - 1"),
