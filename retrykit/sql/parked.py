@@ -15,18 +15,22 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Connection, Engine, delete, insert, select
+from sqlalchemy import Connection, Engine, Select, delete, insert, select
 from sqlalchemy.orm import Session
 
 from retrykit.check import shown, wrong_type, wrong_value
 from retrykit.context import RetryContext
 from retrykit.key import canonical_key
 from retrykit.message import Message
+from retrykit.sql.rows import checked, storable
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_parked
 from retrykit.sql.transaction import connection_in
 
 PAGE: Final = 200
+NAME: Final = 255
+TEXT: Final = 16_000  # what every database takes, whatever the characters
+REASON: Final = 10_000
 
 Instant = datetime | float
 
@@ -76,22 +80,23 @@ def park_in(
 ) -> int:
     """Put an item aside in the caller's transaction; the number it got.
 
-    Instants are aware datetimes, or seconds since the epoch. SQLAlchemy's own errors pass through: the transaction is
-    the caller's. TypeError or ValueError, with nothing stored, for bad values.
+    Instants are aware datetimes, or seconds since the epoch. In texts, what no database can store becomes "?". Of the
+    reason 10,000 characters are kept. SQLAlchemy's own errors pass through: the transaction is the caller's. TypeError
+    or ValueError, with nothing stored, for bad values.
     """
     if not isinstance(payload, bytes):
         raise wrong_type("payload", "bytes", payload)
     if isinstance(attempts, bool) or not isinstance(attempts, int) or attempts < 0:
         raise wrong_value("attempts", "an int, 0 or more", attempts)
     row = {
-        "name": name,
-        "context_key": key,
-        "message_id": message_id,
-        "destination": destination,
+        "name": _text("name", name, NAME),
+        "context_key": None if key is None else checked(key),
+        "message_id": _text("message_id", message_id),
+        "destination": _text("destination", destination),
         "payload": payload,
-        "content_type": content_type,
+        "content_type": _text("content_type", content_type),
         "headers": _json("headers", dict(headers or {})),
-        "reason": reason,
+        "reason": storable(reason)[:REASON],
         "attempts": attempts,
         "errors": _json("errors", [dict(error) for error in errors]),
         "first_failed_at": _epoch("first_failed_at", first_failed_at),
@@ -132,20 +137,31 @@ def park_in_transaction(message: Message, context: RetryContext) -> int:
 
 
 def parked_items(
-    bind: Engine | Connection | Session, *, name: str | None = None, after: int = 0, limit: int | None = None
+    bind: Engine | Connection | Session,
+    *,
+    name: str | None = None,
+    after: int = 0,
+    limit: int | None = None,
+    since: Instant | None = None,
+    until: Instant | None = None,
+    reason: str | None = None,
 ) -> Iterator[ParkedItem]:
     """What is parked, the longest parked first, read in pages.
 
-    Of the template `name` or of all; behind the number `after`; at most `limit`.
+    Of the template `name` or of all; behind the number `after`; at most `limit`; parked at `since` or later, before
+    `until`; with this text in their reason, in whatever case.
     """
+    query = _chosen(name, _epoch("since", since), _epoch("until", until), reason)
     left = limit
     while left is None or left > 0:
         size = PAGE if left is None else min(PAGE, left)
-        page = _page(bind, name, after, size)
-        yield from page
+        page = _page(bind, query.where(_c.id > after).limit(size))
+        # Collations may take two names for one.
+        wanted = [item for item in page if name is None or item.name == name]
+        yield from wanted
         if len(page) < size:
             return
-        after, left = page[-1].id, None if left is None else left - size
+        after, left = page[-1].id, None if left is None else left - len(wanted)
 
 
 def parked_item(bind: Engine | Connection | Session, number: int) -> ParkedItem | None:
@@ -160,10 +176,17 @@ def remove_parked_in(transaction: Session | Connection, number: int) -> bool:
     return connection_in(transaction).execute(delete(rk_parked).where(_c.id == number)).rowcount > 0
 
 
-def _page(bind: Engine | Connection | Session, name: str | None, after: int, size: int) -> list[ParkedItem]:
-    query = select(rk_parked).where(_c.id > after).order_by(_c.id).limit(size)
-    if name is not None:
-        query = query.where(_c.name == name)
+def _chosen(name: str | None, since: float | None, until: float | None, reason: str | None) -> Select[Any]:
+    conditions = [
+        None if name is None else _c.name == name,
+        None if since is None else _c.parked_at >= since,
+        None if until is None else _c.parked_at < until,
+        None if reason is None else _c.reason.icontains(storable(reason), autoescape=True),
+    ]
+    return select(rk_parked).where(*[one for one in conditions if one is not None]).order_by(_c.id)
+
+
+def _page(bind: Engine | Connection | Session, query: Select[Any]) -> list[ParkedItem]:
     with _reading(bind) as connection:
         return [_item(row) for row in connection.execute(query)]
 
@@ -201,6 +224,14 @@ def _reason(context: RetryContext) -> str:
         return f"vetoed: {context.veto_reason}"
     decision = context.decision
     return decision.reason if decision is not None else f"exhausted after {context.retry_count} failed attempts"
+
+
+def _text(name: str, value: str | None, length: int = TEXT) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise wrong_type(name, "a str", value)
+    if value is not None and len(value) > length:
+        raise wrong_value(name, f"at most {length} characters", value)
+    return None if value is None else storable(value)
 
 
 def _json(name: str, value: Any) -> str:

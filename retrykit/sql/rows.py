@@ -357,8 +357,13 @@ def _decoded(text: str) -> dict[str, Any]:
 # The columns beside the snapshot are for people; a snapshot of another shape is kept all the same.
 
 
+def storable(text: str) -> str:
+    """The text as every database can store it: what it refuses (lone surrogates, NUL) becomes "?"."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "?")
+
+
 def _text(value: object, length: int) -> str | None:
-    return value.encode("utf-8", "replace").decode()[:length].replace("\0", "?") if isinstance(value, str) else None
+    return storable(value)[:length] if isinstance(value, str) else None
 
 
 def _number(value: object) -> float | None:

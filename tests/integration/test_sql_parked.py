@@ -3,6 +3,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+from sqlalchemy import create_engine
 from sqlalchemy.orm import Session, sessionmaker
 
 from retrykit.context import RetryContext
@@ -17,13 +18,15 @@ from retrykit.sql import (
     remove_parked_in,
     sqlite_engine,
 )
+from tests.servers.databases import DATABASES, empty_database
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
 
 
-@pytest.fixture
-def engine(tmp_path):
-    engine = sqlite_engine(f"sqlite:///{tmp_path}/parked.db")
+@pytest.fixture(params=DATABASES)
+def engine(request):
+    url = empty_database(request, request.param)
+    engine = sqlite_engine(url) if request.param == "sqlite" else create_engine(url)
     create_tables(engine)
     yield engine
     engine.dispose()
@@ -96,6 +99,54 @@ def test_items_are_browsed_by_template_from_the_longest_parked_on_in_pages(engin
         assert parked_item(session, numbers[7]).payload == b"7"
 
 
+def test_items_are_chosen_by_when_and_why_they_were_parked(engine):
+    reasons = ["attempt 3 of 3", "vetoed: 100% Sure", "vetoed: 100 times", "VETOED: under_score"]
+    with engine.begin() as connection:
+        numbers = [
+            park_in(connection, b"", name="orders", reason=reason, attempts=1, parked_at=float(n))
+            for n, reason in enumerate(reasons)
+        ]
+
+    def chosen(**options):
+        return [numbers.index(item.id) for item in parked_items(engine, **options)]
+
+    assert chosen(since=1.0, until=datetime.fromtimestamp(3, UTC)) == [1, 2]
+    assert chosen(reason="vetoed") == [1, 2, 3]
+    assert chosen(reason="100%") == [1]
+    assert chosen(reason="r_s") == [3]
+    assert chosen(reason="vetoed", since=2.0, limit=1) == [2]
+    assert chosen(reason="nothing") == []
+
+
+def test_items_of_a_template_are_those_of_that_very_name(engine):
+    for name in ("orders", "Orders", "ORDERS ", "orders"):
+        park(engine, name=name)
+    assert [item.name for item in parked_items(engine, name="orders")] == ["orders"] * 2
+    assert [item.name for item in parked_items(engine, name="orders", limit=1)] == ["orders"]
+    assert [item.name for item in parked_items(engine, name="ORDERS ")] == ["ORDERS "]
+
+
+def test_texts_that_no_database_takes_are_parked_all_the_same(engine):
+    odd = "a\0b\ud800c"
+    with engine.begin() as connection:
+        number = park_in(
+            connection,
+            b"",
+            name=odd,
+            reason=odd + "x" * 70_000,
+            attempts=1,
+            message_id=odd,
+            destination=odd,
+            content_type=odd,
+            headers={odd: odd},
+            errors=[{"message": odd}],
+        )
+    item = parked_item(engine, number)
+    assert (item.name, item.message_id, item.destination, item.content_type) == ("a?b?c",) * 4
+    assert (item.reason[:6], len(item.reason)) == ("a?b?cx", 10_000)
+    assert (item.headers, item.errors) == ({odd: odd}, ({"message": odd},))
+
+
 def test_item_is_taken_out_once_with_the_callers_transaction(engine):
     number = park(engine)
     with engine.connect() as connection:
@@ -118,6 +169,10 @@ def test_item_is_taken_out_once_with_the_callers_transaction(engine):
         ({"errors": [{"at": float("nan")}]}, TypeError, "errors"),
         ({"parked_at": datetime(2026, 1, 1)}, ValueError, "parked_at"),  # noqa: DTZ001 - that is the point
         ({"last_failed_at": "noon"}, TypeError, "last_failed_at"),
+        ({"name": "x" * 256}, ValueError, "name"),
+        ({"name": 7}, TypeError, "name"),
+        ({"key": "x" * 601}, ValueError, "key"),
+        ({"message_id": "x" * 16_001}, ValueError, "message_id"),
     ],
 )
 def test_bad_facts_are_refused_by_name_and_nothing_is_parked(engine, facts, error, named):
