@@ -16,8 +16,11 @@ from retrykit.messaging.errors import (
     ConnectionLostError,
     NoStableIdError,
 )
+from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.identity import Identify, by_content, by_header
+from retrykit.messaging.readiness import ConsumerHealth, Health
 from retrykit.messaging.recoverers import Recoverer, discard, park, republish
+from retrykit.messaging.registry import Consumers
 
 __all__ = [
     "Ack",
@@ -27,8 +30,12 @@ __all__ = [
     "BrokerUnavailableError",
     "Capabilities",
     "ConnectionLostError",
+    "ConsumerHealth",
+    "Consumers",
+    "ContainerGroup",
     "Counters",
     "Discard",
+    "Health",
     "Identify",
     "ListenerContainer",
     "Message",

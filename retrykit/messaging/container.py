@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from queue import SimpleQueue
-from types import FrameType, TracebackType
-from typing import Any, Final, Literal, Self
+from typing import Any, Final, Literal
 
 import attrs
 
@@ -18,7 +15,9 @@ from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with, refuse_coroutines
+from retrykit.messaging.lifetime import Event, Lifetime
 from retrykit.messaging.patience import Patience
+from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.worker import Worker
 from retrykit.template import RetryTemplate
@@ -26,7 +25,6 @@ from retrykit.template import RetryTemplate
 _log = logging.getLogger("retrykit.messaging")
 
 RECONNECT: Final = ExponentialBackOffPolicy(initial=0.1, multiplier=2.0, max_interval=15.0, jitter="full")
-_Event = Literal["signal", "finished"]
 
 
 def _is_template(_instance: Any, field: Any, value: Any) -> None:
@@ -40,7 +38,7 @@ def _is_broker(_instance: Any, field: Any, value: Any) -> None:
 
 
 @attrs.define(eq=False)
-class ListenerContainer:
+class ListenerContainer(Lifetime):
     """Consume a destination: each message is a stateful call of `template`, redelivered until success or recovery.
 
     `handler(message)` or `handler(message, context)` runs in `transaction`, any callable that gives a context manager
@@ -78,12 +76,13 @@ class ListenerContainer:
     _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
     _stopping: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
     _finished: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
-    _events: SimpleQueue[_Event] = attrs.field(factory=SimpleQueue, init=False, repr=False)
+    _watchers: list[Callable[[Event], None]] = attrs.field(factory=list, init=False, repr=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
     _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
     _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
     _error: BaseException | None = attrs.field(default=None, init=False, repr=False)
+    _told: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         calls_with(self.handler)  # refuses what is no handler, before anything runs
@@ -128,35 +127,17 @@ class ListenerContainer:
             self._raise()
         return finished
 
-    def run(self) -> None:
-        """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; a second one stops at once.
-
-        After a second one a handler may still be running in its thread: nothing that it does will be committed.
+    def watch(self, tell: Callable[[Event], None]) -> None:
+        """Have `tell("failed")` called when it gives up and `tell("finished")` when all workers have left: in any
+        thread, at once if that is past. It must not raise, and not wait.
         """
-        with self._signals():
-            self.start()
-            signals = 0
-            while self._events.get() == "signal":
-                signals += 1
-                _log.info("stopping %s", "at once" if signals > 1 else "when the messages in hand are finished")
-                self.stop(now=signals > 1)
-                if signals > 1:
-                    return
-        self._raise()
-
-    def __enter__(self) -> Self:
-        """Start."""
-        self.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop in good order and wait for it; raises what made the container give up."""
-        self.stop()
-        self._finished.wait()
-        if error is None:
-            self._raise()
+        with self._lock:
+            self._watchers.append(tell)
+            failed, finished = self._error is not None, self._finished.is_set()
+        if failed:
+            tell("failed")
+        if finished:
+            tell("finished")
 
     # -- what observers see
 
@@ -173,6 +154,31 @@ class ListenerContainer:
         """How many workers have a connection."""
         with self._lock:
             return len(self._sessions)
+
+    def health(self) -> Health:
+        """How it is at this moment."""
+        counters = self.counters
+        with self._lock:
+            state, connected, error = self._state(), len(self._sessions), self._error
+        own = ConsumerHealth(
+            name=self.template.name,
+            destination=getattr(self.broker, "destination", self.broker.name),
+            state=state,
+            workers=self.concurrency,
+            connected=connected,
+            counters=counters,
+            error="" if error is None else type(error).__name__,
+        )
+        return Health((own,))
+
+    def _state(self) -> State:
+        if self._error is not None:
+            return "failed"
+        if self._finished.is_set():
+            return "finished"
+        if self._stopping.is_set():
+            return "stopping"
+        return "running" if self._threads else "new"
 
     # -- inside
 
@@ -213,7 +219,10 @@ class ListenerContainer:
     def _give_up(self, error: BaseException) -> None:
         _log.critical("the container gives up: %s", error, exc_info=error)
         with self._lock:
+            watchers = [] if self._error is not None else list(self._watchers)
             self._error = self._error or error
+        for tell in watchers:
+            tell("failed")
         self.stop()
 
     def _leave(self) -> None:
@@ -224,28 +233,16 @@ class ListenerContainer:
             self._end()
 
     def _end(self) -> None:
-        self._finished.set()
-        self._events.put("finished")
+        with self._lock:
+            watchers = [] if self._finished.is_set() else list(self._watchers)
+            self._finished.set()
+        for tell in watchers:
+            tell("finished")
 
     def _raise(self) -> None:
         """Raise what made the container give up: to the first who asks."""
         with self._lock:
-            error, self._error = self._error, None
+            error = None if self._told else self._error
+            self._told = True
         if error is not None:
             raise error
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        # A signal comes anywhere, also while the main thread holds a lock: SimpleQueue.put is made for that.
-        self._events.put("signal")

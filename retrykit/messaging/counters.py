@@ -9,7 +9,7 @@ import attrs
 
 @attrs.frozen(kw_only=True)
 class Counters:
-    """Totals since the container started. Every delivery ends in exactly one of the fields below `redelivered`."""
+    """Totals since the container started. Every delivery ends in exactly one of the fields below `recovered`."""
 
     generations: int = 0
     """Connections made."""
@@ -19,11 +19,14 @@ class Counters:
     """Deliveries handed to the template."""
     redelivered: int = 0
     """Those that the source said it delivered before; a part of `received`."""
+    recovered: int = 0
+    """Those that a recovery brought to their end, wherever it put the message; a part of the fields below."""
     acknowledged: int = 0
     """The handler (or a recovery of the user's own) succeeded."""
     duplicates: int = 0
     """Completed before: acknowledged without the handler."""
     parked: int = 0
+    """Put aside at the broker (`park`); a recovery that parks elsewhere is `acknowledged`, and `recovered`."""
     republished: int = 0
     discarded: int = 0
     rolled_back: int = 0

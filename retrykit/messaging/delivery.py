@@ -39,6 +39,7 @@ from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.logs import decision_facts
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
@@ -318,18 +319,23 @@ class _Delivery:
 
     def settled(self) -> None:
         self.committed = True
-        key = self.message.key
+        tally, key = self.work.tally, self.message.key
+        tally.add(recovered=int(self.recovering))
         match self.settlement:
             case Park(destination, reason=reason):
-                self.work.tally.add(parked=1)
-                _log.warning("message %r was parked in %s: %s", key, destination, reason)
-            case Republish():
-                self.work.tally.add(republished=1)
+                tally.add(parked=1)
+                _log.warning("message %r was parked in %s: %s", key, destination, reason, extra=self.facts())
+            case Republish(destination):
+                tally.add(republished=1)
+                if self.recovering:
+                    _log.warning("message %r was sent on to %s", key, destination, extra=self.facts())
             case Discard(reason):
-                self.work.tally.add(discarded=1)
-                _log.warning("message %r was discarded: %s", key, reason)
+                tally.add(discarded=1)
+                _log.warning("message %r was discarded: %s", key, reason, extra=self.facts())
             case _:
-                self.work.tally.add(acknowledged=1)
+                tally.add(acknowledged=1)
+                if self.recovering:
+                    _log.warning("message %r was recovered: no further attempt", key, extra=self.facts())
 
     def give_back(self, error: BaseException) -> None:
         decision = None if self.context is None else self.context.decision
@@ -342,8 +348,18 @@ class _Delivery:
             self.work.tally.add(rolled_back=1)
             self.work.patience.forgive(self.message.key)
             why = "" if decision is None else decision.reason
-            _log.info("message %r goes back after a failed attempt: %r (%s)", self.message.key, error, why)
+            _log.info(
+                "message %r goes back after a failed attempt: %r (%s)",
+                self.message.key,
+                error,
+                why,
+                extra=self.facts(error),
+            )
         self.session.rollback(self.message, delay)
+
+    def facts(self, error: BaseException | None = None) -> dict[str, Any]:
+        """What a log record of this delivery carries besides its text, for logs that are read by programs."""
+        return {"retrykit": decision_facts(self.work.template.name, self.key, self.context, error)}
 
     def withheld(self, error: BaseException) -> bool:
         """Whether the next delivery would come to the same: not so after a failed attempt that leaves others."""
@@ -359,11 +375,10 @@ class _Delivery:
             return
         pause = work.patience.withhold(work.template.name, key, at_least)
         fault = None if self.context is None else self.context.fault
+        why = f"{error} ({error.__cause__!r})"
         if fault is not None:
-            what = "its failed attempt could not be stored, so none is counted"
-            _log.error("message %r is withheld for %g s: %s: %r (%r)", key, round(pause, 3), what, fault, error)
-        else:
-            _log.error("message %r is withheld for %g s: %s (%r)", key, round(pause, 3), error, error.__cause__)
+            why = f"its failed attempt could not be stored, so none is counted: {fault!r} ({error!r})"
+        _log.error("message %r is withheld for %g s: %s", key, round(pause, 3), why, extra=self.facts(error))
         work.patience.wait(key, work.template.clock)
 
 

@@ -1,0 +1,130 @@
+"""What consumes until it is told to stop: `run` obeys signals, and a `with` block ends in good order.
+
+Containers, groups of them and processes that consume have the same lifetime; this is the one place that knows signals.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from queue import Empty, SimpleQueue
+from types import FrameType, TracebackType
+from typing import Literal, Self
+
+_log = logging.getLogger("retrykit.messaging")
+
+Event = Literal["failed", "finished"]
+_Heard = Literal["failed", "finished", "signal", "late"]
+
+
+class Lifetime(ABC):
+    """Started once, stopped from anywhere, waited for."""
+
+    __slots__ = ()
+
+    @abstractmethod
+    def start(self) -> None:
+        """Begin to consume, and return. `RuntimeError` at the second time."""
+
+    @abstractmethod
+    def stop(self, *, now: bool = False) -> None:
+        """Ask for the end: in good order, or at once. Returns at once; may be called from any thread, and again."""
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False after `timeout` seconds. Raises what made it give up, to the first who asks."""
+
+    @abstractmethod
+    def watch(self, tell: Callable[[Event], None]) -> None:
+        """Have `tell("failed")` called when it gives up and `tell("finished")` at the end: in any thread, at once if
+        that is past. It must not raise, and not wait.
+        """
+
+    def run(self, *, grace: float | None = None) -> bool:
+        """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; a second one stops at once.
+
+        `grace`: the messages in hand may take so many seconds (None: as long as they do), then it stops at once. True
+        if they were finished. If not, a handler may still be running in its thread: nothing that it does will be
+        committed.
+
+        Raises what made it give up.
+        """
+        return run(self, grace=grace)
+
+    def __enter__(self) -> Self:
+        """Start."""
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop in good order and wait for it; raises what made it give up, unless something else is raised already."""
+        self.stop()
+        finished = threading.Event()
+        self.watch(lambda event: finished.set() if event == "finished" else None)
+        finished.wait()
+        if error is None:
+            self.wait()
+
+
+def run(one: Lifetime, *, grace: float | None = None, heed_repeated: bool = True) -> bool:
+    """What `Lifetime.run` does. Without `heed_repeated` further signals change nothing: somebody else sees to the end.
+
+    That is so for processes that may get one signal from their supervisor and the same once more from the system.
+    """
+    heard: SimpleQueue[_Heard] = SimpleQueue()
+    one.watch(heard.put)
+    with _signals(heard):
+        one.start()
+        finished = _obey(one, heard, grace, heed_repeated=heed_repeated)
+    # What made it give up is raised here, if all have left.
+    one.wait(None if finished else 0)
+    return finished
+
+
+def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, heed_repeated: bool) -> bool:
+    """Whether it came to its end in good order."""
+    asked, deadline = False, None
+    while (event := _next(heard, deadline)) != "finished":
+        if event == "late" or (event == "signal" and asked and heed_repeated):
+            _log.warning("stopping at once: what is in hand is given back")
+            one.stop(now=True)
+            return False
+        if event == "signal" and not asked:
+            asked = True
+            _log.info("stopping when the messages in hand are finished")
+            one.stop()
+        if deadline is None and grace is not None:
+            deadline = time.monotonic() + grace
+    return True
+
+
+def _next(heard: SimpleQueue[_Heard], deadline: float | None) -> _Heard:
+    try:
+        return heard.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
+    except Empty:
+        return "late"
+
+
+@contextmanager
+def _signals(heard: SimpleQueue[_Heard]) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(_number: int, _frame: FrameType | None) -> None:
+        # A signal comes anywhere, also while the main thread holds a lock: SimpleQueue.put is made for that.
+        heard.put("signal")
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
