@@ -117,6 +117,7 @@ class Consumer:
     table that fences guard (None: it has none). `worker`: its number. `host`: the machine it pretends to be on, `skew`
     how wrong that one's clock is. `threads`: for each the keys that it is to bring to their end; `deliveries`: to
     deliver so often instead. `fronted`: what it stored last it remembers. `asynchronous`: tasks for threads.
+    `takes`: how long the work takes.
     """
 
     def __init__(self, order: dict[str, Any]) -> None:
@@ -191,10 +192,15 @@ class Consumer:
         self.note("committed")
 
     def attempt(self, context: Any) -> str:
-        key = self.order_key(context)
         self.note("attempt", n=context.attempt, fence=context.fence)
         # Before the transaction has done anything: SQLite lets one write at a time.
         self.await_gate()
+        time.sleep(self.order.get("takes", 0))
+        return self.do(context)
+
+    def do(self, context: Any) -> str:
+        """The work itself."""
+        key = self.order_key(context)
         try:
             if context.transaction is not None:
                 context.transaction.execute(sa.insert(effects).values(key=key))
@@ -326,6 +332,12 @@ class Consumer:
                 outcome = self.deliver(key, redelivered)
 
     def run(self) -> None:
+        if len(self.order["threads"]) == 1:
+            # In the main thread, where a signal arrives.
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+            with suppress(SystemExit):
+                self.consume(0, self.order["threads"][0])
+            return
         start = threading.Barrier(len(self.order["threads"]))
 
         def consume(number: int, keys: list[int]) -> None:

@@ -70,7 +70,9 @@ class Tasks(Consumer):
         self.note("committed")
 
     async def attempt_later(self, context: Any) -> str:
-        return await self.within(self.attempt, context)
+        self.note("attempt", n=context.attempt, fence=context.fence)
+        await asyncio.sleep(self.order.get("takes", 0))
+        return await self.within(self.do, context)
 
     async def recover_later(self, context: Any) -> str:
         return await self.within(self.recover, context)

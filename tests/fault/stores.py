@@ -159,11 +159,18 @@ class Place:
             return RedisRetryContextCache(self.history)
         return SqlRetryContextCache(self.history)
 
+    def stored(self) -> list[dict[str, Any]]:
+        """The histories in the store."""
+        with closing(self.cache()) as cache:
+            return [context.snapshot for _, context in cache.items() if "completed_at" not in context.snapshot]
+
     def failures(self) -> dict[int, int]:
         """How many failures of each key the store knows of, attempts included that never ended."""
-        with closing(self.cache()) as cache:
-            stored = [context.snapshot for _, context in cache.items() if "completed_at" not in context.snapshot]
-        return {facts["key"]: facts["retry_count"] + len(facts.get("in_flight", ())) for facts in stored}
+        return {facts["key"]: facts["retry_count"] + len(facts.get("in_flight", ())) for facts in self.stored()}
+
+    def crashes(self) -> int:
+        """How many attempts were counted because they never ended, as the store has it."""
+        return sum(facts.get("crashes", 0) for facts in self.stored())
 
     def effects_violations(self, keys: range, *, exactly: bool) -> list[str]:
         """Whether each key had its effect, or was parked, once; else at least once."""

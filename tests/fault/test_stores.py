@@ -21,10 +21,13 @@ from tests.fault.stores import SCALE, SEED, SERVERS, STORES, Fleet, Nursery, Pla
 MAX_ATTEMPTS = 4
 CROWD = range(round(1_000 * SCALE))
 SOME = range(round(80 * SCALE))
+FEW = range(len(SOME) // 2)
 # Of the packets of an exchange, one in so many is lost in turn.
 STEP = max(1, round(3 / SCALE))
 # What most tests do: work in a transaction, marks that answer duplicates.
 FULL = {"max_attempts": MAX_ATTEMPTS, "remember": 3600}
+# What is done where every failure is to be counted: no work, no limit, no end.
+COUNTED = {"work": None, "fails": MANY, "max_attempts": MANY, "recovers": False, "deliveries": 2}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +73,7 @@ def fleet(nurseries, place):
 
 def test_every_failure_of_four_processes_of_eight_threads_at_one_key_is_counted(place, fleet):
     for _ in range(4):
-        fleet.start([[7]] * 8, work=None, fails=MANY, max_attempts=MANY, recovers=False, deliveries=2)
+        fleet.start([[7]] * 8, **COUNTED)
     ledger = fleet.finish()
     assert ledger.violations([], limit_of=lambda _: MANY) == []
     assert ledger.count("attempt") == ledger.count("fail") == 4 * 8 * 2
@@ -81,7 +84,7 @@ def test_every_failure_of_four_processes_of_eight_threads_at_one_key_is_counted(
 
 def test_every_failure_of_four_processes_of_eight_threads_at_many_keys_is_counted(place, fleet):
     for hands in dealt(CROWD, copies=2):
-        fleet.start(hands, work=None, fails=MANY, max_attempts=MANY, recovers=False, deliveries=1)
+        fleet.start(hands, **COUNTED | {"deliveries": 1})
     ledger = fleet.finish()
     assert ledger.violations([], limit_of=lambda _: MANY) == []
     assert ledger.faults() == []
@@ -106,6 +109,18 @@ def test_the_work_is_done_once_while_all_are_at_one_key(place, fleet):
     assert place.effects_violations([0], exactly=place.together) == []
     assert place.count(parked) == {}
     assert ledger.faults() == []
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+@pytest.mark.parametrize("place", ["postgresql", "mariadb"], indirect=True)
+def test_the_work_is_done_once_at_every_isolation_level(place, fleet, level):
+    fleet.options = {**FULL, "max_attempts": 100, "fails": 1, "engine": {"isolation_level": level}}
+    for _ in range(4):
+        fleet.start([[0], [1], [2], [3]] * 2)
+    ledger = fleet.finish()
+    assert ledger.violations(range(4), limit_of=lambda _: 100) == []
+    assert place.effects_violations(range(4), exactly=True) == []
+    assert place.count(parked) == {}
 
 
 # -- processes die and hang
@@ -145,24 +160,60 @@ def unjournaled(ledger):
 
 
 def test_processes_may_hang_past_their_lease_at_any_moment(place, fleet):
-    lease = 0.5
-    fleet.options = {**FULL, "lease": lease}
+    lease = 0.3
+    fleet.options = {**FULL, "lease": lease, "takes": 0.01}
     place.guard_keys(SOME)
     workers = [fleet.start(hand, resource=place.resource) for hand in dealt(SOME, copies=2)]
     hung = 0
     for moment in moments(fleet, SOME, 3):
         if fleet.reach("attempt", moment):
-            worker = fleet.chance.choice(workers)
-            worker.signal(signal.SIGSTOP)
-            # As long as it hangs: whether the others go on meanwhile depends on what it holds.
-            threading.Event().wait(2 * lease)
-            worker.signal(signal.SIGCONT)
+            hang(fleet.chance.choice(workers), 2 * lease)
             hung += 1
     ledger = fleet.finish()
     assert hung >= 2
     assert ledger.violations(SOME, limit_of=lambda _: MAX_ATTEMPTS) == []
     assert ledger.faults() == []
     assert place.effects_violations(SOME, exactly=place.together) == []
+
+
+@pytest.mark.parametrize("how", ["killed", "hung"])
+def test_no_failure_is_lost_or_counted_twice_while_processes_die_and_hang(place, fleet, how):
+    lease = 0.3
+    fleet.options = {**COUNTED, "deliveries": 6, "lease": lease, "takes": 0.03}
+    workers = [fleet.start(hand) for hand in dealt(FEW, copies=2)]
+    for turn in range(3):
+        assert fleet.reach("attempt", len(FEW) * (2 * turn + 1))
+        number = fleet.chance.randrange(4)
+        if how == "killed":
+            workers[number] = fleet.replace(workers[number])
+        else:
+            hang(workers[number], 2 * lease)
+    ledger = fleet.finish()
+    assert place.crashes() > 0, "none was within an attempt"
+    assert ledger.violations([], limit_of=lambda _: MANY) == []
+    assert miscounted(place, ledger, FEW) == []
+    assert ledger.faults() == []
+
+
+def hang(worker, seconds):
+    """Let a process hang for so long; whether the others go on meanwhile depends on what it holds."""
+    worker.signal(signal.SIGSTOP)
+    threading.Event().wait(seconds)
+    worker.signal(signal.SIGCONT)
+
+
+def test_a_process_that_ends_in_good_order_withdraws_its_attempt(place, fleet):
+    gate = place.folder / "gate"
+    fleet.options = {**FULL, "max_attempts": 1, "fails": 0}
+    leaving = fleet.start([[0]], gate=str(gate))
+    fleet.wait("attempt", 1)
+    leaving.signal(signal.SIGTERM)
+    assert leaving.wait() == 0
+    fleet.start([[0]])
+    ledger = fleet.finish()
+    assert [(delivery.worker, delivery.outcome) for delivery in ledger.deliveries] == [(0, None), (1, "work")]
+    assert [each["n"] for each in ledger.events if each["e"] == "attempt"] == [1, 1]
+    assert (place.count(effects), place.count(parked)) == ({0: 1}, {})
 
 
 def test_a_handler_that_takes_longer_than_its_lease_keeps_it(place, fleet):
@@ -246,7 +297,7 @@ def test_the_server_may_be_restarted_at_any_moment(place, fleet, how):
 def test_a_store_that_is_away_hides_no_business_error_and_counts_again_when_it_is_back(place, fleet):
     place.options = {"patience": 0.1}
     for hand in dealt(SOME):
-        fleet.start(hand, work=None, fails=MANY, max_attempts=MANY, recovers=False, deliveries=6)
+        fleet.start(hand, **COUNTED | {"deliveries": 6})
     fleet.wait("attempt", len(SOME))
     place.server.kill()
     away = fleet.ledger.count("end")
@@ -327,7 +378,7 @@ def test_every_failure_is_counted_once_while_the_network_fails(place, fleet):
     place.options = {"patience": 60}
     with place.behind_a_proxy() as proxy:
         for hand in dealt(SOME, copies=2):
-            fleet.start(hand, work=None, fails=MANY, max_attempts=MANY, recovers=False, deliveries=3)
+            fleet.start(hand, **COUNTED | {"deliveries": 3})
         faults = fleet.chance.sample(FAULTS, len(FAULTS))
         for turn, fault in enumerate(faults):
             if fleet.reach("attempt", len(SOME) * (turn + 1) // 2):
@@ -413,7 +464,7 @@ def test_a_full_disk_hides_no_business_error_and_loses_nothing(nurseries, small_
         if transactional:
             fleet.options = FULL
         else:
-            fleet.options = {"work": None, "fails": MANY, "max_attempts": MANY, "recovers": False, "deliveries": 10}
+            fleet.options = COUNTED | {"deliveries": 10}
         for hand in dealt(SOME):
             fleet.start(hand)
         fleet.wait("attempt", len(SOME) // 4)
@@ -442,7 +493,6 @@ def fill(path):
 
 # -- the checks themselves: what would a store have to do for nobody to notice?
 
-COUNTED = {"work": None, "fails": MANY, "max_attempts": MANY, "recovers": False, "deliveries": 2}
 LIES = {
     "SavesNothing": COUNTED,
     "SavesOverOthers": COUNTED,
