@@ -645,6 +645,40 @@ def test_faults_tell_no_parameters(cache, url):
             connection.execute(text("ALTER TABLE rk_elsewhere RENAME TO rk_context"))
 
 
+def consumer_of(url, engine):
+    """The URL of a user who may do what consumers need, and nothing more."""
+    place = make_url(url)
+    tables = ("rk_context", "rk_parked", "rk_schema")
+    with engine.begin() as connection:
+        if place.get_backend_name() == "postgresql":
+            connection.execute(text("DROP OWNED BY consumer" if exists(connection) else "SELECT 1"))
+            connection.execute(text("DROP ROLE IF EXISTS consumer"))
+            connection.execute(text("CREATE ROLE consumer LOGIN PASSWORD 'secret'"))
+            connection.execute(text("GRANT USAGE ON ALL SEQUENCES IN SCHEMA public TO consumer"))
+        else:
+            connection.execute(text("CREATE OR REPLACE USER consumer@'%' IDENTIFIED BY 'secret'"))
+        for table in tables:
+            connection.execute(text(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {table} TO consumer"))
+    return place.set(username="consumer", password="secret")
+
+
+def exists(connection):
+    return connection.scalar(text("SELECT count(*) FROM pg_roles WHERE rolname = 'consumer'"))
+
+
+def test_consumer_needs_no_rights_but_those_on_the_rows(url, engine, at_the_end):
+    address = consumer_of(url, engine)
+    cache = at_the_end.enter_context(SqlRetryContextCache(address, capacity=2, on_full="evict_oldest"))
+    versions = [cache.save(f"a/{number}", {}, None) for number in range(4)]
+    assert cache.save("a/3", MARK, versions[3]) is not None
+    assert (cache.expire(), keys(cache)) == (1, ["a/2"])
+    theirs = create_engine(address)
+    at_the_end.callback(theirs.dispose)
+    with Session(theirs) as session, session.begin():
+        assert cache.joined(session).remove("a/2")
+        park_in(session, b"", name="orders", reason="no", attempts=1)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_forked_child_opens_connections_of_its_own(cache):
