@@ -7,6 +7,7 @@ with its line feed, so that half a line is the end of its writer and of nobody e
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import threading
@@ -124,9 +125,9 @@ class Ledger:
 
     # -- what happened
 
-    @property
+    @functools.cached_property
     def deliveries(self) -> list[Delivery]:
-        """All deliveries in the order of their beginnings."""
+        """All deliveries in the order of their beginnings; asked when nobody writes any more."""
         found: dict[tuple[int, int], Delivery] = {}
         for place, event in enumerate(self.events):
             if "d" not in event:
@@ -140,8 +141,9 @@ class Ledger:
                 found[name].events.append(event | {"place": place})
         return list(found.values())
 
+    @functools.cached_property
     def by_key(self) -> dict[int, list[Delivery]]:
-        """The deliveries of each key."""
+        """The deliveries of each key; asked when nobody writes any more."""
         found: dict[int, list[Delivery]] = defaultdict(list)
         for delivery in self.deliveries:
             found[delivery.key].append(delivery)
@@ -155,7 +157,7 @@ class Ledger:
 
     def violations(self, keys: Iterable[int], *, limit_of: Callable[[int], int]) -> list[str]:
         """What holds whatever the fault was: nothing is lost, the limit, the business errors, the fences."""
-        by_key = self.by_key()
+        by_key = self.by_key
         found = [(key, f"it was lost: {by_key[key]}") for key in keys if not _settled(by_key[key])]
         for key, deliveries in by_key.items():
             what = [*_beyond(limit_of(key), deliveries), *_hidden(deliveries), *_fences(deliveries)]
@@ -169,7 +171,7 @@ class Ledger:
         have journaled it.
         """
         least = most = 0
-        for delivery in self.by_key()[key]:
+        for delivery in self.by_key[key]:
             attempts = len(delivery.of("attempt")) - len(delivery.of("work"))
             least += attempts if delivery.reached_the_store else 0
             most += attempts

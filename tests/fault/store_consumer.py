@@ -332,6 +332,7 @@ class Consumer:
                 outcome = self.deliver(key, redelivered)
 
     def run(self) -> None:
+        self.pen("began")
         if len(self.order["threads"]) == 1:
             # In the main thread, where a signal arrives.
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))

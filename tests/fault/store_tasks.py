@@ -116,6 +116,7 @@ class Tasks(Consumer):
             open_store = getattr(self.template.context_cache, "open", None)
             if open_store is not None:
                 await open_store()
+            self.pen("began")
             async with asyncio.TaskGroup() as tasks:
                 for number, keys in enumerate(self.order["threads"]):
                     tasks.create_task(self.consume(number, keys))

@@ -155,8 +155,7 @@ def moments(fleet, keys, number):
 
 def unjournaled(ledger):
     """For each key whether its first delivery died: the source said that it was the first, so nobody journaled it."""
-    by_key = ledger.by_key()
-    return {key: deliveries[0].end is None for key, deliveries in by_key.items()}
+    return {key: deliveries[0].end is None for key, deliveries in ledger.by_key.items()}
 
 
 def test_processes_may_hang_past_their_lease_at_any_moment(place, fleet):
@@ -298,6 +297,8 @@ def test_a_store_that_is_away_hides_no_business_error_and_counts_again_when_it_i
     place.options = {"patience": 0.1}
     for hand in dealt(SOME):
         fleet.start(hand, **COUNTED | {"deliveries": 6})
+    # All are connected: a cache that cannot be opened is an error of its own.
+    fleet.wait("began", 4)
     fleet.wait("attempt", len(SOME))
     place.server.kill()
     away = fleet.ledger.count("end")
