@@ -25,8 +25,9 @@ MAX_WORKERS: Final = 32
 INTERRUPTED: Final = 128 + signal.SIGINT
 
 
-# Each group is in a module of its own, which is imported when it is needed.
+# Each group, and each longer command, is in a module of its own, which is imported when it is needed.
 GROUPS: Final = {
+    "consume": "retrykit.cli.consume",
     "contexts": "retrykit.cli.contexts",
     "db": "retrykit.cli.db",
     "parked": "retrykit.cli.parked",
@@ -34,7 +35,7 @@ GROUPS: Final = {
 
 
 class _Commands(click.Group):
-    """The commands of this module, and the groups that have modules of their own."""
+    """The commands of this module, and those that have modules of their own."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted({*super().list_commands(ctx), *GROUPS})
@@ -58,7 +59,12 @@ def retrykit() -> None:
     \b
         retrykit demo                               200 messages, two workers, ten seconds
 
-    Look after what consumers keep in their database, which --store or RETRYKIT_STORE names:
+    Run your own consumers:
+
+    \b
+        retrykit consume shop.orders:consumers --processes 2 --health 8080
+
+    Look after what they keep in their database, which --store or RETRYKIT_STORE names:
 
     \b
         export RETRYKIT_STORE=sqlite:///orders.db

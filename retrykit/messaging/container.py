@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Final, Literal
 
@@ -15,7 +15,7 @@ from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with, refuse_coroutines
-from retrykit.messaging.lifetime import Event, Lifetime
+from retrykit.messaging.lifetime import Ending, Lifetime
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
@@ -75,14 +75,11 @@ class ListenerContainer(Lifetime):
     reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
     _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
     _stopping: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
-    _finished: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
-    _watchers: list[Callable[[Event], None]] = attrs.field(factory=list, init=False, repr=False)
+    _ending: Ending = attrs.field(factory=Ending, init=False, repr=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
     _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
     _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
-    _error: BaseException | None = attrs.field(default=None, init=False, repr=False)
-    _told: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         calls_with(self.handler)  # refuses what is no handler, before anything runs
@@ -112,7 +109,7 @@ class ListenerContainer(Lifetime):
             sessions = list(self._sessions)
             started = bool(self._threads)
         if not started:
-            self._end()
+            self._ending.finish()
         for session in sessions:
             session.close(wait=False) if now else session.interrupt()
 
@@ -120,24 +117,9 @@ class ListenerContainer(Lifetime):
         """Wait until all workers have left; False after `timeout` seconds.
 
         Raises what made the container give up, such as `NoStableIdError`, or TypeError for a `transaction` that would
-        never commit (a Session itself). Installs no signal handlers: `run` does.
+        never commit (a Session itself), to the first who asks. Installs no signal handlers: `run` does.
         """
-        finished = self._finished.wait(timeout)
-        if finished:
-            self._raise()
-        return finished
-
-    def watch(self, tell: Callable[[Event], None]) -> None:
-        """Have `tell("failed")` called when it gives up and `tell("finished")` when all workers have left: in any
-        thread, at once if that is past. It must not raise, and not wait.
-        """
-        with self._lock:
-            self._watchers.append(tell)
-            failed, finished = self._error is not None, self._finished.is_set()
-        if failed:
-            tell("failed")
-        if finished:
-            tell("finished")
+        return super().wait(timeout)
 
     # -- what observers see
 
@@ -159,7 +141,7 @@ class ListenerContainer(Lifetime):
         """How it is at this moment."""
         counters = self.counters
         with self._lock:
-            state, connected, error = self._state(), len(self._sessions), self._error
+            state, connected = self._state(), len(self._sessions)
         own = ConsumerHealth(
             name=self.template.name,
             destination=getattr(self.broker, "destination", self.broker.name),
@@ -167,14 +149,14 @@ class ListenerContainer(Lifetime):
             workers=self.concurrency,
             connected=connected,
             counters=counters,
-            error="" if error is None else type(error).__name__,
+            error="" if self.error is None else type(self.error).__name__,
         )
         return Health((own,))
 
     def _state(self) -> State:
-        if self._error is not None:
+        if self.error is not None:
             return "failed"
-        if self._finished.is_set():
+        if self._ending.finished:
             return "finished"
         if self._stopping.is_set():
             return "stopping"
@@ -218,11 +200,7 @@ class ListenerContainer(Lifetime):
 
     def _give_up(self, error: BaseException) -> None:
         _log.critical("the container gives up: %s", error, exc_info=error)
-        with self._lock:
-            watchers = [] if self._error is not None else list(self._watchers)
-            self._error = self._error or error
-        for tell in watchers:
-            tell("failed")
+        self._ending.fail(error)
         self.stop()
 
     def _leave(self) -> None:
@@ -230,19 +208,4 @@ class ListenerContainer(Lifetime):
             self._running -= 1
             last = self._running == 0
         if last:
-            self._end()
-
-    def _end(self) -> None:
-        with self._lock:
-            watchers = [] if self._finished.is_set() else list(self._watchers)
-            self._finished.set()
-        for tell in watchers:
-            tell("finished")
-
-    def _raise(self) -> None:
-        """Raise what made the container give up: to the first who asks."""
-        with self._lock:
-            error = None if self._told else self._error
-            self._told = True
-        if error is not None:
-            raise error
+            self._ending.finish()

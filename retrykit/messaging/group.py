@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import attrs
@@ -12,7 +12,7 @@ import attrs
 from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.counters import Counters
-from retrykit.messaging.lifetime import Event, Lifetime
+from retrykit.messaging.lifetime import Ending, Event, Lifetime
 from retrykit.messaging.readiness import Health, total_of
 
 
@@ -38,16 +38,14 @@ class ContainerGroup(Lifetime):
     """
 
     containers: tuple[ListenerContainer, ...] = attrs.field(converter=_containers, validator=_are_containers)
-    _finished: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
+    _ending: Ending = attrs.field(factory=Ending, init=False, repr=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
-    _watchers: list[Callable[[Event], None]] = attrs.field(factory=list, init=False, repr=False)
     _left: int = attrs.field(default=0, init=False, repr=False)
-    _failed: bool = attrs.field(default=False, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._left = len(self.containers)
         for one in self.containers:
-            one.watch(self._heard)
+            one.watch(partial(self._heard, one))
 
     def start(self) -> None:
         """Start them all. `RuntimeError` if one was started before; then none of them goes on."""
@@ -63,28 +61,6 @@ class ContainerGroup(Lifetime):
         for one in self.containers:
             one.stop(now=now)
 
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all workers of all containers have left; False after `timeout` seconds.
-
-        Raises what made the first of them give up.
-        """
-        deadline = None if timeout is None else time.monotonic() + timeout
-        finished = self._finished.wait(timeout)
-        if finished:
-            for one in self.containers:
-                one.wait(None if deadline is None else max(0.0, deadline - time.monotonic()))
-        return finished
-
-    def watch(self, tell: Callable[[Event], None]) -> None:
-        """Have `tell("failed")` called when one gives up and `tell("finished")` when all workers have left."""
-        with self._lock:
-            self._watchers.append(tell)
-            failed, finished = self._failed, self._finished.is_set()
-        if failed:
-            tell("failed")
-        if finished:
-            tell("finished")
-
     @property
     def counters(self) -> Counters:
         """The totals of all containers at this moment."""
@@ -94,18 +70,14 @@ class ContainerGroup(Lifetime):
         """How they are at this moment."""
         return Health.of(one.health() for one in self.containers)
 
-    def _heard(self, event: Event) -> None:
+    def _heard(self, one: ListenerContainer, event: Event) -> None:
         """What a container tells, in one of its threads."""
-        with self._lock:
-            if event == "failed":
-                said, self._failed = self._failed, True
-            else:
-                self._left -= 1
-                said = self._left > 0
-                if not said:
-                    self._finished.set()
-            watchers = [] if said else list(self._watchers)
-        if event == "failed" and not said:
+        if event == "failed" and one.error is not None:
+            self._ending.fail(one.error)
             self.stop()
-        for tell in watchers:
-            tell(event)
+        if event == "finished":
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._ending.finish()

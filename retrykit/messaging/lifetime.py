@@ -22,10 +22,66 @@ Event = Literal["failed", "finished"]
 _Heard = Literal["failed", "finished", "signal", "late"]
 
 
+class Ending:
+    """How a lifetime ends: what made it give up, whether all is over, and who wants to be told."""
+
+    __slots__ = ("_finished", "_lock", "_raised", "_watchers", "error")
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self._raised = False
+        self._finished = threading.Event()
+        self._watchers: list[Callable[[Event], None]] = []
+        self._lock = threading.Lock()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all is over."""
+        return self._finished.is_set()
+
+    def fail(self, error: BaseException) -> None:
+        """It gives up; the first reason is the one that counts."""
+        with self._lock:
+            watchers = [] if self.error is not None else list(self._watchers)
+            self.error = self.error or error
+        for tell in watchers:
+            tell("failed")
+
+    def finish(self) -> None:
+        """All is over."""
+        with self._lock:
+            watchers = [] if self.finished else list(self._watchers)
+            self._finished.set()
+        for tell in watchers:
+            tell("finished")
+
+    def watch(self, tell: Callable[[Event], None]) -> None:
+        """Tell both, once each; at once what is past."""
+        with self._lock:
+            self._watchers.append(tell)
+            failed, finished = self.error is not None, self.finished
+        if failed:
+            tell("failed")
+        if finished:
+            tell("finished")
+
+    def wait(self, timeout: float | None) -> bool:
+        """Wait until all is over; False after `timeout` seconds. Raises what made it give up, to the first who asks."""
+        if not self._finished.wait(timeout):
+            return False
+        with self._lock:
+            error = None if self._raised else self.error
+            self._raised = True
+        if error is not None:
+            raise error
+        return True
+
+
 class Lifetime(ABC):
     """Started once, stopped from anywhere, waited for."""
 
     __slots__ = ()
+    _ending: Ending
 
     @abstractmethod
     def start(self) -> None:
@@ -35,15 +91,23 @@ class Lifetime(ABC):
     def stop(self, *, now: bool = False) -> None:
         """Ask for the end: in good order, or at once. Returns at once; may be called from any thread, and again."""
 
-    @abstractmethod
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait for the end; False after `timeout` seconds. Raises what made it give up, to the first who asks."""
+    @property
+    def error(self) -> BaseException | None:
+        """What made it give up; None if nothing has."""
+        return self._ending.error
 
-    @abstractmethod
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait for the end; False after `timeout` seconds. Raises what made it give up, to the first who asks.
+
+        Installs no signal handlers: `run` does.
+        """
+        return self._ending.wait(timeout)
+
     def watch(self, tell: Callable[[Event], None]) -> None:
         """Have `tell("failed")` called when it gives up and `tell("finished")` at the end: in any thread, at once if
         that is past. It must not raise, and not wait.
         """
+        self._ending.watch(tell)
 
     def run(self, *, grace: float | None = None) -> bool:
         """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; a second one stops at once.

@@ -1,0 +1,124 @@
+"""The line between a supervisor and a process of its own: the process's standard input, and a way to ask it.
+
+It is a pair of sockets. The supervisor asks, the process answers with its health in one line of JSON. When the
+supervisor is gone, however that came about, the process finds that its line has ended.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, Final, Self
+
+import attrs
+
+from retrykit.messaging.readiness import ConsumerHealth, Health, Observed
+
+_QUESTION: Final = b"?\n"
+_CHUNK: Final = 65_536
+
+
+@attrs.define(eq=False)
+class Line:
+    """The supervisor's end. Of an ended process nothing can be had, and nothing is raised."""
+
+    _socket: socket.socket
+    _rest: bytes = b""
+    _asked: bool = False
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+
+    @classmethod
+    def pair(cls) -> tuple[Self, socket.socket]:
+        """A new line: our end, and the one that a process gets for its standard input."""
+        ours, theirs = socket.socketpair()
+        return cls(ours), theirs
+
+    def ask(self) -> None:
+        """Ask for the health of this moment; a question is open until it is answered."""
+        with self._lock, contextlib.suppress(OSError):
+            # What came too late for somebody else is out of date.
+            for _ in self._answers(time.monotonic()):
+                self._asked = False
+            if not self._asked:
+                self._socket.sendall(_QUESTION)
+                self._asked = True
+
+    def answer(self, deadline: float) -> Health | None:
+        """The answer, if it comes before `deadline` (monotonic seconds)."""
+        with self._lock, contextlib.suppress(OSError):
+            for line in self._answers(deadline):
+                self._asked = False
+                return health_from_json(json.loads(line))
+        return None
+
+    def close(self) -> None:
+        """Hang up."""
+        with self._lock:
+            self._socket.close()
+
+    def _answers(self, deadline: float) -> Iterator[bytes]:
+        while True:
+            line, end, rest = self._rest.partition(b"\n")
+            if end:
+                self._rest = rest
+                yield line
+                continue
+            data = self._received(deadline)
+            if not data:
+                return
+            self._rest += data
+
+    def _received(self, deadline: float) -> bytes:
+        """What there is to read before `deadline`: nothing, also when there will never be anything."""
+        self._socket.settimeout(max(0.0, deadline - time.monotonic()))
+        try:
+            return self._socket.recv(_CHUNK)
+        except (TimeoutError, BlockingIOError):
+            return b""
+
+
+class Answers:
+    """The process's end: takes the line from standard input, and answers in a thread of its own.
+
+    `ended` is called there when the supervisor is gone. `observed` is who is asked; None as long as there is nobody.
+    """
+
+    def __init__(self, ended: Callable[[], None]) -> None:
+        self.observed: Observed | None = None
+        self._ended = ended
+        self._socket = socket.socket(fileno=os.dup(0))
+        # Whoever reads standard input must not read questions.
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+
+    def start(self) -> None:
+        """Listen until the supervisor is gone."""
+        threading.Thread(target=self._run, name="retrykit-supervised", daemon=True).start()
+
+    def _run(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._socket.recv(_CHUNK):
+                for _ in range(data.count(b"\n")):
+                    self._socket.sendall(self._health())
+        self._ended()
+
+    def _health(self) -> bytes:
+        observed = self.observed
+        health = Health((), ("is starting",)) if observed is None else observed.health()
+        return json.dumps(health_to_json(health)).encode() + b"\n"
+
+
+def health_to_json(health: Health) -> dict[str, Any]:
+    """The JSON form."""
+    return {"consumers": [one.to_json() for one in health.consumers], "faults": list(health.faults)}
+
+
+def health_from_json(facts: dict[str, Any]) -> Health:
+    """What `health_to_json` gave."""
+    return Health(tuple(map(ConsumerHealth.from_json, facts["consumers"])), tuple(facts["faults"]))

@@ -1,0 +1,201 @@
+"""`retrykit consume …`: a container or registry as a service: processes, signals, health, logs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import attrs
+import click
+
+from retrykit.cli.logs import FORMATS, LEVELS, set_up
+from retrykit.cli.words import as_duration
+from retrykit.messaging.lifetime import run
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from retrykit.messaging import ContainerGroup, ListenerContainer
+    from retrykit.messaging.readiness import Observed
+
+MAX_PROCESSES: Final = 256
+_MARGIN: Final = 5.0
+_FINISHED: Final = {True: 0, False: 1}
+
+_log = logging.getLogger("retrykit.consume")
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """What was asked for."""
+
+    target: str
+    concurrency: int | None
+    processes: int | None
+    health: int | None
+    health_host: str
+    grace: float
+    log_level: str
+    log_format: Literal["text", "json"]
+    supervised: int | None
+
+    def command(self) -> Sequence[str]:
+        """The arguments with which an interpreter does the same in one process."""
+        workers = () if self.concurrency is None else ("--concurrency", str(self.concurrency))
+        logs = ("--log-level", self.log_level, "--log-format", self.log_format)
+        grace = ("--grace", f"{self.grace:f}s")
+        return ("-m", "retrykit.cli", "consume", self.target, *workers, *logs, *grace)
+
+
+@click.command()
+@click.argument("target", metavar="MODULE:NAME")
+@click.option(
+    "--concurrency", type=click.IntRange(1), metavar="N", help="Workers of each consumer. [default: as the code says]"
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(1, MAX_PROCESSES),
+    metavar="N",
+    help="Run N processes, each with all consumers, and replace those that die.",
+)
+@click.option("--health", type=click.IntRange(0, 65_535), metavar="PORT", help="Answer for health there; 0: any port.")
+@click.option("--health-host", default="127.0.0.1", show_default=True, metavar="HOST", help="The address for --health.")
+@click.option(
+    "--grace",
+    default="25s",
+    show_default=True,
+    metavar="TIME",
+    callback=as_duration,
+    help="How long the messages in hand may take when it is to stop.",
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(LEVELS, case_sensitive=False),
+    default="info",
+    show_default=True,
+    help="What goes to standard error.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(FORMATS),
+    default="text",
+    show_default=True,
+    help="Lines for people, or a JSON object a line.",
+)
+@click.option("--supervised", type=click.IntRange(1), hidden=True)
+def consume(**options: Any) -> None:
+    """Consume messages until told to stop.
+
+    MODULE:NAME is a ListenerContainer, a Consumers registry, or a function without arguments that makes one; the
+    current directory is importable.
+
+    SIGTERM or SIGINT (Ctrl-C): the messages in hand are finished, no other is taken, and it ends. After --grace, or a
+    second signal, it ends at once: what was in hand goes back to the broker.
+
+    With --processes a process that dies is replaced, after a pause that grows while it dies soon after its start.
+
+    --health serves /health/live, /health/ready (503 while a worker is not connected) and /health/counters.
+
+    Exit status: 0 when everything in hand was finished, 1 when not, or when consuming was given up or could not begin,
+    2 when the command cannot be understood, or MODULE:NAME is not there or nothing that can consume.
+    """
+    asked = Options(**options)
+    set_up(asked.log_level.lower(), asked.log_format)
+    sys.exit(_alone(asked) if asked.processes is None else _in_processes(asked, asked.processes))
+
+
+def _alone(asked: Options) -> int:
+    """Consume in this process; the exit status."""
+    from retrykit.cli.channel import Answers
+
+    answers = None if asked.supervised is None else Answers(_supervisor_is_gone)
+    if answers is not None:
+        answers.start()
+    consumer = _loaded(asked)
+    if answers is not None:
+        answers.observed = consumer
+        _warn_of_private_histories(consumer)
+    for one in consumer.health().consumers:
+        _log.info("%s consumes %s with %d workers", one.name, one.destination, one.workers)
+    with _health(consumer, asked):
+        try:
+            # Who is supervised may be told twice, by the supervisor and by the system: it sees to the end.
+            finished = run(consumer, grace=asked.grace, heed_repeated=answers is None)
+        except Exception:
+            if consumer.error is None:
+                raise
+            return 1  # the container has logged what made it give up
+    return _FINISHED[finished]
+
+
+def _in_processes(asked: Options, count: int) -> int:
+    """Have processes consume; the exit status."""
+    from retrykit.cli.processes import ProcessEndedError, Processes
+    from retrykit.cli.target import check
+
+    with _told():
+        check(asked.target)
+    processes = Processes(asked.command(), count)
+    with _health(processes, asked):
+        try:
+            # They keep to the grace by themselves: this is for one that cannot.
+            finished = run(processes, grace=asked.grace + _MARGIN)
+        except ProcessEndedError as error:
+            return abs(error.status)
+        processes.wait(_MARGIN)
+    return _FINISHED[finished and not processes.disorderly]
+
+
+def _supervisor_is_gone() -> None:
+    _log.warning("the supervisor is gone: stopping")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
+    from retrykit.cli.target import LoadingError, load
+
+    try:
+        with _told():
+            return load(asked.target, concurrency=asked.concurrency)
+    except LoadingError as error:
+        _log.critical("%s", error, exc_info=error.__cause__)
+        sys.exit(1)
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    from retrykit.cli.target import TargetError
+
+    try:
+        yield
+    except TargetError as error:
+        raise click.BadParameter(str(error), param_hint="MODULE:NAME") from error
+
+
+def _health(observed: Observed, asked: Options) -> AbstractContextManager[object]:
+    from retrykit.messaging.health import HealthServer
+
+    if asked.health is None:
+        return nullcontext()
+    server = HealthServer(observed, port=asked.health, host=asked.health_host)
+    try:
+        server.start()
+    except OSError as error:
+        raise click.ClickException(f"--health: {asked.health_host} port {asked.health}: {error}") from error
+    _log.info("health is at %s/live, /ready and /counters", server.url)
+    return closing(server)
+
+
+def _warn_of_private_histories(consumer: ListenerContainer | ContainerGroup) -> None:
+    containers: Any = getattr(consumer, "containers", (consumer,))
+    for one in containers:
+        if not getattr(one.template.context_cache, "shared", True):
+            _log.warning(
+                "%s keeps its histories in the memory of this process: each process counts for itself",
+                one.template.name,
+            )

@@ -1,0 +1,36 @@
+"""Where the log of a command goes: standard error, as text for people or as JSON lines for programs."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+from typing import Final, Literal
+
+from retrykit.cli.words import safe
+from retrykit.messaging.logs import JsonLines
+
+LEVELS: Final = ("debug", "info", "warning", "error")
+FORMATS: Final = ("text", "json")
+
+
+class TextLines(logging.Formatter):
+    """Formats a record as one line; a traceback follows below it. What would command a terminal is escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        time = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3]
+        line = f"{time}Z {record.levelname} {record.process} {record.name}: {safe(record.getMessage())}"
+        if not record.exc_info:
+            return line
+        return f"{line}\n{safe(self.formatException(record.exc_info), lines=True)}"
+
+
+def set_up(level: str, form: Literal["text", "json"]) -> None:
+    """Send all records of `level` and above to standard error, warnings too, until the application says otherwise."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(JsonLines() if form == "json" else TextLines())
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    logging.captureWarnings(capture=True)
+    if level != "debug":
+        # What stomp.py has to say is in our own records.
+        logging.getLogger("stomp.py").setLevel(logging.CRITICAL)

@@ -1,0 +1,236 @@
+"""Several processes of one command: those that die are replaced, with growing pauses, and all end together.
+
+Each process has a thread here that starts it and waits for its end. Whether another one follows, and when, is decided
+by a retry template, as for connections: a process that ended soon after its start is a failed attempt.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+import attrs
+
+from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy
+from retrykit.cli.channel import Line
+from retrykit.clock import SystemClock
+from retrykit.errors import BackOffInterruptedError
+from retrykit.listener import RetryListener
+from retrykit.messaging.delivery import WaitingClock
+from retrykit.messaging.lifetime import Ending, Lifetime
+from retrykit.messaging.logs import ATTRIBUTE, decision_facts
+from retrykit.messaging.readiness import Health
+from retrykit.policy import PredicateRetryPolicy
+from retrykit.template import RetryTemplate
+
+if TYPE_CHECKING:
+    from retrykit.context import RetryContext
+    from retrykit.policy import RetryDecision
+
+RESTART: Final = ExponentialBackOffPolicy(initial=0.2, multiplier=2.0, max_interval=30.0, jitter=0.1)
+STEADY: Final = 10.0
+"""A process that lived for so many seconds had a good start: another one follows at once."""
+UNUSABLE: Final = 2
+"""The status of a process that could not understand its command: no other would."""
+_ANSWER: Final = 0.8
+_FRESH: Final = 0.2
+# What may still happen at the end of one that was told to stop: it has nothing in hand before it knows the signal.
+_IN_ORDER: Final = (0, -signal.SIGTERM)
+
+_log = logging.getLogger("retrykit.consume")
+
+
+class ProcessEndedError(Exception):
+    """A process has ended that was to go on: with `status`, negative for the number of a signal."""
+
+    def __init__(self, number: int, pid: int, status: int, seconds: float) -> None:
+        how = f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
+        super().__init__(f"process {number} (pid {pid}) {how} after {seconds:.3g} s")
+        self.status = status
+        self.seconds = seconds
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+def _may_be_replaced(error: BaseException) -> bool:
+    # OSError: the system could not start one at this moment.
+    return isinstance(error, OSError) or (isinstance(error, ProcessEndedError) and error.status != UNUSABLE)
+
+
+class _Teller(RetryListener):
+    """Says what ended, and what follows."""
+
+    def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:
+        """One line."""
+        follows = f"another one follows in {decision.delay:.2g} s" if decision.retry else "no other follows"
+        _log.error("%s; %s", error, follows, extra={ATTRIBUTE: decision_facts(context.name, None, context, error)})
+
+
+@attrs.define(eq=False)
+class _Place:
+    """One process after the other."""
+
+    number: int
+    command: Sequence[str]
+    restart: BackOffPolicy
+    stopping: threading.Event
+    disorderly: bool = False
+    _process: subprocess.Popen[bytes] | None = None
+    _line: Line | None = None
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+
+    def run(self) -> None:
+        lives = RetryTemplate(
+            name=f"process {self.number}",
+            retry_policy=PredicateRetryPolicy(_may_be_replaced),
+            back_off_policy=self.restart,
+            listeners=(_Teller(),),
+            clock=WaitingClock(SystemClock(), lambda seconds: not self.stopping.wait(seconds)),
+        )
+        while not self.stopping.is_set():
+            try:
+                lives.execute(self._life)
+            except BackOffInterruptedError:
+                return
+
+    def _life(self, _context: RetryContext) -> None:
+        started = time.monotonic()
+        process = self._start()
+        if process is None:
+            return
+        try:
+            status = process.wait()
+        finally:
+            self._put_away()
+        if self.stopping.is_set():
+            self.disorderly = status not in _IN_ORDER
+            _log.info("process %d (pid %d) has ended with status %d", self.number, process.pid, status)
+            return
+        end = ProcessEndedError(self.number, process.pid, status, time.monotonic() - started)
+        if end.seconds < STEADY:
+            raise end
+        _log.error("%s; another one follows", end)
+
+    def _start(self) -> subprocess.Popen[bytes] | None:
+        with self._lock:
+            if self.stopping.is_set():
+                return None
+            line, theirs = Line.pair()
+            try:
+                # A group of its own: Ctrl-C is for the supervisor, which tells each process once.
+                command = [sys.executable, *self.command, "--supervised", str(self.number)]
+                self._process = subprocess.Popen(command, stdin=theirs.fileno(), process_group=0)  # noqa: S603 - our own
+            except BaseException:
+                line.close()
+                raise
+            finally:
+                theirs.close()
+            self._line = line
+        _log.info("process %d has started (pid %d)", self.number, self._process.pid)
+        return self._process
+
+    def _put_away(self) -> None:
+        with self._lock:
+            line, self._line, self._process = self._line, None, None
+        if line is not None:
+            line.close()
+
+    def signal(self, number: int) -> None:
+        with self._lock:
+            if self._process is not None:
+                self._process.send_signal(number)
+
+    def ask(self) -> None:
+        line = self._line
+        if line is not None:
+            line.ask()
+
+    def health(self, deadline: float) -> Health:
+        line = self._line
+        if line is None:
+            return Health((), (f"process {self.number} is not running",))
+        told = line.answer(deadline)
+        if told is None:
+            return Health((), (f"process {self.number} does not answer",))
+        faults = tuple(f"process {self.number} {fault}" for fault in told.faults)
+        return Health(tuple(attrs.evolve(one, process=self.number) for one in told.consumers), faults)
+
+
+class Processes(Lifetime):
+    """`count` processes of `command` (the arguments of this interpreter), from `start` until they are told to stop.
+
+    A process gets SIGTERM to stop in good order, and is killed when it is to stop at once.
+    """
+
+    __slots__ = ("_asked", "_asking", "_ending", "_known", "_left", "_lock", "_places", "_stopping")
+
+    def __init__(self, command: Sequence[str], count: int, *, restart: BackOffPolicy = RESTART) -> None:
+        self._stopping = threading.Event()
+        self._places = [_Place(number, command, restart, self._stopping) for number in range(1, count + 1)]
+        self._left = 0
+        self._ending = Ending()
+        self._lock = threading.Lock()
+        self._asking = threading.Lock()
+        self._asked = 0.0
+        self._known = Health(())
+
+    @property
+    def disorderly(self) -> bool:
+        """Whether a process has not finished what it had in hand when it was told to stop."""
+        return any(place.disorderly for place in self._places)
+
+    def start(self) -> None:
+        """Start them, and return."""
+        with self._lock:
+            if self._left:
+                raise RuntimeError("these processes were started before")
+            self._left = len(self._places)
+        for place in self._places:
+            name = f"retrykit-process-{place.number}"
+            threading.Thread(target=self._run, args=(place,), name=name, daemon=True).start()
+
+    def stop(self, *, now: bool = False) -> None:
+        """Have them finish what they have in hand; kill them if it has to be `now`."""
+        with self._lock:
+            started = bool(self._left)
+        self._stopping.set()
+        for place in self._places:
+            place.signal(signal.SIGKILL if now else signal.SIGTERM)
+        if not started:
+            self._ending.finish()
+
+    def health(self) -> Health:
+        """What all of them say, with their numbers; at most 0.8 s later. Of those that have ended nothing is known."""
+        with self._asking:
+            # Whoever had to wait for somebody else's question may have its answer.
+            if time.monotonic() - self._asked >= _FRESH:
+                for place in self._places:
+                    place.ask()
+                deadline = time.monotonic() + _ANSWER
+                self._known = Health.of(place.health(deadline) for place in self._places)
+                self._asked = time.monotonic()
+            return self._known
+
+    def _run(self, place: _Place) -> None:
+        try:
+            place.run()
+        except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` raises it to the owner
+            self._ending.fail(error)
+            self.stop()
+        finally:
+            with self._lock:
+                self._left -= 1
+                last = self._left == 0
+            if last:
+                self._ending.finish()
