@@ -140,8 +140,8 @@ POSTGRESQL: Final = Database(
     insert_or_nothing=_on_conflict(postgresql),
     clock=literal_column("extract(epoch FROM clock_timestamp())::float8", Double),
     place=text(
-        "SELECT concat_ws('/', (SELECT system_identifier FROM pg_control_system()), pg_postmaster_start_time(), "
-        "current_database()), to_regclass('rk_schema') IS NOT NULL"
+        "SELECT concat_ws('/', extract(epoch FROM pg_postmaster_start_time()), current_database()), "
+        "to_regclass('rk_schema') IS NOT NULL"
     ),
     switches_for_nothing=True,
     undisturbed=literal_column("current_setting('transaction_isolation')") == literal_column("'read committed'"),
