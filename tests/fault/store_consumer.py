@@ -171,7 +171,8 @@ class Consumer:
             with self.lock:
                 self.dies_at["number"] -= 1
                 if self.dies_at["number"] <= 0:
-                    os.kill(os.getpid(), signal.SIGKILL)
+                    os.kill(os.getpid(), self.dies_at.get("of", signal.SIGKILL))
+                    self.dies_at = {}
 
     # -- the work
 

@@ -251,6 +251,21 @@ def test_a_handler_that_hangs_past_its_lease_is_overtaken_and_its_guarded_write_
     assert (place.count(effects), place.count(parked)) == ({} if place.together else {0: 1}, {0: 1})
 
 
+@pytest.mark.parametrize("place", ["postgresql", "mariadb"], indirect=True)
+def test_a_process_that_hangs_within_its_commit_holds_up_its_own_item_only(place, fleet):
+    fleet.options = {**FULL, "fails": 0, "lease": 0.3}
+    hanging = fleet.start([[0]], dies_at={"event": "commit", "number": 1, "of": signal.SIGSTOP})
+    fleet.wait("commit", 1)
+    fleet.start([[0], [1], [2], [3]])
+    fleet.wait("committed", 3)
+    # Nobody can know whether it is going to commit, until its connection is gone.
+    assert fleet.ledger.count("committed") == 3
+    hanging.kill()
+    ledger = fleet.finish()
+    assert ledger.violations(range(4), limit_of=lambda _: MAX_ATTEMPTS) == []
+    assert place.effects_violations(range(4), exactly=True) == []
+
+
 # -- Spring Batch's criterion
 
 
