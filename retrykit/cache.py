@@ -207,7 +207,9 @@ class MapRetryContextCache:
             return
         if self.on_full == "reject":
             raise CacheCapacityError(capacity=self.capacity, key=key)
-        del self._entries[next(iter(self._entries))]
+        # A veto is somebody's word, to be kept: those go last.
+        free = (one for one, stored in self._entries.items() if not stored.snapshot.get("veto"))
+        del self._entries[next(free, next(iter(self._entries)))]
 
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget the key, if its version still is `expected`."""
@@ -255,7 +257,7 @@ class MapRetryContextCache:
 
     def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
         until = snapshot.get("expires_at")
-        if until is None and self.time_to_live is not None:
+        if until is None and self.time_to_live is not None and not snapshot.get("veto"):
             touched = snapshot.get("last_failed_at") or snapshot.get("started_at")
             until = None if touched is None else touched + self.time_to_live
         return until is not None and until <= now

@@ -107,6 +107,10 @@ class Call:
     fault: Exception | None = None
     doubtful: bool = False
     """A write seemed to fail: what is stored has to be looked at before the history is settled."""
+    believed_until: float = 0.0
+    """When the lease of that reservation is over, by the store's clock, as far as it was confirmed."""
+    lease_version: int | None = None
+    """The version of the renewed lease in the store, if it was renewed."""
     reporting: bool = False
     """The attempt is over, and what came of it is being stored: nobody need renew its lease."""
     unsent: tuple[Any, int] | None = None

@@ -97,7 +97,7 @@ class RetryContext:
     _now: float = 0.0
     duplicate: bool = False
     lease_lost: bool = False
-    """Somebody believed this attempt dead, because its lease was over: what it does now is not going to count."""
+    """The lease of this attempt is over: others believe it dead, or may do so now, and what it does may not count."""
     transaction: Any = None
     decision: RetryDecision | None = None
     fault: BaseException | None = None

@@ -136,7 +136,8 @@ class Driver(Call):
         """Have the lease of the present attempt renewed until `done`."""
         self.release()
         # At each third of it: one renewal may fail, and the next is still in time.
-        self.releasing = hold(self, self.plan.lease / 3, asynchronous=self.awaits_store)
+        store = self.template.context_cache
+        self.releasing = hold(self, store, self.plan.lease / 3, asynchronous=self.awaits_store)
 
     def release(self) -> None:
         """The lease need not be renewed any longer."""
@@ -176,11 +177,12 @@ class Driver(Call):
         except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
             return fault
 
-    def _believed(self, answer: bool) -> bool:  # noqa: FBT001 - the flow's last word
-        if not answer:
-            self.context.lease_lost = True
+    def _believed(self, answer: bool | None) -> bool:  # noqa: FBT001 - the flow's last word
+        if not answer and not self.context.lease_lost:
             log_lost_lease(self)
-        return answer
+        # One that was late, and was not overtaken meanwhile, is believed again.
+        self.context.lease_lost = not answer
+        return answer is not False
 
     def save(self, step: Save) -> Any:
         """Compare-and-set."""
@@ -334,8 +336,7 @@ def log_lost_lease(call: Call) -> None:
     import logging
 
     logging.getLogger("retrykit").warning(
-        "%s key=%r: the lease of attempt %s (fence %s) is lost: it was believed dead, and what it does is not going to "
-        "count",
+        "%s key=%r: the lease of attempt %s (fence %s) is lost: it is believed dead, and what it does may not count",
         call.plan.name,
         call.context.key,
         call.context.attempt,

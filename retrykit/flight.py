@@ -4,9 +4,12 @@ outcome. See the essay in `retrykit.flow` for the why.
 
 from __future__ import annotations
 
+from typing import Any
+
 from retrykit.call import Call, Flow
 from retrykit.context import first_fence
-from retrykit.history import Flight
+from retrykit.history import FORMAT, Flight
+from retrykit.key import lease_key
 from retrykit.memory import begun, history_of, is_known, journals, keep_veto, make_out, take_over
 from retrykit.steps import HOLD, NOW, Load, Remove, Report, Save, Step
 
@@ -44,7 +47,7 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
         return True
     call.version, call.seen, call.recent, history.own_veto = saved, True, False, None
     if call.plan.renews:
-        call.reporting = False
+        call.reporting, call.believed_until, call.lease_version = False, now + call.plan.lease, None
         yield HOLD
     return True
 
@@ -82,30 +85,46 @@ def _try_to_withdraw(call: Call, flight: int) -> Flow:
 
 
 def renew(call: Call) -> Flow:
-    """Believe in the running attempt for another lease. False: somebody believed it dead already.
+    """Believe in the running attempt for another lease.
 
-    Driven beside the attempt, by a keeper of leases, so it leaves the call's own view of the history alone: when the
-    call stores something itself it finds that the version has moved on, and reads again.
+    False: somebody believed it dead already. None: somebody may do so now, because it could not be renewed in time.
+
+    Driven beside the attempt, by a keeper of leases. What is written has a key of its own: the work's transaction may
+    have a snapshot in which the history is to be settled, and must not find that changed.
     """
-    key, flight = call.key or "", call.flight
-    while not call.reporting:
-        stored = yield Load(key)
-        history = history_of(stored)
-        if isinstance(history, Exception):
-            yield Report("renew", history)
-            return True
-        mine = None if history is None or flight is None else history.flight(flight)
-        if history is None or mine is None:
-            # Unless the call itself has just brought it to its end.
-            return call.reporting or call.flight != flight
-        mine.until = (yield NOW) + call.plan.lease
-        snapshot = history.to_json(call.plan.name, stored.snapshot.get("key"))
-        saved = yield Save(key, snapshot, stored.version)
-        if isinstance(saved, Exception):
-            yield Report("renew", saved)
-            return True
-        if saved is not None:
-            if call.version == stored.version:
-                call.version = saved
-            return True
+    now = yield NOW
+    stored = yield Load(call.key or "")
+    history = history_of(stored)
+    flight = call.flight
+    if call.reporting or flight is None:
+        return True
+    if isinstance(history, Exception) or isinstance(now, Exception):
+        return (yield from _not_renewed(call, history if isinstance(history, Exception) else now, now))
+    if history is None or history.flight(flight) is None:
+        # Unless the call itself has just brought it to its end.
+        return call.reporting or call.flight != flight
+    return (yield from _extend(call, flight, now))
+
+
+def _extend(call: Call, flight: int, now: float) -> Flow:
+    """Store until when the attempt is to be believed in."""
+    key, until = lease_key(call.plan.name, call.key or "", flight), now + call.plan.lease
+    lease = {"format": FORMAT, "name": call.plan.name, "key": None, "retry_count": 0, "lease": flight, "until": until}
+    # Kept as completion marks are: it takes no history's place, and goes by itself.
+    lease |= {"completed_at": now, "expires_at": until + call.plan.lease}
+    saved = yield Save(key, lease, call.lease_version)
+    if saved is None:
+        # A write that seemed to fail was made after all, or it was pruned.
+        found = yield Load(key)
+        saved = yield Save(key, lease, getattr(found, "version", None))
+    if not isinstance(saved, int):
+        return (yield from _not_renewed(call, saved, now))
+    call.lease_version, call.believed_until = saved, until
     return True
+
+
+def _not_renewed(call: Call, fault: Any, now: Any) -> Flow:
+    """True while the attempt is still believed in although its lease could not be renewed."""
+    if isinstance(fault, Exception):
+        yield Report("renew", fault)
+    return True if isinstance(now, Exception) or now < call.believed_until else None

@@ -366,6 +366,7 @@ def _recovery(call: Call) -> Flow:
     context = call.context
     view = RecoveryView(call)
     while True:
+        call.reporting = False
         failure = (yield from _transaction(call, RECOVER)) if call.transactional else (yield RECOVER)
         if failure is None:
             context._facts().recovered = True

@@ -21,7 +21,7 @@ from retrykit.check import Seconds, has, seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock
 from retrykit.context import until
 from retrykit.history import History
-from retrykit.key import Key, canonical_key, check_key, key_to_json
+from retrykit.key import Key, canonical_key, check_key, key_to_json, lease_key
 from retrykit.memory import is_known
 from retrykit.summary import HistoryFilter, HistorySummary, RunningAttempt, Veto
 
@@ -103,7 +103,15 @@ class _Verbs:
     def _get(self, item: Item) -> Work[HistorySummary | None]:
         text = text_of(item)
         stored = yield _load(text)
-        return None if stored is None else self._summary(text, stored)
+        if stored is None:
+            return None
+        running = stored.snapshot.get("in_flight", ())
+        believed = []
+        for flight in running:
+            lease = yield _load(lease_key(stored.snapshot.get("name", ""), text, flight["fence"]))
+            believed += [flight if lease is None else {**flight, "until": lease.snapshot["until"]}]
+        snapshot = {**stored.snapshot, "in_flight": believed} if believed else stored.snapshot
+        return self._summary(text, StoredContext(snapshot, stored.version))
 
     def _page(self, where: HistoryFilter, limit: int, after: str | None) -> Work[HistoryPage]:
         _check_limit(limit)
@@ -483,8 +491,8 @@ def _check_reason(reason: object) -> None:
 
 
 def _is_history(stored: StoredContext) -> bool:
-    """Whether it is one, or a completion mark: the states of circuits are kept in the same stores."""
-    return "breaker" not in stored.snapshot
+    """Whether it is one, or a completion mark: circuits and renewed leases are kept in the same stores."""
+    return "breaker" not in stored.snapshot and "lease" not in stored.snapshot
 
 
 def _line(summary: HistorySummary) -> str:

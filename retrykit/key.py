@@ -61,6 +61,12 @@ def in_namespace(space: str, key: Key) -> str:
     return text if len(text) <= MAX_TEXT else _digested(space, text)
 
 
+def lease_key(name: str, key: str, fence: int) -> str:
+    """The text under which the lease of one running attempt of `key` (canonical text) is kept, beside its history."""
+    space = namespace(name)
+    return f"{space}@lease{fence}{key[len(space) :]}"
+
+
 def _readable(letter: str) -> str:
     return letter if letter.isprintable() and letter != "%" else _escaped(letter)
 

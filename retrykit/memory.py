@@ -17,6 +17,7 @@ from retrykit.decision import count, decide, pay
 from retrykit.errors import InconsistentKeyError
 from retrykit.failure import StoredError, message_of
 from retrykit.history import Flight, History
+from retrykit.key import lease_key
 from retrykit.steps import NOW, Load, Probe, Recent, Report, Save
 
 # -- recalling
@@ -48,7 +49,9 @@ def recall(call: Call, *, again: bool = False) -> Flow:
 def _look_up(call: Call, *, again: bool) -> Flow:
     """What is stored; or, where a compare-and-set is going to tell whether it still holds, what was stored last."""
     call.recent = False
-    if call.plan.fronted and not again and journals(call):
+    assert call.state is not None  # noqa: S101 - only stateful calls look anything up
+    # An old history that a fresh item is to leave behind must be the one that the store has.
+    if call.plan.fronted and not again and not call.state.fresh and journals(call):
         stored = yield Recent(call.key or "")
         if isinstance(stored, StoredContext):
             call.recent = True
@@ -119,6 +122,8 @@ def _read(call: Call, history: History) -> Flow:
     forget_own_flights(call, history)
     for flight in history.in_flight:
         running = yield Probe(flight.owner)
+        if running is None and flight.until <= now:
+            yield from _see_lease(call, flight)
         # What is certainly running is believed; of the others the source may know, or the lease decides.
         if running is False or (running is not True and (state.redelivered is True or flight.until <= now)):
             _crashed(call, history, flight, now)
@@ -152,6 +157,14 @@ def collision_with(call: Call, theirs: History | None) -> InconsistentKeyError |
 def collision(call: Call, stored: str | None) -> InconsistentKeyError:
     """The error that says that the key stands for an item with another content."""
     return InconsistentKeyError(name=call.plan.name, key=call.context.key, stored=stored, fingerprint=call.content)
+
+
+def _see_lease(call: Call, flight: Flight) -> Flow:
+    """Learn until when whoever makes the attempt has renewed its lease, if he has."""
+    stored = yield Load(lease_key(call.plan.name, call.key or "", flight.fence))
+    until = None if stored is None or isinstance(stored, Exception) else stored.snapshot.get("until")
+    if isinstance(until, int | float):
+        flight.until = max(flight.until, until)
 
 
 def forget_own_flights(call: Call, history: History) -> None:

@@ -106,10 +106,14 @@ def settle_within(call: Call) -> Flow:
         return None
     call.reporting = True
     joined = yield JOIN
-    if joined is not True:
-        if isinstance(joined, Exception):
-            yield Report("join", joined)
-        return None
+    if isinstance(joined, Exception):
+        # Asking may have been one statement too many for the transaction: a commit of it would be none.
+        return (yield from _failed(call, joined))
+    return (yield from _settle_joined(call)) if joined is True else None
+
+
+def _settle_joined(call: Call) -> Flow:
+    """As `settle_within`, in a transaction that was joined."""
     # The call itself goes on knowing what it has read: should the commit fail, what others stored is not overwritten.
     version, known = call.version, not call.doubtful
     while True:

@@ -217,10 +217,14 @@ class _Delivery:
         try:
             self.execute(key)
         except InconsistentKeyError as collision:
+            facts = collision.__dict__
+            if (facts.get("name"), facts.get("key")) != (self.work.template.name, key):
+                # Another template's, which the handler has used.
+                raise
             # Neither is to be lost, nor to be counted as the other: this one goes on under a name of its own.
             _log.error("message %r is not the one that has this key already: %s", key, collision)
             self.context = None
-            self.execute((key, collision.__dict__["fingerprint"]))
+            self.execute((key, facts["fingerprint"]))
         if not self.committed:
             self.acknowledge_duplicate()
         self.work.patience.forgive(self.message.key)

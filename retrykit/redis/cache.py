@@ -191,8 +191,9 @@ class RedisRetryContextCache:
         try:
             answer = self._ask(request)
         except FAULTS as error:
+            # A copy that is still on its way must find this writer's receipt: the name is not used again.
             answer = self._ask_again(request, error)
-        finally:
+        else:
             if request.writer is not None:
                 self._requests.give_back(request.writer)
         if not self._looked:
@@ -322,8 +323,9 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
         try:
             answer = await self._ask(request)
         except FAULTS as error:
+            # A copy that is still on its way must find this writer's receipt: the name is not used again.
             answer = await self._ask_again(request, error)
-        finally:
+        else:
             if request.writer is not None:
                 self._requests.give_back(request.writer)
         if not self._looked:

@@ -150,6 +150,7 @@ class Requests(Value):
             _text(key, snapshot),
             self._kind(snapshot),
             self._until(snapshot),
+            LAST if snapshot.get("veto") else b"0",
             b"" if self.capacity is None else self.capacity,
             b"0" if next(self._saves) % SWEEP_EVERY else SWEEP,
             self._given(),
@@ -210,7 +211,7 @@ class Requests(Value):
     def _until(self, snapshot: Mapping[str, Any]) -> bytes:
         """When it may be dropped: as it says itself, else so long after it was last touched, else after now ("+")."""
         until = _number(snapshot.get("expires_at"))
-        if until is not None or self.time_to_live is None:
+        if until is not None or self.time_to_live is None or snapshot.get("veto"):
             return b"" if until is None else _digits(until)
         touched = _number(snapshot.get("last_failed_at")) or _number(snapshot.get("started_at"))
         return b"+" + _digits(self.time_to_live) if touched is None else _digits(touched + self.time_to_live)
@@ -225,6 +226,10 @@ class Requests(Value):
         if answer[MOMENT:] == b"!":
             raise CacheCapacityError(capacity=self.capacity, key=key)
         return _is_done(answer)
+
+
+LAST: Final = b"10000000000"
+"""So many seconds later a vetoed history seems to be stored than it was: a veto is to be kept, so those go last."""
 
 
 def checked_requests(*, prefix: Any, capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> Requests:

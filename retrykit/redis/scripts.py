@@ -112,7 +112,7 @@ return now .. '-'
 
 SAVE: Final = _script(
     "local record, keys, stored, ends, receipt = unpack(KEYS)\n",
-    "local version, expected, snapshot, kind, till, capacity, swept, given = unpack(ARGV)",
+    "local version, expected, snapshot, kind, till, later, capacity, swept, given = unpack(ARGV)",
     _HEAD,
     _DROP,
     _SWEEP,
@@ -149,13 +149,14 @@ if expected == '' then
       drop(evicted)
     end
   end
-  redis.call('ZADD', keys, 0, member)
 end
+-- Whatever was swept: a key that is stored is in the index of keys.
+redis.call('ZADD', keys, 0, member)
 redis.call('SET', record, version .. snapshot)
 if kind == 'mark' then
   redis.call('ZREM', stored, member)
 else
-  redis.call('ZADD', stored, now, member)
+  redis.call('ZADD', stored, now + later, member)
 end
 if till == '' then
   redis.call('ZREM', ends, member)

@@ -289,6 +289,13 @@ class ContextCacheContract:
         _saved(cache, "a/4", {})
         assert [key for key, _ in cache.items()] == ["a/2", "a/3", "a/4"]
 
+    def test_history_that_somebody_vetoed_is_evicted_last(self, tmp_path: Path) -> None:
+        cache = self.make_cache(tmp_path, capacity=2, on_full="evict_oldest")
+        _saved(cache, "a/1", {"retry_count": 1, "veto": "poison"})
+        for number in range(2, 5):
+            _saved(cache, f"a/{number}", {"retry_count": 1})
+        assert [key for key, _ in cache.items()] == ["a/1", "a/4"]
+
     # -- threads
 
     def test_threads_that_count_on_one_key_lose_no_count(self, tmp_path: Path) -> None:

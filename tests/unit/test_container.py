@@ -922,3 +922,20 @@ def test_message_with_the_id_of_a_completed_one_is_not_taken_for_its_duplicate(b
     broker.publish("first", id="m-1")
     consume(broker, lambda message: calls.append(message.text), template=remembering)
     assert calls == ["first", "second"]
+
+
+def test_collision_of_another_template_is_the_handlers_own_failure(broker):
+    inner, calls = RetryTemplate(name="inner"), []
+
+    def handler(message):
+        calls.append(message.text)
+        state = RetryState(key="k", fingerprint=str(len(calls)))
+        inner.execute(fails, state=state)
+
+    def fails(context):
+        raise ConnectionError
+
+    broker.publish("x")
+    consume(broker, handler, recover=park(PARKED))
+    assert calls == ["x"] * 3
+    assert len(broker.at(PARKED).messages()) == 1

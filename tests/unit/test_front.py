@@ -205,3 +205,13 @@ def test_remembered_is_a_stored_context():
     assert front.recent(KEY) == StoredContext({"retry_count": 1}, version)
     assert "FrontContextCache" in repr(front)
     assert attrs.fields(FrontContextCache).capacity.default == 10_000
+
+
+def test_fresh_item_begins_anew_although_others_failed_on_the_old_one_meanwhile():
+    _, ours, theirs = two_processes(max_attempts=3)
+    deliver(ours, Fails(ERROR))
+    for _ in range(2):
+        deliver(theirs, Fails(ERROR))
+    attempts = []
+    deliver(ours, lambda context: attempts.append(context.attempt), fresh=True)
+    assert attempts == [1]

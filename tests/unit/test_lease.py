@@ -10,9 +10,17 @@ import time
 import pytest
 import trio
 
-from retrykit import AsyncRetryTemplate, MapRetryContextCache, RetryState, RetryTemplate, TerminatedRetryError
+from retrykit import (
+    AsyncRetryTemplate,
+    MapRetryContextCache,
+    RetryState,
+    RetryTemplate,
+    SimpleRetryPolicy,
+    TerminatedRetryError,
+)
 from retrykit import lease as leases
 from retrykit.clock import StoreClock
+from retrykit.errors import AttemptsInFlightError
 from tests.doubles import Transaction
 
 KEY = "retry/m-1"
@@ -36,17 +44,30 @@ class SharedStore(MapRetryContextCache):
         self.faults = []
 
     def save(self, key, snapshot, expected):
-        stored = self.load(key)
-        before, after = (until_of(stored.snapshot) if stored else None), until_of(snapshot)
-        if before is not None and after is not None and after > before:
-            if self.faults:
-                raise self.faults.pop()
-            self.renewals.append(after)
+        if "lease" in snapshot and self.faults:
+            raise self.faults.pop()
+        saved = super().save(key, snapshot, expected)
+        if "lease" in snapshot and saved is not None:
+            self.renewals.append(snapshot["until"])
             self.renewed.release()
-        return super().save(key, snapshot, expected)
+        return saved
 
     def joined(self, transaction):
         return self if transaction == "session" else None
+
+
+class HangingStore(SharedStore):
+    """A store that hangs at the first renewal, until it is told to go on."""
+
+    def __init__(self):
+        super().__init__()
+        self.hangs, self.goes_on = threading.Event(), threading.Event()
+
+    def save(self, key, snapshot, expected):
+        if "lease" in snapshot:
+            self.hangs.set()
+            assert self.goes_on.wait(DEADLINE)
+        return super().save(key, snapshot, expected)
 
 
 class AsyncSharedStore:
@@ -69,11 +90,6 @@ class AsyncSharedStore:
 
     async def remove(self, key, expected=None):
         return self.real.remove(key, expected)
-
-
-def until_of(snapshot):
-    flights = snapshot.get("in_flight")
-    return flights[0]["until"] if flights else None
 
 
 def await_renewals(store, number):
@@ -106,7 +122,7 @@ def test_lease_of_a_long_attempt_is_renewed_again_and_again_and_its_success_sett
     template = RetryTemplate(context_cache=store, lease=LEASE)
     assert template.execute(lambda _: await_renewals(store, 3), state=STATE) is None
     assert store.renewals == sorted(set(store.renewals))
-    assert len(store) == 0
+    assert store.load(KEY) is None
     assert held() == []
 
 
@@ -153,7 +169,7 @@ def test_recovery_that_takes_long_keeps_its_lease_too():
     template = RetryTemplate(context_cache=store, lease=LEASE)
     template.veto("m-1", "poison")
     assert template.execute(lambda _: None, lambda _: await_renewals(store, 2), state=STATE) is None
-    assert len(store) == 0
+    assert store.load(KEY) is None
 
 
 def test_store_of_one_process_renews_nothing():
@@ -191,7 +207,7 @@ def test_task_of_the_loop_renews_where_the_store_is_asynchronous(library):
         return store.real
 
     store = asyncio.run(asyncio.wait_for(main(), DEADLINE)) if library == "asyncio" else trio.run(main)
-    assert len(store) == 0
+    assert store.load(KEY) is None
     assert len(store.renewals) >= 2
 
 
@@ -201,3 +217,100 @@ def test_keeper_begins_anew_in_a_forked_child():
     assert leases._keeper is not before
     store = SharedStore()
     RetryTemplate(context_cache=store, lease=LEASE).execute(lambda _: await_renewals(store, 1), state=STATE)
+
+
+def test_history_is_left_alone_while_the_lease_is_renewed():
+    store, versions = SharedStore(), []
+    template = RetryTemplate(context_cache=store, lease=LEASE)
+
+    def work(_):
+        versions.append(store.load(KEY).version)
+        await_renewals(store, 2)
+        versions.append(store.load(KEY).version)
+
+    template.execute(work, state=STATE)
+    assert versions[0] == versions[1]
+
+
+def test_attempt_whose_lease_is_renewed_is_believed_by_others_after_its_first_lease():
+    store, seen = SharedStore(), []
+
+    def work(_):
+        stored = store.load(KEY)
+        flight = {**stored.snapshot["in_flight"][0], "owner": "elsewhere/b/n/1/2/3", "until": time.time() - 1}
+        store.save(KEY, {**stored.snapshot, "in_flight": [flight]}, stored.version)
+        await_renewals(store, 1)
+        try:
+            template.execute(seen.append, state=RetryState(key="m-1"))
+        except AttemptsInFlightError as error:
+            seen.append(type(error))
+
+    one = SimpleRetryPolicy(max_attempts=1)
+    template = RetryTemplate(context_cache=store, lease=LEASE, retry_policy=one)
+    template.execute(work, state=STATE)
+    assert seen == [AttemptsInFlightError]
+
+
+def test_store_that_hangs_holds_up_the_leases_of_no_other():
+    hanging, healthy = HangingStore(), SharedStore()
+    slow, fast = (RetryTemplate(context_cache=store, lease=LEASE) for store in (hanging, healthy))
+
+    def outer(_):
+        assert hanging.hangs.wait(DEADLINE)
+        fast.execute(lambda _: await_renewals(healthy, 3), state=STATE)
+        hanging.goes_on.set()
+
+    slow.execute(outer, state=STATE)
+    assert len(healthy.renewals) >= 3
+
+
+def test_call_whose_renewal_raises_ends_the_renewals_of_no_other(caplog):
+    class Broken:
+        tries = threading.Semaphore(0)
+
+        def renew(self):
+            self.tries.release()
+            raise RuntimeError("out of memory")
+
+    store = SharedStore()
+    release = leases.hold(Broken(), store, LEASE, asynchronous=False)
+    assert Broken.tries.acquire(timeout=DEADLINE)
+    RetryTemplate(context_cache=store, lease=LEASE).execute(lambda _: await_renewals(store, 2), state=STATE)
+    assert Broken.tries.acquire(timeout=DEADLINE)
+    release()
+    assert "out of memory" in caplog.text
+
+
+def test_attempt_is_told_when_its_lease_is_over_and_could_not_be_renewed(lost):
+    store, seen = SharedStore(), []
+    store.faults = [OSError("no route")] * 1_000
+
+    def work(context):
+        assert lost.wait(DEADLINE)
+        seen.append(context.lease_lost)
+
+    # Nobody has overtaken it, so it counts after all.
+    RetryTemplate(context_cache=store, lease=LEASE).execute(work, state=STATE)
+    assert seen == [True]
+    assert store.load(KEY) is None
+
+
+def test_lease_of_a_recovery_that_is_tried_again_is_renewed_too():
+    store, log = SharedStore(), []
+    template = RetryTemplate(context_cache=store, lease=LEASE)
+    template.veto("m-1", "poison")
+
+    class FailsOnce(Transaction):
+        def __exit__(self, kind, error, trace):
+            super().__exit__(kind, error, trace)
+            if error is None and log.count("commit") == 1:
+                raise OSError("deferred constraint")
+
+    def recover(_):
+        # The one before has been answered, so what comes now is a new one.
+        while store.renewed.acquire(blocking=False):
+            pass
+        await_renewals(store, 1)
+
+    template.execute(lambda _: None, recover, state=STATE, transaction=FailsOnce(log))
+    assert log == ["begin", "commit", "begin", "commit"]
