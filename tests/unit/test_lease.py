@@ -301,6 +301,10 @@ def test_lease_of_a_recovery_that_is_tried_again_is_renewed_too():
     template.veto("m-1", "poison")
 
     class FailsOnce(Transaction):
+        def __enter__(self):
+            super().__enter__()
+            return "of another database"
+
         def __exit__(self, kind, error, trace):
             super().__exit__(kind, error, trace)
             if error is None and log.count("commit") == 1:
