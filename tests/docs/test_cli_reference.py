@@ -15,6 +15,7 @@ from retrykit.summary import HistorySummary  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/cli.md").read_text(encoding="utf-8")
 COMMANDS = [
+    ["consume"],
     ["contexts"],
     *(["contexts", name] for name in ("list", "show", "veto", "withdraw", "forget", "export", "prune")),
     ["parked"],
