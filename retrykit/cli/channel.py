@@ -85,11 +85,11 @@ class Line:
 class Answers:
     """The process's end: takes the line from standard input, and answers in a thread of its own.
 
-    `ended` is called there when the supervisor is gone. `observed` is who is asked; None as long as there is nobody.
+    `observed` is who is asked; `ended` is called there when the supervisor is gone.
     """
 
-    def __init__(self, ended: Callable[[], None]) -> None:
-        self.observed: Observed | None = None
+    def __init__(self, observed: Observed, ended: Callable[[], None]) -> None:
+        self._observed = observed
         self._ended = ended
         self._socket = socket.socket(fileno=os.dup(0))
         # Whoever reads standard input must not read questions.
@@ -109,9 +109,7 @@ class Answers:
         self._ended()
 
     def _health(self) -> bytes:
-        observed = self.observed
-        health = Health((), ("is starting",)) if observed is None else observed.health()
-        return json.dumps(health_to_json(health)).encode() + b"\n"
+        return json.dumps(health_to_json(self._observed.health())).encode() + b"\n"
 
 
 def health_to_json(health: Health) -> dict[str, Any]:

@@ -13,9 +13,13 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import attrs
 import click
 
+from retrykit.cli.channel import Answers
 from retrykit.cli.logs import FORMATS, LEVELS, set_up
+from retrykit.cli.processes import ProcessEndedError, Processes
+from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
 from retrykit.messaging.lifetime import run
+from retrykit.messaging.readiness import Health
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -111,21 +115,17 @@ def consume(**options: Any) -> None:
 
 def _alone(asked: Options) -> int:
     """Consume in this process; the exit status."""
-    from retrykit.cli.channel import Answers
-
-    answers = None if asked.supervised is None else Answers(_supervisor_is_gone)
-    if answers is not None:
-        answers.start()
-    consumer = _loaded(asked)
-    if answers is not None:
-        answers.observed = consumer
-        _warn_of_private_histories(consumer)
-    for one in consumer.health().consumers:
-        _log.info("%s consumes %s with %d workers", one.name, one.destination, one.workers)
-    with _health(consumer, asked):
+    with _told():
+        check(asked.target)
+    place, supervised = _Place(), asked.supervised is not None
+    if supervised:
+        Answers(place, _supervisor_is_gone).start()
+    with _health(place, asked):
+        consumer = place.consumer = _loaded(asked)
+        _announce(consumer, shared=supervised)
         try:
             # Who is supervised may be told twice, by the supervisor and by the system: it sees to the end.
-            finished = run(consumer, grace=asked.grace, heed_repeated=answers is None)
+            finished = run(consumer, grace=asked.grace, heed_repeated=not supervised)
         except Exception:
             if consumer.error is None:
                 raise
@@ -133,11 +133,18 @@ def _alone(asked: Options) -> int:
     return _FINISHED[finished]
 
 
+@attrs.define
+class _Place:
+    """Who consumes, and what is said before that is known: loading an application may take its time."""
+
+    consumer: ListenerContainer | ContainerGroup | None = None
+
+    def health(self) -> Health:
+        return Health((), ("is starting",)) if self.consumer is None else self.consumer.health()
+
+
 def _in_processes(asked: Options, count: int) -> int:
     """Have processes consume; the exit status."""
-    from retrykit.cli.processes import ProcessEndedError, Processes
-    from retrykit.cli.target import check
-
     with _told():
         check(asked.target)
     processes = Processes(asked.command(), count)
@@ -146,7 +153,7 @@ def _in_processes(asked: Options, count: int) -> int:
             # They keep to the grace by themselves: this is for one that cannot.
             finished = run(processes, grace=asked.grace + _MARGIN)
         except ProcessEndedError as error:
-            return abs(error.status)
+            return error.status
         processes.wait(_MARGIN)
     return _FINISHED[finished and not processes.disorderly]
 
@@ -157,8 +164,6 @@ def _supervisor_is_gone() -> None:
 
 
 def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
-    from retrykit.cli.target import LoadingError, load
-
     try:
         with _told():
             return load(asked.target, concurrency=asked.concurrency)
@@ -169,8 +174,6 @@ def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
 
 @contextmanager
 def _told() -> Iterator[None]:
-    from retrykit.cli.target import TargetError
-
     try:
         yield
     except TargetError as error:
@@ -191,11 +194,12 @@ def _health(observed: Observed, asked: Options) -> AbstractContextManager[object
     return closing(server)
 
 
-def _warn_of_private_histories(consumer: ListenerContainer | ContainerGroup) -> None:
+def _announce(consumer: ListenerContainer | ContainerGroup, *, shared: bool) -> None:
+    """Say who consumes what; a warning for histories that other processes cannot see but should."""
+    for one in consumer.health().consumers:
+        _log.info("%s consumes %s with %d workers", one.name, one.destination, one.workers)
     containers: Any = getattr(consumer, "containers", (consumer,))
-    for one in containers:
+    for one in containers if shared else ():
         if not getattr(one.template.context_cache, "shared", True):
-            _log.warning(
-                "%s keeps its histories in the memory of this process: each process counts for itself",
-                one.template.name,
-            )
+            name = one.template.name
+            _log.warning("%s keeps its histories in the memory of this process: each process counts for itself", name)

@@ -324,7 +324,8 @@ class _Delivery:
     def settled(self) -> None:
         self.committed = True
         tally, key = self.work.tally, self.message.key
-        tally.add(recovered=int(self.recovering))
+        if self.recovering:
+            tally.add(recovered=1)
         match self.settlement:
             case Park(destination, reason=reason):
                 tally.add(parked=1)

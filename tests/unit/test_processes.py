@@ -23,9 +23,18 @@ AT_ONCE = FixedBackOffPolicy(0.01)
 IMPORTS = "import os, signal, sys, threading;"
 HERE = "open(f'{sys.argv[-1]}-{os.getpid()}', 'w').close();"
 WAIT = "threading.Event().wait(60)"
-ANSWER = f"sys.path.insert(0, {str(ROOT)!r}); from retrykit.cli.channel import Answers;"
-ANSWER += "Answers(lambda: os._exit(7)).start();"
-ANSWERING = IMPORTS + ANSWER + HERE + WAIT
+ANSWER = f"""
+sys.path.insert(0, {str(ROOT)!r})
+from retrykit.cli.channel import Answers
+from retrykit.messaging import Health
+
+class Idle:
+    def health(self):
+        return Health((), ("is idle",))
+
+Answers(Idle(), lambda: os._exit(7)).start()
+"""
+ANSWERING = f"{IMPORTS}{ANSWER}{HERE}{WAIT}"
 
 
 def obeying(action="lambda *_: sys.exit(0)"):
@@ -142,7 +151,7 @@ def test_each_is_asked_for_its_health():
     made = processes(ANSWERING, 2)
     assert made.health().reasons == ("process 1 is not running", "process 2 is not running")
     with made:
-        wait_for(lambda: made.health().reasons == ("process 1 is starting", "process 2 is starting"))
+        wait_for(lambda: made.health().reasons == ("process 1 is idle", "process 2 is idle"))
         made.stop(now=True)
 
 
