@@ -156,13 +156,17 @@ class StompSession:
         return {} if name is None or headers.get(name) else {name: headers.get(ID) or uuid.uuid4().hex}
 
     def flush(self) -> None:
-        """Wait for the receipts of the sends, or, where those come after the commit only, until none can be refused."""
+        """Wait for the receipts of the sends, or, where those come after the commit only, until they were looked at.
+
+        RabbitMQ refuses a destination that cannot be, or a header, by then; a queue of another kind or an exchange that
+        is missing it may refuse at the commit only.
+        """
         if self._wire.lost is not None:
             raise self._wire.failure()
         if self._profile.commit == "together":
             self._wire.settle(self._broker.receipt_timeout)
         elif self._sends:
-            # Frames are taken in turn: with the receipt of this one, none before it was refused.
+            # Frames are looked at in turn: what the receipt of this one comes before was not refused at first sight.
             name = f"t-{next(self._transactions)}"
             receipt = self._wire.put_confirmed("BEGIN", {"transaction": name})
             self._wire.settle(self._broker.receipt_timeout, receipt)
