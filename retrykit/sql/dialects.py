@@ -63,6 +63,10 @@ class Database:
     undisturbed: Any = None
     passes: Callable[[BaseException], bool]
     hint: Callable[[BaseException, URL], str]
+    # Whether a fault says that there is no such table, or that one may not read it.
+    hides: Callable[[DBAPIError], bool] = attrs.field(default=lambda _error: False)
+    # Whether the transaction can only be rolled back, as far as the driver knows without asking.
+    is_aborted: Callable[[Connection], bool] = attrs.field(default=lambda _connection: False)
     oldest: tuple[int, ...] = (0,)
 
 
@@ -106,6 +110,8 @@ SQLITE: Final = Database(
 
 # -- PostgreSQL
 
+_INERROR: Final = 3
+
 # Connections, serialization, deadlock, too many connections, shutdown, crash, starting up.
 _PASSING_STATES: Final = ("08", "40001", "40P01", "53300", "57P01", "57P02", "57P03")
 # What a refused connection says when it will be refused for ever (libpq tells no SQLSTATE of these).
@@ -129,6 +135,21 @@ def _server_hint(error: BaseException, _url: URL) -> str:
     return ""
 
 
+# Not allowed; no such schema, no such table.
+_HIDING_STATES: Final = frozenset({"42501", "3F000", "42P01"})
+
+
+def _postgresql_hides(error: DBAPIError) -> bool:
+    state = getattr(error.orig, "sqlstate", None) or getattr(error.orig, "pgcode", None)
+    return state in _HIDING_STATES
+
+
+def _postgresql_is_aborted(connection: Connection) -> bool:
+    # psycopg, psycopg2 and libpq call it INERROR; other drivers do not tell.
+    info = getattr(connection.connection.driver_connection, "info", None)
+    return getattr(info, "transaction_status", None) == _INERROR
+
+
 def _delete_in_array(chosen: Select[Any]) -> Delete:
     return delete(rk_context).where(_c.id == func.any(func.array(chosen.scalar_subquery())))
 
@@ -147,6 +168,8 @@ POSTGRESQL: Final = Database(
     undisturbed=literal_column("current_setting('transaction_isolation')") == literal_column("'read committed'"),
     passes=_postgresql_passes,
     hint=_server_hint,
+    hides=_postgresql_hides,
+    is_aborted=_postgresql_is_aborted,
     oldest=(15,),
 )
 
@@ -163,6 +186,15 @@ _PASSING_CODES: Final = frozenset({
     1927,  # the connection was killed
     *(2002, 2003, 2006, 2013, 2014, 2045, 2055, 4031),  # no connection, or no longer
 })  # fmt: skip
+
+
+# Not allowed: the database, the table, the column; no such table.
+_HIDING_CODES: Final = frozenset({1044, 1142, 1143, 1146})
+
+
+def _mariadb_hides(error: DBAPIError) -> bool:
+    arguments = getattr(error.orig, "args", ())
+    return bool(arguments and arguments[0] in _HIDING_CODES)
 
 
 def _mariadb_passes(error: BaseException) -> bool:
@@ -205,6 +237,7 @@ MARIADB: Final = Database(
     reads_the_past=True,
     passes=_mariadb_passes,
     hint=_server_hint,
+    hides=_mariadb_hides,
     oldest=(10, 11),
 )
 

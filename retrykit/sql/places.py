@@ -3,23 +3,38 @@
 Connections of the cache's own engine are. Of others one of each pool is asked: SQLite for its file; servers for
 themselves, their database, and the random number that its tables got when they were made. A copy of the database has
 the same number, and is on another server or has another name.
+
+They are asked inside a savepoint: on PostgreSQL a statement that fails would abort the work's transaction otherwise,
+and the COMMIT of an aborted transaction is a ROLLBACK without a word.
 """
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, Final
 from weakref import WeakKeyDictionary
 
 from sqlalchemy import Connection, Engine, select
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import Pool
 
 from retrykit.sql.dialects import Database
 from retrykit.sql.sqlite import file_of, in_transaction, undo_what_a_failed_commit_left
 from retrykit.sql.tables import rk_schema
+from retrykit.sql.urls import shown_url
+
+logger = logging.getLogger("retrykit.sql")
 
 _IDENTITY: Final = select(rk_schema.c.value).where(rk_schema.c.name == "identity")
+
+
+_UNSEEN: Final = (
+    "the work of engine %s is not joined, so its effects happen at least once: the tables of the context cache cannot "
+    "be read there (%s). If they are in the same database, grant its user SELECT, INSERT, UPDATE and DELETE on "
+    "rk_context and SELECT on rk_schema, and put their schema on its search path"
+)
 
 
 class Place(ABC):
@@ -73,13 +88,27 @@ class Server(Place):
         pool = connection.engine.pool
         found = self._found.get(pool)
         if found is None:
-            theirs = where(connection, self._database)
-            found = self._found[pool] = theirs is not None and self._is(theirs)
+            found = self._found[pool] = self._is(connection, self._asked(connection))
         return found
 
-    def _is(self, theirs: tuple[Any, ...]) -> bool:
+    def _asked(self, connection: Connection) -> tuple[Any, ...] | None:
+        """Where they are; None if they may not look."""
+        try:
+            with connection.begin_nested():
+                return where(connection, self._database)
+        except DBAPIError as error:
+            if not self._database.hides(error):
+                raise
+            logger.warning(_UNSEEN, shown_url(connection.engine.url), str(error.orig).partition("\n")[0])
+            return None
+
+    def _is(self, connection: Connection, theirs: tuple[Any, ...] | None) -> bool:
+        if theirs is None:
+            return False
         if theirs != self._where:
             self._where = self._ask()
+        if theirs[0] == self._where[0] and theirs[1] is None:
+            logger.warning(_UNSEEN, shown_url(connection.engine.url), "there seem to be none")
         return theirs == self._where
 
     def commits_by_itself(self, connection: Connection) -> bool:
@@ -91,11 +120,8 @@ class Server(Place):
         """Nothing to see: a failed COMMIT is a ROLLBACK."""
 
 
-def where(connection: Connection, database: Database) -> tuple[Any, ...] | None:
-    """The server, its database, and the number of the tables there; None if there are none.
-
-    Whether there are any is asked before: on PostgreSQL a failed statement would end the transaction.
-    """
+def where(connection: Connection, database: Database) -> tuple[Any, ...]:
+    """The server with its database, and the number of the tables there; None for that if there are none to be seen."""
     assert database.place is not None  # noqa: S101 - servers have one
     place, has_tables = connection.execute(database.place).one()
-    return (place, connection.scalar(_IDENTITY)) if has_tables else None
+    return place, connection.scalar(_IDENTITY) if has_tables else None

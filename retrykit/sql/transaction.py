@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
 
+from retrykit.errors import ContextCacheError
 from retrykit.sql.dialects import database_of
 from retrykit.sql.places import Place
 from retrykit.sql.tables import rk_context
@@ -68,6 +69,16 @@ def connection_in(transaction: Any) -> Connection:
     return open_connection(handle)
 
 
+def _check_committable(connection: Connection) -> None:
+    """Joined or not: the work is lost if the server answers its COMMIT with a ROLLBACK."""
+    database = database_of(connection)
+    if database is not None and database.is_aborted(connection):
+        raise ContextCacheError(
+            "the work's transaction is aborted, so its COMMIT would be a ROLLBACK: an error of the database was "
+            "swallowed (let it pass, or catch it around a savepoint, as `begin_nested` makes)"
+        )
+
+
 def joinable(transaction: object, engine: Engine, place: Place) -> Connection | None:
     """The connection of `transaction`, if it is open on the database of `engine`, which is `place`; else None."""
     handle = unwrapped(transaction)
@@ -75,9 +86,11 @@ def joinable(transaction: object, engine: Engine, place: Place) -> Connection | 
     if handle is None or theirs is None or database_of(theirs) is not database_of(engine):
         return None
     connection = open_connection(handle)
+    _check_committable(connection)
+    if place.commits_by_itself(connection):
+        return None
     # Nothing is asked on a connection of ours here: theirs may hold the lock already.
-    same = theirs.pool is engine.pool or place.has(connection)
-    if not same or place.commits_by_itself(connection):
+    if theirs.pool is not engine.pool and not place.has(connection):
         return None
     place.watch(theirs)
     return connection

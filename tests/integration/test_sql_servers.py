@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import pickle
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import pytest
 from sqlalchemy import create_engine, event, make_url, text, update
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.orm import Session
 
+from retrykit import RetryState, RetryTemplate
 from retrykit.clock import SystemClock
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
 from retrykit.sql import SqlRetryContextCache, create_tables, park_in, parked_item, rk_context, rk_schema, rows
@@ -191,7 +195,7 @@ def test_each_joined_verb_is_one_statement_and_joining_is_none(cache, at_the_end
 
 
 def test_foreign_engine_is_asked_once_whether_it_is_on_the_same_database(cache, engine):
-    for asked in (["SELECT", "SELECT"], []):
+    for asked in (["SAVEPOINT", "SELECT", "SELECT", "RELEASE"], []):
         with Session(engine) as session, session.begin(), statements(engine) as seen:
             assert cache.joined(session) is not None
         assert seen == asked
@@ -645,10 +649,9 @@ def test_faults_tell_no_parameters(cache, url):
             connection.execute(text("ALTER TABLE rk_elsewhere RENAME TO rk_context"))
 
 
-def consumer_of(url, engine):
+def consumer_of(url, engine, tables=("rk_context", "rk_parked", "rk_schema")):
     """The URL of a user who may do what consumers need, and nothing more."""
     place = make_url(url)
-    tables = ("rk_context", "rk_parked", "rk_schema")
     with engine.begin() as connection:
         if place.get_backend_name() == "postgresql":
             connection.execute(text("DROP OWNED BY consumer" if exists(connection) else "SELECT 1"))
@@ -677,6 +680,84 @@ def test_consumer_needs_no_rights_but_those_on_the_rows(url, engine, at_the_end)
     with Session(theirs) as session, session.begin():
         assert cache.joined(session).remove("a/2")
         park_in(session, b"", name="orders", reason="no", attempts=1)
+
+
+@pytest.fixture
+def stranger(url, engine, at_the_end):
+    """An engine of a user of the same database who has no rights on the tables of the cache."""
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE work (n integer PRIMARY KEY)"))
+    at_the_end.callback(drop_work, engine)
+    stranger = create_engine(consumer_of(url, engine, ["work"]))
+    at_the_end.callback(stranger.dispose)
+    return stranger
+
+
+def drop_work(engine):
+    with engine.begin() as connection:
+        connection.execute(text("DROP TABLE work"))
+
+
+def insert_work(context):
+    context.transaction.execute(text("INSERT INTO work VALUES (1)"))
+    return "done"
+
+
+def rows_of_work(engine):
+    with engine.connect() as connection:
+        return connection.scalar(text("SELECT count(*) FROM work"))
+
+
+def test_work_that_may_not_see_the_tables_commits_unjoined_and_that_is_said_once(cache, engine, stranger, caplog):
+    template = RetryTemplate(name="orders", context_cache=cache, remember_completed=60)
+    state = RetryState(key="m-1", redelivered=True)
+    with stranger.begin() as connection:
+        assert cache.joined(connection) is None
+    assert template.execute(insert_work, state=state, transaction=stranger.begin) == "done"
+    assert template.execute(insert_work, state=state, transaction=stranger.begin) is None
+    assert rows_of_work(engine) == 1
+    (said,) = [record.getMessage() for record in caplog.records if record.name == "retrykit.sql"]
+    assert "at least once" in said
+    assert "grant its user" in said
+    assert "secret" not in said
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_work_in_an_aborted_transaction_is_a_failed_attempt_joined_or_not(cache, engine, stranger):
+    template = RetryTemplate(name="orders", context_cache=cache, remember_completed=60)
+
+    def swallow(context):
+        insert_work(context)
+        with suppress(DBAPIError):
+            context.transaction.execute(text("SELECT * FROM nowhere"))
+        return "done"
+
+    for number, theirs in enumerate([engine, cache.engine, stranger, stranger]):
+        state = RetryState(key=number, redelivered=True)
+        with pytest.raises(ContextCacheError, match="transaction is aborted, so its COMMIT would be a ROLLBACK"):
+            template.execute(swallow, state=state, transaction=theirs.begin)
+        assert cache.load(template.key_of(number)).snapshot["retry_count"] == 1
+    assert rows_of_work(engine) == 0
+    assert template.execute(insert_work, state=RetryState(key=0, redelivered=True), transaction=engine.begin) == "done"
+    assert rows_of_work(engine) == 1
+
+
+@pytest.mark.parametrize("url", ["postgresql"], indirect=True)
+def test_transaction_whose_driver_does_not_tell_that_it_is_aborted_is_not_joined_either(cache, url, stranger):
+    async def joined(engine):
+        shared = SqlRetryContextCache(engine)
+        theirs = create_async_engine(with_driver(url, "asyncpg"))
+        async with theirs.connect() as connection:
+            with suppress(DBAPIError):
+                await connection.execute(text("SELECT * FROM nowhere"))
+            with pytest.raises(ContextCacheError, match="aborted"):
+                await shared.joined(connection)
+            await connection.rollback()
+            assert await shared.joined(connection) is not None
+        await theirs.dispose()
+        await engine.dispose()
+
+    asyncio.run(joined(create_async_engine(with_driver(url, "asyncpg"))))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
