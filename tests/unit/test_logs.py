@@ -97,16 +97,38 @@ def test_the_lines_of_a_logging_listener_have_the_facts_too(lines):
     assert line["logger"] == "retrykit"
 
 
-def test_any_record_is_one_line(lines):
-    log = logging.getLogger("retrykit.test")
-    log.info("two\nlines of %s", "\ud800 \x1b[2J ü")
+def record(message, *values, error=None):
+    trace = None if error is None else (type(error), error, error.__traceback__)
+    return logging.LogRecord("shop", logging.ERROR, "shop.py", 1, message, values, trace)
+
+
+def test_any_record_is_one_line():
+    wild = "\ud800 \x1b[2J ü"
+    line = JsonLines().format(record("two\nlines of %s", wild))
+    assert line.isascii()
+    assert "\n" not in line
+    told = json.loads(line)
+    assert told["message"] == f"two\nlines of {wild}"
+    assert set(told) == {"time", "level", "logger", "process", "thread", "message"}
+    assert told["time"].endswith("+00:00")
+
+
+def test_the_traceback_of_an_error_is_in_its_line():
     try:
         fail(None)
-    except ValueError:
-        log.exception("it failed")
-    plain, failed = lines()
-    assert plain["message"] == "two\nlines of \ud800 \x1b[2J ü"
-    assert set(plain) == {"time", "level", "logger", "process", "thread", "message"}
-    assert plain["time"].endswith("+00:00")
-    assert failed["traceback"].startswith("Traceback")
-    assert "ValueError: no" in failed["traceback"]
+    except ValueError as error:
+        told = json.loads(JsonLines().format(record("it failed", error=error)))
+    assert told["traceback"].startswith("Traceback")
+    assert "ValueError: no" in told["traceback"]
+
+
+def test_lines_for_people_command_no_terminal():
+    logs = pytest.importorskip("retrykit.cli.logs")
+    line = logs.TextLines().format(record("two\nlines of %s", "\x1b[2J"))
+    assert line.endswith("shop: two\\nlines of \\x1b[2J")
+    try:
+        fail(None)
+    except ValueError as error:
+        first, *others = logs.TextLines().format(record("it failed", error=error)).splitlines()
+    assert first.endswith(" shop: it failed")
+    assert others[0].startswith("Traceback")
