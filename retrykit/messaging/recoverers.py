@@ -56,11 +56,30 @@ _MAX_OTHER: Final = 8_000
 _OF_THE_FRAME: Final = frozenset(
     {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
 )
-# What is true of the original only: a copy that expired with it would be lost.
-_OF_THE_ORIGINAL: Final = frozenset({"message-id", "expires", "timestamp", "original-destination"})
+# What is true of the original only: a copy that expired with it would be lost. RabbitMQ refuses a `user-id` that is not
+# the sender's own, and a `message-id` altogether.
+_OF_THE_ORIGINAL: Final = frozenset(
+    {"message-id", "expires", "expiration", "timestamp", "original-destination", "user-id", "x-delivery-count"}
+)
 _NEVER: Final = _OF_THE_FRAME | _OF_THE_ORIGINAL
-# A command to the broker, which a handler may give, but no pattern of header names by accident.
-_SCHEDULED: Final = "AMQ_SCHEDULED_"
+# Commands to the broker (delays, the arguments by which RabbitMQ makes the queue), which a handler may give, but no
+# pattern of header names by accident.
+_COMMANDS: Final = (
+    "AMQ_SCHEDULED_",
+    "durable",
+    "auto-delete",
+    "exclusive",
+    "x-queue-",
+    "x-message-ttl",
+    "x-expires",
+    "x-max-",
+    "x-overflow",
+    "x-dead-letter-",
+    "x-single-active-consumer",
+    "x-quorum-",
+    "x-delivery-limit",
+    "x-stream-",
+)
 
 
 def _patterns(value: object) -> tuple[str, ...]:
@@ -129,7 +148,7 @@ def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    stays = name in _NEVER or name.startswith(_SCHEDULED)
+    stays = name in _NEVER or name.startswith(_COMMANDS)
     return not stays and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -34,6 +34,7 @@ from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 from tests.servers import RabbitMq, Wire
+from tests.servers.rabbitmq import USER
 
 PATIENCE = 90.0
 QUICK = ExponentialBackOffPolicy(initial=0.01, max_interval=0.2, jitter="full")
@@ -569,6 +570,15 @@ def test_a_parked_copy_does_not_expire_with_its_original(server, queue):
     assert copy.headers.get("expires", "0") != at
     assert copy.headers["x-tenant"] == "blue"
     assert at in copy.headers["retrykit-other-headers"]
+
+
+def test_a_copy_does_not_carry_what_rabbitmq_would_obey_or_refuse(rabbitmq, queue):
+    ours = {"user-id": USER, "expiration": "3600000", "durable": "true", "auto-delete": "false", "x-tenant": "blue"}
+    copy = parked_of(rabbitmq, queue, ours, headers=("*",))
+    assert copy.headers["x-tenant"] == "blue"
+    assert not {"user-id", "expiration", "durable", "auto-delete"} & set(copy.headers)
+    others = json.loads(copy.headers["retrykit-other-headers"])
+    assert {name: others[name] for name in ("user-id", "expiration")} == {"user-id": USER, "expiration": "3600000"}
 
 
 def test_a_commit_that_is_refused_is_not_in_doubt(server, queue):
