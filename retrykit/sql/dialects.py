@@ -212,9 +212,15 @@ _EXPIRE: Final = (
     "DELETE rk_context FROM (SELECT id FROM rk_context WHERE expires_at <= :now {} ORDER BY expires_at LIMIT :chunk "
     "FOR UPDATE SKIP LOCKED) AS past STRAIGHT_JOIN rk_context ON rk_context.id = past.id"
 )
+# What returns keys cannot pass over what is locked, so the keys are asked for before. Between the two somebody may have
+# locked or changed a row: it stays.
+_OLDEST: Final = (
+    "SELECT id, revision, context_key FROM rk_context WHERE completed_at IS NULL ORDER BY updated_minute, id "
+    "LIMIT :surplus FOR UPDATE SKIP LOCKED"
+)
 _EVICT: Final = (
-    "DELETE FROM rk_context WHERE completed_at IS NULL ORDER BY completed_at, updated_minute, id LIMIT :surplus "
-    "RETURNING context_key"
+    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE id = :the_id AND revision = :the_revision "
+    "FOR UPDATE SKIP LOCKED) AS oldest STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
 )
 
 MARIADB: Final = Database(
@@ -232,6 +238,7 @@ MARIADB: Final = Database(
     texts={
         "expire": text(_EXPIRE.format("")),
         "expire_joined": text(_EXPIRE.format("AND @@tx_isolation = 'READ-COMMITTED'")),
+        "oldest": text(_OLDEST),
         "evict": text(_EVICT),
     },
     reads_the_past=True,

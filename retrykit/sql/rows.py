@@ -255,7 +255,7 @@ class ContextRows:
         return surplus <= 0 or self._evict(connection, min(surplus, CHUNK)) > 0
 
     def _evict(self, connection: Connection, surplus: int) -> int:
-        keys = self.sql.evict.on(connection, {"surplus": surplus}).scalars().all()
+        keys = self._drop_oldest(connection, surplus)
         for key in keys:
             logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
         self.room.freed(len(keys))
@@ -263,6 +263,15 @@ class ContextRows:
             # Others have them all in their hands, or there are not as many as it seemed.
             self.room.lost_sight()
         return len(keys)
+
+    def _drop_oldest(self, connection: Connection, surplus: int) -> list[str]:
+        rows = self.sql.oldest.on(connection, {"surplus": surplus}).all()
+        evict = self.sql.evict
+        if evict is not None:
+            rows = [
+                row for row in rows if evict.on(connection, {"the_id": row.id, "the_revision": row.revision}).rowcount
+            ]
+        return [row.context_key for row in rows]
 
     def _changed(self, *, freed: bool) -> None:
         """A history has become a mark or nothing, or a mark a history."""

@@ -94,7 +94,10 @@ class Statements:
     insert: Prepared
     expire: Prepared
     expire_joined: Prepared
-    evict: Prepared
+    # What deletes the oldest histories and returns their keys; or, where no statement can do both, what returns their
+    # rows, and what deletes one of them.
+    oldest: Prepared
+    evict: Prepared | None = None
 
 
 @cache
@@ -120,5 +123,5 @@ def _dropping(database: Database) -> Mapping[str, Executable]:
     return {
         "expire": database.delete_chosen(_expired),
         "expire_joined": database.delete_chosen(undisturbed),
-        "evict": database.delete_chosen(_oldest).returning(_c.context_key),
+        "oldest": database.delete_chosen(_oldest).returning(_c.context_key),
     }

@@ -445,7 +445,7 @@ def test_no_verb_scans_the_table(cache):
     own = statements_of(SQLITE)
     common = (sql.UPDATE, sql.REMOVE, sql.REMOVE_VERSION, sql.FIRST_PAGE, sql.NEXT_PAGE)
     with cache.engine.begin() as connection:
-        for query in (own.load, own.saver, own.expire, own.evict, *common):
+        for query in (own.load, own.saver, own.expire, own.oldest, *common):
             words = str(query.statement.compile(connection, compile_kwargs={"render_postcompile": True}))
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {words}", (1,) * words.count("?")).all()
             steps = [row[-1] for row in plan]
