@@ -137,9 +137,9 @@ class SqlRetryContextCache(_Verbs):
     `capacity`: how many histories are kept (completion marks do not count); None: no limit. On SQLite it is exact, on
     servers each process beyond the first may exceed it by a hundredth. A known key is always updated. A new one is
     refused with `CacheCapacityError` (`on_full="reject"`) or pushes out the one stored longest ago, to the minute
-    (`"evict_oldest"`, logged), once nothing past its time is left to drop. `time_to_live`: seconds after its last
-    failure at which a history may be dropped; None: never. Every 1,000th save drops up to 1,000 snapshots past their
-    time; `expire` drops all.
+    (`"evict_oldest"`, logged; one with a veto only when all have one), once nothing past its time is left to drop.
+    `time_to_live`: seconds after its last failure at which a history may be dropped, if it has no veto; None: never.
+    Every 1,000th save drops up to 1,000 snapshots past their time; `expire` drops all.
 
     On servers the server's clock decides what is over (`store_clock`), unless `clock` is given. When a connection is
     lost, the server starts or ends, or a deadlock comes up, a verb is tried again for up to `patience` seconds; that

@@ -215,8 +215,11 @@ _EXPIRE: Final = (
 # What returns keys cannot pass over what is locked, so the keys are asked for before. Between the two somebody may have
 # locked or changed a row: it stays.
 _OLDEST: Final = (
-    "SELECT id, revision, context_key FROM rk_context WHERE completed_at IS NULL ORDER BY updated_minute, id "
+    "SELECT id, revision, context_key FROM rk_context WHERE completed_at IS NULL AND {} ORDER BY updated_minute, id "
     "LIMIT :surplus FOR UPDATE SKIP LOCKED"
+)
+_ALL_VETOED: Final = (
+    "NOT EXISTS (SELECT 1 FROM rk_context AS other WHERE other.completed_at IS NULL AND other.veto IS NULL)"
 )
 _EVICT: Final = (
     "DELETE rk_context FROM (SELECT id FROM rk_context WHERE id = :the_id AND revision = :the_revision "
@@ -238,7 +241,8 @@ MARIADB: Final = Database(
     texts={
         "expire": text(_EXPIRE.format("")),
         "expire_joined": text(_EXPIRE.format("AND @@tx_isolation = 'READ-COMMITTED'")),
-        "oldest": text(_OLDEST),
+        "oldest": text(_OLDEST.format("veto IS NULL")),
+        "oldest_vetoed": text(_OLDEST.format(_ALL_VETOED)),
         "evict": text(_EVICT),
     },
     reads_the_past=True,

@@ -27,6 +27,7 @@ from retrykit.clock import Clock, StoreClock
 from retrykit.errors import CacheCapacityError, CodecError
 from retrykit.sql.capacity import OnFull, Room, room_of
 from retrykit.sql.dialects import Database
+from retrykit.sql.prepared import Prepared
 from retrykit.sql.statements import (
     FIRST_PAGE,
     NEXT_PAGE,
@@ -255,7 +256,8 @@ class ContextRows:
         return surplus <= 0 or self._evict(connection, min(surplus, CHUNK)) > 0
 
     def _evict(self, connection: Connection, surplus: int) -> int:
-        keys = self._drop_oldest(connection, surplus)
+        sql = self.sql
+        keys = self._drop(connection, sql.oldest, surplus) or self._drop(connection, sql.oldest_vetoed, surplus)
         for key in keys:
             logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
         self.room.freed(len(keys))
@@ -264,8 +266,8 @@ class ContextRows:
             self.room.lost_sight()
         return len(keys)
 
-    def _drop_oldest(self, connection: Connection, surplus: int) -> list[str]:
-        rows = self.sql.oldest.on(connection, {"surplus": surplus}).all()
+    def _drop(self, connection: Connection, oldest: Prepared, surplus: int) -> list[str]:
+        rows = oldest.on(connection, {"surplus": surplus}).all()
         evict = self.sql.evict
         if evict is not None:
             rows = [
@@ -284,12 +286,18 @@ class ContextRows:
             self.room.freed(1)
 
     def _until(self, snapshot: Mapping[str, Any], now: float) -> float | None:
-        """When it may be dropped: as it says itself, else so long after it was last touched (by their clock)."""
+        """When it may be dropped: as it says itself, else so long after it was last touched (by their clock).
+
+        While it is vetoed, never.
+        """
         until = _number(snapshot.get("expires_at"))
         if until is not None or self.time_to_live is None:
             return until
+        end = _number(snapshot.get("veto_until"))
+        if snapshot.get("veto") is not None and end is None:
+            return None
         touched = _number(snapshot.get("last_failed_at")) or _number(snapshot.get("started_at"))
-        return (now if touched is None else touched) + self.time_to_live
+        return max((now if touched is None else touched) + self.time_to_live, end or 0.0)
 
 
 def rows_for(

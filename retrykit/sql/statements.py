@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Executable, Integer, String, bindparam, delete, func, select, update
+from sqlalchemy import Executable, Integer, Select, String, bindparam, delete, exists, func, select, update
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
@@ -38,13 +38,20 @@ _expired = (
     .limit(bindparam("chunk", type_=Integer))
     .with_for_update(skip_locked=True)
 )
-_oldest = (
-    select(_c.id)
-    .where(_c.completed_at.is_(None))
-    .order_by(_c.completed_at, _c.updated_minute, _c.id)
-    .limit(bindparam("surplus", type_=Integer))
-    .with_for_update(skip_locked=True)
-)
+_other = rk_context.alias("other")
+_all_vetoed = ~exists(select(_other.c.id).where(_other.c.completed_at.is_(None), _other.c.veto.is_(None)))
+
+
+def _oldest(condition: Any) -> Select[Any]:
+    return (
+        select(_c.id)
+        .where(_c.completed_at.is_(None), condition)
+        .order_by(_c.completed_at, _c.updated_minute, _c.id)
+        .limit(bindparam("surplus", type_=Integer))
+        .with_for_update(skip_locked=True, of=rk_context)
+    )
+
+
 # What is looked through for the open keys of one name: the histories of all names, as far as there are not too many.
 _open = (
     select(_c.context_key)
@@ -95,8 +102,10 @@ class Statements:
     expire: Prepared
     expire_joined: Prepared
     # What deletes the oldest histories and returns their keys; or, where no statement can do both, what returns their
-    # rows, and what deletes one of them.
+    # rows, and what deletes one of them. A veto that is forgotten lets happen what somebody has forbidden: it goes when
+    # there is nothing else.
     oldest: Prepared
+    oldest_vetoed: Prepared
     evict: Prepared | None = None
 
 
@@ -123,5 +132,6 @@ def _dropping(database: Database) -> Mapping[str, Executable]:
     return {
         "expire": database.delete_chosen(_expired),
         "expire_joined": database.delete_chosen(undisturbed),
-        "oldest": database.delete_chosen(_oldest).returning(_c.context_key),
+        "oldest": database.delete_chosen(_oldest(_c.veto.is_(None))).returning(_c.context_key),
+        "oldest_vetoed": database.delete_chosen(_oldest(_all_vetoed)).returning(_c.context_key),
     }

@@ -213,12 +213,12 @@ def plan_of(connection, query, values):
     return [(row["table"], row["type"], row["Extra"] or "") for row in plan]
 
 
-@pytest.mark.parametrize("name", ["load", "saver", "expire", "oldest", "evict"])
+@pytest.mark.parametrize("name", ["load", "saver", "expire", "oldest", "oldest_vetoed", "evict"])
 def test_no_verb_scans_or_sorts_the_table(cache, name):
     with cache.engine.begin() as connection:
         joined = cache.joined(connection)
         for number in range(600):
-            joined.save(f"a/{number}", MARK if number % 2 else {}, None)
+            joined.save(f"a/{number}", MARK if number % 2 else {"veto": "poison"} if number % 3 else {}, None)
     is_mariadb = cache.engine.dialect.name == "mariadb"
     query = getattr(statements_of(database_of(cache.engine)), name)
     if query is None:
@@ -349,6 +349,27 @@ def test_what_was_stored_longest_ago_is_evicted_to_the_minute_and_said(opened, m
     cache.save("a/3", {}, None)
     assert keys(cache) == ["a/1", "a/3"]
     assert "evicted the oldest, 'a/2'" in caplog.text
+
+
+def test_vetoed_histories_are_evicted_oldest_first_once_there_are_no_others(opened):
+    cache = opened(capacity=2, on_full="evict_oldest")
+    cache.save("a/0", {"veto": "poison"}, None)
+    cache.save("a/1", {}, None)
+    for number in range(2, 5):
+        cache.save(f"a/{number}", {"veto": "poison"}, None)
+    assert keys(cache) == ["a/3", "a/4"]
+
+
+def test_vetoed_history_is_not_evicted_for_others_that_are_being_worked_on(opened, engine):
+    cache = opened(capacity=2, on_full="evict_oldest", patience=0)
+    cache.save("a/1", {"veto": "poison"}, None)
+    version = cache.save("a/2", {}, None)
+    with engine.begin() as connection:
+        connection.execute(text("SELECT 1"))
+        assert cache.joined(connection).save("a/2", {"retry_count": 2}, version) is not None
+        with pytest.raises(CacheCapacityError):
+            cache.save("a/3", {}, None)
+    assert keys(cache) == ["a/1", "a/2"]
 
 
 def test_eviction_passes_over_what_somebody_is_working_on(opened, engine):

@@ -346,6 +346,24 @@ def test_history_lives_as_long_as_told_after_its_last_failure_and_a_mark_as_it_s
     assert expired == {39.9: 0, 40.0: 1, 45.0: 1, 60.0: 1, 100.0: 1}
 
 
+def test_vetoed_history_lives_as_long_as_its_veto(opened):
+    cache = opened(time_to_live=10, clock=Clock())
+    cache.save("a/open", {"last_failed_at": 30.0, "veto": "poison"}, None)
+    cache.save("a/until", {"last_failed_at": 30.0, "veto": "poison", "veto_until": 70.0}, None)
+    cache.save("a/short", {"last_failed_at": 30.0, "veto": "poison", "veto_until": 31.0}, None)
+    cache.save("a/said", {"veto": "poison", "expires_at": 50.0}, None)
+    assert {now: cache.expire(now) for now in (39.9, 40.0, 50.0, 69.0, 70.0)} == {
+        39.9: 0,
+        40.0: 1,
+        50.0: 1,
+        69.0: 0,
+        70.0: 1,
+    }
+    version = cache.load("a/open").version
+    cache.save("a/open", {"last_failed_at": 30.0}, version)  # the veto is withdrawn
+    assert cache.expire(71.0) == 1
+
+
 def test_marks_past_their_time_are_dropped_by_the_way(opened, monkeypatch):
     monkeypatch.setattr(rows, "PRUNE_EVERY", 10)
     monkeypatch.setattr(Clock, "now", 200.0)
@@ -445,7 +463,7 @@ def test_no_verb_scans_the_table(cache):
     own = statements_of(SQLITE)
     common = (sql.UPDATE, sql.REMOVE, sql.REMOVE_VERSION, sql.FIRST_PAGE, sql.NEXT_PAGE)
     with cache.engine.begin() as connection:
-        for query in (own.load, own.saver, own.expire, own.oldest, *common):
+        for query in (own.load, own.saver, own.expire, own.oldest, own.oldest_vetoed, *common):
             words = str(query.statement.compile(connection, compile_kwargs={"render_postcompile": True}))
             plan = connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {words}", (1,) * words.count("?")).all()
             steps = [row[-1] for row in plan]
