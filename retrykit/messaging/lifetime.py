@@ -11,15 +11,16 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 _log = logging.getLogger("retrykit.messaging")
 
 Event = Literal["failed", "finished"]
 _Heard = Literal["failed", "finished", "signal", "late"]
+_LOOK: Final = 0.2
 
 
 class Ending:
@@ -170,10 +171,12 @@ def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, hee
 
 
 def _next(heard: SimpleQueue[_Heard], deadline: float | None) -> _Heard:
-    try:
-        return heard.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
-    except Empty:
-        return "late"
+    while deadline is None or time.monotonic() < deadline:
+        # A signal that another thread is given, or that comes just before the wait, does not end it: so none is long.
+        wait = _LOOK if deadline is None else min(_LOOK, max(0.0, deadline - time.monotonic()))
+        with suppress(Empty):
+            return heard.get(timeout=wait)
+    return "late"
 
 
 @contextmanager

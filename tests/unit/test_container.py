@@ -710,6 +710,13 @@ def test_a_signal_drains_the_container(broker):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_signal_that_another_thread_is_given_drains_the_container_too(broker):
+    broker.publish("1")
+    made = container(broker, lambda _message: signal.pthread_kill(threading.get_ident(), signal.SIGTERM))
+    assert made.run() is True
+    assert broker.messages() == ()
+
+
 def test_a_second_signal_stops_at_once(broker):
     broker.publish("1")
     go_on = threading.Event()
