@@ -16,6 +16,7 @@ from retrykit.check import shown, wrong_type
 from retrykit.sql.dialects import SQLITE, database_of
 from retrykit.sql.fork import forget_at_fork
 from retrykit.sql.sqlite import async_sqlite_engine, creator_for, sqlite_engine, undo_what_a_failed_commit_left
+from retrykit.sql.transaction import names_fault
 from retrykit.sql.urls import database_url, is_async, missing_driver
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ def engine_of(given: object) -> Engine | AsyncEngine:
     if database_of(engine) is None:
         name = shown(engine.dialect.name)
         raise ValueError(f"engine: must be of SQLite, PostgreSQL or MariaDB; {name} is not supported")
+    if (fault := names_fault(engine)) is not None:
+        raise ValueError(f"engine: {fault}")
     if database_of(engine) is SQLITE:
         undo_what_a_failed_commit_left(engine)
     forget_at_fork(engine)

@@ -1,4 +1,4 @@
-"""Statements whose text is made once.
+"""Statements whose text is made once, for the tables by their own names (`names_fault`).
 
 SQLAlchemy finds the text of a statement by the statement's structure, each time it is executed: that is half of what
 executing one costs here. The statements of this package are few and never change, so they keep their texts.
@@ -27,9 +27,6 @@ class Prepared:
 
     def on(self, connection: Connection, parameters: Parameters) -> CursorResult[Any]:
         """Execute it."""
-        if "schema_translate_map" in connection.get_execution_options():
-            # The tables have other names there: SQLAlchemy puts them in.
-            return connection.execute(self.statement, dict(parameters))
         made = self._texts.get(connection.dialect) or self._make(connection.dialect)
         return connection.exec_driver_sql(made[0], made[1](parameters))
 

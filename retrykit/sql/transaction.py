@@ -15,6 +15,18 @@ from retrykit.sql.places import Place
 from retrykit.sql.tables import rk_context
 
 
+def names_fault(bind: Engine | Connection) -> str | None:
+    """What is wrong with a `schema_translate_map` that renames the tables of the cache; None if nothing is."""
+    names = bind.get_execution_options().get("schema_translate_map")
+    if not names or None not in names:
+        return None
+    return (
+        f"its schema_translate_map sends tables without a schema to {names[None]!r}, which the statements of a context "
+        "cache do not follow: put that schema on the connection's search path instead (MariaDB: name it in the URL), "
+        "or map a name (schema=…) of your own tables rather than None"
+    )
+
+
 def unwrapped(transaction: object) -> Session | Connection | None:
     """The Session or Connection meant by one of SQLAlchemy's many handles, sync or async; None for anything else."""
     match transaction:
@@ -86,6 +98,8 @@ def joinable(transaction: object, engine: Engine, place: Place) -> Connection | 
     if handle is None or theirs is None or database_of(theirs) is not database_of(engine):
         return None
     connection = open_connection(handle)
+    if (fault := names_fault(connection)) is not None:
+        raise ContextCacheError(f"the work's connection cannot be joined: {fault}")
     _check_committable(connection)
     if place.commits_by_itself(connection):
         return None

@@ -624,6 +624,28 @@ def test_settings_of_a_users_engine_stay_as_they_are(url, at_the_end):
     assert level() == before
 
 
+def test_names_of_tables_that_are_translated_are_refused_with_what_to_do(cache, engine):
+    translated = engine.execution_options(schema_translate_map={None: "elsewhere"})
+    with pytest.raises(
+        ValueError, match=r"engine: its schema_translate_map sends tables .* 'elsewhere', .* search path"
+    ):
+        SqlRetryContextCache(translated)
+    with translated.begin() as connection, pytest.raises(ContextCacheError, match="cannot be joined: its schema_trans"):
+        cache.joined(connection)
+    with cache.engine.connect() as connection:
+        connection.execution_options(schema_translate_map={None: "elsewhere"})
+        with pytest.raises(ContextCacheError, match="cannot be joined: its schema_translate_map"):
+            cache.joined(connection)
+
+
+def test_names_of_the_works_own_schema_may_be_translated(engine):
+    translated = engine.execution_options(schema_translate_map={"tenant": "elsewhere"})
+    cache = SqlRetryContextCache(translated)
+    with translated.begin() as connection:
+        assert cache.joined(connection).save("a/1", {}, None) is not None
+    assert keys(cache) == ["a/1"]
+
+
 def test_tables_that_are_not_there_are_asked_for_by_their_command_without_the_password(request, url, at_the_end):
     place = make_url(url)
     server = request.getfixturevalue(place.get_backend_name())
