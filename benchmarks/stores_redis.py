@@ -74,7 +74,7 @@ class RedisFloor(Floor):
     def _save(self, key: str, expected: bytes, snapshot: bytes) -> bytes:
         version = b"%016x" % next(_versions)
         keys = (SPACE + b"h:" + key.encode(), *INDEXES, self.receipt)
-        values = (version, expected, snapshot, b"reject", b"", CAPACITY, b"0", b"")
+        values = (version, expected, snapshot, b"reject", b"", b"0", CAPACITY, b"0", b"")
         assert self.run(SAVE, keys, values)[17:18] == DONE
         return version
 
