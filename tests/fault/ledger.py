@@ -160,7 +160,8 @@ class Ledger:
         by_key = self.by_key
         found = [(key, f"it was lost: {by_key[key]}") for key in keys if not _settled(by_key[key])]
         for key, deliveries in by_key.items():
-            what = [*_beyond(limit_of(key), deliveries), *_hidden(deliveries), *_fences(deliveries)]
+            what = [*_beyond(limit_of(key), deliveries), *_overcounted(deliveries)]
+            what += [*_hidden(deliveries), *_fences(deliveries)]
             found += [(key, each) for each in what]
         return [f"{key}: {what}" for key, what in found]
 
@@ -197,6 +198,17 @@ def _beyond(limit: int, deliveries: list[Delivery]) -> list[str]:
     if attempts <= limit + loud:
         return []
     return [f"{attempts} attempts, {limit} allowed, {loud} not stored: {deliveries}"]
+
+
+def _overcounted(deliveries: list[Delivery]) -> list[str]:
+    """No attempt has a higher number than there were attempts, those included of which their process left no word."""
+    begun = sorted((each["place"], each["n"]) for delivery in deliveries for each in delivery.of("attempt"))
+    silent = [delivery.begun for delivery in deliveries if delivery.end is None and not delivery.of("attempt")]
+    return [
+        f"attempt {number} came after {before} others: {deliveries}"
+        for before, (place, number) in enumerate(begun)
+        if number > 1 + before + sum(place > death for death in silent)
+    ]
 
 
 def _hidden(deliveries: list[Delivery]) -> list[str]:

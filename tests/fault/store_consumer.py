@@ -307,8 +307,9 @@ class Consumer:
         """
         first, again = self.order.get("redelivered", [None, None])
         if "deliveries" in self.order:
-            for key in keys * self.order["deliveries"]:
-                yield key, first, 0
+            for turn in range(self.order["deliveries"]):
+                for key in keys:
+                    yield key, again if turn else first, 0
             return
         random.Random(self.order.get("seed", 1) * 1_000 + self.number * 100 + number).shuffle(keys)
         known = set(self.order.get("known", ()))
