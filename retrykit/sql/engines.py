@@ -15,6 +15,7 @@ from sqlalchemy import URL, Engine
 from retrykit.check import shown, wrong_type
 from retrykit.sql.dialects import SQLITE, database_of
 from retrykit.sql.fork import forget_at_fork
+from retrykit.sql.silence import limit_silence
 from retrykit.sql.sqlite import async_sqlite_engine, creator_for, sqlite_engine, undo_what_a_failed_commit_left
 from retrykit.sql.transaction import names_fault
 from retrykit.sql.urls import database_url, is_async, missing_driver
@@ -42,9 +43,10 @@ _SETTINGS: Final[dict[str, dict[str, Any]]] = {
     "asyncmy": {"connect_timeout": 10},
 }
 # A statement of ours that takes so long was lost on its way. Of the work's own nobody knows how long they take.
+SILENCE: Final = 60.0
 _OWN_SETTINGS: Final[dict[str, dict[str, Any]]] = {
-    "asyncpg": {"command_timeout": 60},
-    "pymysql": {"read_timeout": 60, "write_timeout": 60},
+    "asyncpg": {"command_timeout": SILENCE},
+    "pymysql": {"read_timeout": SILENCE, "write_timeout": SILENCE},
 }
 
 
@@ -80,7 +82,10 @@ def sync_engine_of(engine: Engine | AsyncEngine) -> Engine:
 def own_engine(url: URL) -> Engine | AsyncEngine:
     """The second engine for the URL of a server: every statement a transaction of its own."""
     options = {"isolation_level": "AUTOCOMMIT", "skip_autocommit_rollback": True}
-    return _server_engine(url, _OWN_SETTINGS, pool_size=CONNECTIONS, max_overflow=0, **options)
+    engine = _server_engine(url, _OWN_SETTINGS, pool_size=CONNECTIONS, max_overflow=0, **options)
+    if isinstance(engine, Engine) and engine.driver == "psycopg":
+        limit_silence(engine, SILENCE)
+    return engine
 
 
 def _engine_for(url: URL) -> Engine | AsyncEngine:

@@ -94,7 +94,7 @@ def test_new_history_is_stored_once_and_its_version_is_told(cache, beside, proxy
     assert cache.load("a/1") is None
     lose(proxy, lost, b"INSERT INTO rk_context")
     version = cache.save("a/1", {"retry_count": 1}, None)
-    assert proxy.lost == 1
+    proxy.await_lost(1)
     assert content(beside) == {"a/1": ({"retry_count": 1}, version)}
 
 
@@ -103,7 +103,7 @@ def test_change_is_made_once_and_its_version_is_told(cache, beside, proxy, lost)
     version = cache.save("a/1", {"retry_count": 1}, None)
     lose(proxy, lost, b"UPDATE rk_context")
     changed = cache.save("a/1", {"retry_count": 2}, version)
-    assert proxy.lost == 1
+    proxy.await_lost(1)
     assert changed > version
     assert content(beside) == {"a/1": ({"retry_count": 2}, changed)}
 
@@ -123,7 +123,7 @@ def test_reading_is_done_again(cache, proxy, lost):
     version = cache.save("a/1", {"retry_count": 1}, None)
     lose(proxy, lost, b"SELECT rk_context")
     assert cache.load("a/1").version == version
-    assert proxy.lost == 1
+    proxy.await_lost(1)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way[2] == "engine" and way[0] == "mariadb"], indirect=True)
@@ -132,7 +132,7 @@ def test_commit_in_doubt_is_looked_up(cache, beside, proxy, lost):
     version = cache.save("a/1", {"retry_count": 1}, None)
     lose(proxy, lost, b"COMMIT")
     changed = cache.save("a/1", {"retry_count": 2}, version)
-    assert proxy.lost == 1
+    proxy.await_lost(1)
     assert content(beside) == {"a/1": ({"retry_count": 2}, changed)}
 
 
@@ -220,7 +220,7 @@ def test_joined_verb_is_never_tried_again_and_the_work_is_lost_with_it(cache, be
         with pytest.raises(ContextCacheError, match="save of 'a/1' failed"):
             joined.save("a/1", {"completed_at": 1.0}, None)
         session.rollback()
-    assert proxy.lost == 1
+    proxy.await_lost(1)
     with beside.engine.begin() as connection:
         assert connection.scalar(text("SELECT count(*) FROM work")) == 0
     assert content(beside) == {}
@@ -235,3 +235,37 @@ def test_cache_waits_at_its_start_for_a_server_that_is_about_to_come(opened, pro
             opening.result(0.3)
         proxy.accept()
         assert opening.result(30).load("a/1") is None
+
+
+# -- servers that say nothing
+
+PSYCOPG = ("postgresql", "psycopg", "url")
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    monkeypatch.setattr("retrykit.sql.engines.SILENCE", 0.5)
+
+
+@pytest.mark.parametrize("way", [PSYCOPG], indirect=True, ids="-".join)
+def test_psycopg_does_not_wait_for_ever_for_a_server_that_is_there_and_silent(impatient, opened, proxy):
+    cache = opened(patience=0)
+    cache.save("a/1", {}, None)
+    proxy.stall()
+    with pytest.raises(ContextCacheError, match=r"no answer from the server for 0\.5 seconds"):
+        cache.load("a/1")
+    proxy.resume()
+    assert cache.load("a/1") is not None
+
+
+@pytest.mark.parametrize("way", [PSYCOPG], indirect=True, ids="-".join)
+def test_statement_that_psycopg_gave_up_is_ended_at_a_server_that_is_well(impatient, opened, url, at_the_end):
+    cache = opened(patience=0)
+    version = cache.save("a/1", {}, None)
+    engine = create_engine(url)
+    at_the_end.callback(engine.dispose)
+    with engine.begin() as connection:
+        connection.execute(text("SELECT * FROM rk_context FOR UPDATE")).close()
+        with pytest.raises(ContextCacheError, match="no answer"):
+            cache.save("a/1", {"retry_count": 1}, version)
+    assert cache.load("a/1").version == version
