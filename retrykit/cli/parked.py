@@ -8,7 +8,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from datetime import UTC, datetime
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
@@ -40,23 +39,23 @@ class Which:
     until: datetime | None = None
     reason: str | None = None
 
-    def items(self, engine: Any, after: int = 0) -> Iterator[ParkedItem]:
-        """Them, the longest parked first, read in pages."""
+    def items(self, engine: Any, after: int, limit: int) -> Iterator[ParkedItem]:
+        """At most `limit` of them, the longest parked first, read in pages."""
         from retrykit.sql import parked_items
 
-        return (item for item in parked_items(engine, name=self.name, after=after) if self._takes(item))
+        return parked_items(engine, after=after, limit=limit, **attrs.asdict(self))
 
-    def _takes(self, item: ParkedItem) -> bool:
-        then = (self.since is None or item.parked_at >= self.since) and (
-            self.until is None or item.parked_at < self.until
-        )
-        return then and (self.reason is None or self.reason in item.reason)
+    def ids(self, engine: Any) -> list[int]:
+        """Their numbers."""
+        from retrykit.sql import parked_ids
+
+        return list(parked_ids(engine, **attrs.asdict(self)))
 
 
 filters: Callable[[F], F] = together(
     click.option("--name", metavar="NAME", help="Of the template with this name."),
     since_until("Parked"),
-    click.option("--reason", metavar="TEXT", help="With this text in the reason."),
+    click.option("--reason", metavar="TEXT", help="With this text in the reason, in whatever case."),
 )
 chosen: Callable[[F], F] = together(
     click.argument("ids", nargs=-1, type=click.IntRange(1), metavar="[ID]..."),
@@ -104,7 +103,7 @@ def list_(*, url: str, limit: int, after: str | None, as_json: bool, **where: An
     {"parked": […], "next": ID or null}, each item as `show --json` has it, without its body.
     """
     with _open(url) as store:
-        items = list(islice(Which(**where).items(store.engine, _id(after)), limit))
+        items = list(Which(**where).items(store.engine, _id(after), limit))
         screen = Screen.here(store.histories.now())
     more = items[-1].id if len(items) == limit else None
     if as_json:
@@ -221,7 +220,7 @@ def _chosen(engine: Any, ids: Sequence[int], *, everything: bool, **where: Any) 
         raise click.UsageError("Say which: by ID, by --name, --since, --until or --reason, or --all.")
     if ids:
         return [_item(engine, number).id for number in dict.fromkeys(ids)]
-    found = [item.id for item in which.items(engine)]
+    found = which.ids(engine)
     if not found:
         raise click.ClickException("no such item is parked")
     return found

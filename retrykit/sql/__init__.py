@@ -13,7 +13,15 @@ except ModuleNotFoundError as error:
 from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
 from retrykit.sql.migrations import migrations_path
-from retrykit.sql.parked import ParkedItem, park_in, park_in_transaction, parked_item, parked_items, remove_parked_in
+from retrykit.sql.parked import (
+    ParkedItem,
+    park_in,
+    park_in_transaction,
+    parked_ids,
+    parked_item,
+    parked_items,
+    remove_parked_in,
+)
 from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_parked, rk_schema
@@ -32,6 +40,7 @@ __all__ = [
     "migrations_path",
     "park_in",
     "park_in_transaction",
+    "parked_ids",
     "parked_item",
     "parked_items",
     "remove_parked_in",

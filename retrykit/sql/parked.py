@@ -151,17 +151,23 @@ def parked_items(
     Of the template `name` or of all; behind the number `after`; at most `limit`; parked at `since` or later, before
     `until`; with this text in their reason, in whatever case.
     """
-    query = _chosen(name, _epoch("since", since), _epoch("until", until), reason)
-    left = limit
-    while left is None or left > 0:
-        size = PAGE if left is None else min(PAGE, left)
-        page = _page(bind, query.where(_c.id > after).limit(size))
-        # Collations may take two names for one.
-        wanted = [item for item in page if name is None or item.name == name]
-        yield from wanted
-        if len(page) < size:
-            return
-        after, left = page[-1].id, None if left is None else left - len(wanted)
+    found = _conditions(name, _epoch("since", since), _epoch("until", until), reason)
+    return map(_item, _rows(bind, select(rk_parked).where(*found), name, after, limit))
+
+
+def parked_ids(
+    bind: Engine | Connection | Session,
+    *,
+    name: str | None = None,
+    after: int = 0,
+    limit: int | None = None,
+    since: Instant | None = None,
+    until: Instant | None = None,
+    reason: str | None = None,
+) -> Iterator[int]:
+    """The numbers of what `parked_items` finds; nothing else of the items is read."""
+    found = _conditions(name, _epoch("since", since), _epoch("until", until), reason)
+    return (row.id for row in _rows(bind, select(_c.id, _c.name).where(*found), name, after, limit))
 
 
 def parked_item(bind: Engine | Connection | Session, number: int) -> ParkedItem | None:
@@ -176,19 +182,29 @@ def remove_parked_in(transaction: Session | Connection, number: int) -> bool:
     return connection_in(transaction).execute(delete(rk_parked).where(_c.id == number)).rowcount > 0
 
 
-def _chosen(name: str | None, since: float | None, until: float | None, reason: str | None) -> Select[Any]:
+def _conditions(name: str | None, since: float | None, until: float | None, reason: str | None) -> list[Any]:
     conditions = [
         None if name is None else _c.name == name,
         None if since is None else _c.parked_at >= since,
         None if until is None else _c.parked_at < until,
         None if reason is None else _c.reason.icontains(storable(reason), autoescape=True),
     ]
-    return select(rk_parked).where(*[one for one in conditions if one is not None]).order_by(_c.id)
+    return [one for one in conditions if one is not None]
 
 
-def _page(bind: Engine | Connection | Session, query: Select[Any]) -> list[ParkedItem]:
-    with _reading(bind) as connection:
-        return [_item(row) for row in connection.execute(query)]
+def _rows(  # noqa: PLR0917 - what its two callers were given
+    bind: Engine | Connection | Session, query: Select[Any], name: str | None, after: int, left: int | None
+) -> Iterator[Any]:
+    while left is None or left > 0:
+        size = PAGE if left is None else min(PAGE, left)
+        with _reading(bind) as connection:
+            page = connection.execute(query.where(_c.id > after).order_by(_c.id).limit(size)).all()
+        # Collations may take two names for one.
+        wanted = [row for row in page if name is None or row.name == name]
+        yield from wanted
+        if len(page) < size:
+            return
+        after, left = page[-1].id, None if left is None else left - len(wanted)
 
 
 @contextmanager

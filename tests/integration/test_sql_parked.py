@@ -3,7 +3,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
 from retrykit.context import RetryContext
@@ -13,6 +13,7 @@ from retrykit.sql import (
     create_tables,
     park_in,
     park_in_transaction,
+    parked_ids,
     parked_item,
     parked_items,
     remove_parked_in,
@@ -116,6 +117,19 @@ def test_items_are_chosen_by_when_and_why_they_were_parked(engine):
     assert chosen(reason="r_s") == [3]
     assert chosen(reason="vetoed", since=2.0, limit=1) == [2]
     assert chosen(reason="nothing") == []
+
+
+def test_numbers_are_chosen_as_items_are_without_reading_these(engine):
+    with engine.begin() as connection:
+        for n in range(3):
+            park_in(connection, b"", name=f"t{n % 2}", reason="VETOED", attempts=1, parked_at=float(n))
+    numbers = [item.id for item in parked_items(engine)]
+    seen = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: seen.append(arguments[2]))
+    assert list(parked_ids(engine)) == numbers
+    assert list(parked_ids(engine, name="t0", reason="vetoed", since=1.0)) == numbers[2:]
+    assert list(parked_ids(engine, after=numbers[0], limit=1)) == numbers[1:2]
+    assert not [words for words in seen if "payload" in words]
 
 
 def test_items_of_a_template_are_those_of_that_very_name(engine):
