@@ -178,10 +178,10 @@ class Driver(Call):
             return fault
 
     def _believed(self, answer: bool | None) -> bool:  # noqa: FBT001 - the flow's last word
-        if not answer and not self.context.lease_lost:
-            log_lost_lease(self)
         # One that was late, and was not overtaken meanwhile, is believed again.
-        self.context.lease_lost = not answer
+        before, self.context.lease_lost = self.context.lease_lost, not answer
+        if not answer and not before:
+            log_lost_lease(self)
         return answer is not False
 
     def save(self, step: Save) -> Any:
