@@ -59,7 +59,8 @@ class by_content:  # noqa: N801 - reads as a phrase: `identify=by_content()`
     second is acknowledged unread. Name headers that tell them apart, such as a timestamp of the producer's; they must
     be the same at every delivery.
 
-    The digest is BLAKE2b (20 bytes, in hex) over content type, named headers and body, each with its length before it.
+    The digest is BLAKE2b (20 bytes, in hex) over content type, named headers and body. Each part is preceded by its
+    length and a colon; a header's value by "=", and one that is absent is an empty part: `11:=text/plain2:=11:a`.
     """
 
     headers: tuple[str, ...]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import uuid
+from contextlib import closing, nullcontext
 from typing import ClassVar
 
 import pytest
 
+from retrykit.errors import CommitInDoubtError
 from retrykit.messaging import by_content
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.stomp import StompBroker
@@ -77,6 +80,10 @@ class TestEmbeddedRabbit(_StompContract):
         return embedded_rabbit
 
 
+class TestEmbeddedRabbitQuorum(TestEmbeddedRabbit):
+    options: ClassVar = QUORUM
+
+
 class TestRabbitMq(_StompContract):
     @pytest.fixture
     def server(self, rabbitmq):
@@ -84,7 +91,7 @@ class TestRabbitMq(_StompContract):
 
 
 class TestRabbitMqQuorum(TestRabbitMq):
-    options = QUORUM
+    options: ClassVar = QUORUM
 
 
 class TestRabbitMqAsAStranger(TestRabbitMq):
@@ -93,3 +100,39 @@ class TestRabbitMqAsAStranger(TestRabbitMq):
 
 class TestRabbitMqByContent(TestRabbitMq):
     options: ClassVar = {"identify": by_content()}
+
+
+def consumed(broker):
+    """What lies in a queue, taken out."""
+    with closing(broker.connect()) as session:
+        found = []
+        while (message := session.receive(0.3)) is not None:
+            found.append(message.body)
+            session.commit(message)
+        return found
+
+
+@pytest.mark.parametrize(
+    ("kind", "profile", "atomic"),
+    [
+        ("embedded", "activemq", True),
+        ("embedded", "generic", False),
+        ("embedded_rabbit", "rabbitmq", False),
+    ],
+)
+def test_sends_and_acknowledgement_are_one_or_the_sends_come_first_as_declared(request, kind, profile, atomic):
+    server = request.getfixturevalue(kind)
+    broker = StompBroker(server.url, destination=f"/queue/one.{uuid.uuid4().hex}", profile=profile)
+    copies = StompBroker(server.url, destination=f"{broker.destination}.copies", profile=profile)
+    with closing(broker.connect()) as session:
+        assert session.capabilities.atomic_send_and_ack is atomic
+        session.send(broker.destination, b"x", {})
+        session.commit()
+        message = session.receive(15.0)
+        session.send(copies.destination, b"copy", {})
+        # The connection goes when the first COMMIT is confirmed: of both, or of the sends.
+        server.drop_after_receipt()
+        with nullcontext() if atomic else pytest.raises(CommitInDoubtError):
+            session.commit(message)
+    assert consumed(copies) == [b"copy"]
+    assert consumed(broker) == ([] if atomic else [b"x"])

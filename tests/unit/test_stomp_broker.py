@@ -7,7 +7,7 @@ import pytest
 
 from retrykit.messaging.address import Address, parse_address, redacted
 from retrykit.messaging.errors import BrokerUnavailableError
-from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, profile_for
+from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
 from retrykit.messaging.stomp import StompBroker
 
 
@@ -90,6 +90,9 @@ def test_the_destination_is_given_or_the_path_of_the_url():
         ("send_timeout", None),
         ("profile", "artemis"),
         ("profile", 7),
+        ("identify", "order-id"),
+        ("declare", {"x-message-ttl": 1000}),
+        ("declare", "x-queue-type"),
         ("destination", 7),
     ],
 )
@@ -100,6 +103,7 @@ def test_a_wrong_option_is_refused(option, value):
 
 def test_the_profile_is_what_the_server_calls_itself():
     assert profile_for("ActiveMQ/5.17.2") is ACTIVEMQ
+    assert profile_for("RabbitMQ/3.10.8") is RABBITMQ
     assert profile_for("Something/1.0") is GENERIC
     assert profile_for("") is GENERIC
 

@@ -11,8 +11,8 @@ selectors, no TLS, no limits of memory or disk. Of ActiveMQ's scheduler it knows
 millisecond, not rounded to the next second), of RabbitMQ's queue arguments what `rabbit` says.
 
 Layers, from the bottom: `frames` (bytes), `queues` (who gets what), `journal` (what survives), `broker`, `session` (the
-commands), `rabbit` (both as RabbitMQ has them), `engine` (sockets on an event loop), `server` and `process` (in this
-process, in a child).
+commands), `rabbit` and `rabbit_session` (both as RabbitMQ has them), `engine` (sockets on an event loop), `server` and
+`process` (in this process, in a child).
 """
 
 from __future__ import annotations

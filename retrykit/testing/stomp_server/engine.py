@@ -16,7 +16,8 @@ from retrykit.testing.stomp_server.frames import Frame, FrameError, FrameParser,
 from retrykit.testing.stomp_server.journal import Journal
 from retrykit.testing.stomp_server.profiles import Profile
 from retrykit.testing.stomp_server.queues import Message
-from retrykit.testing.stomp_server.rabbit import RabbitBroker, RabbitSession
+from retrykit.testing.stomp_server.rabbit import RabbitBroker
+from retrykit.testing.stomp_server.rabbit_session import RabbitSession
 from retrykit.testing.stomp_server.session import Outlet, Session
 
 log = logging.getLogger(__name__)

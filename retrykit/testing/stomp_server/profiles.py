@@ -10,7 +10,8 @@ class Profile:
     """The behavior of one broker.
 
     `dead_letters` is the queue that takes a NACKed persistent message; None: NACK hands the message back at once.
-    What is more than a name or a number is code: `broker` and `session` for ActiveMQ, `rabbit` for RabbitMQ.
+    What is more than a name or a number is code: `broker` and `session` for ActiveMQ, `rabbit` and `rabbit_session` for
+    RabbitMQ.
     """
 
     name: str
