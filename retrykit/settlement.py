@@ -150,6 +150,9 @@ def _overtaken(call: Call, theirs: History | None) -> Any:
     if theirs is not None and theirs.completed_at is not None:
         call.context.duplicate = True
         return ANSWER_NOTHING
+    if theirs is not None and theirs.veto is not None and not call.seen:
+        # Vetoed before this delivery, of which the source said that there was nothing to look up.
+        return raising(TerminatedRetryError, call, None, reason=f"vetoed: {theirs.veto}; its work is rolled back")
     overtaken = None if call.flight is None else _how_overtaken(call, theirs)
     if overtaken is not None:
         return raising(TerminatedRetryError, call, None, reason=f"{overtaken}; its work is rolled back")

@@ -174,7 +174,7 @@ def _count(summary: HistorySummary) -> str:
 
 
 def _running(screen: Screen, attempt: Any) -> str:
-    known = {True: "alive", False: "dead", None: "not on this machine"}[attempt.alive]
+    known = {True: "alive", False: "dead", None: "alive or not, nobody here can tell"}[attempt.alive]
     since, until = screen.when(attempt.since), screen.when(attempt.until)
     return f"by {attempt.owner} ({known}) since {since}, believed until {until}"
 

@@ -83,3 +83,9 @@ def test_no_file_knows_the_machine_it_was_written_on():
     machine = re.compile(r"(?<![\w.:/-])/(?:home|Users|root|work)/\w")
     knowing = [str(file.relative_to(ROOT)) for file in _tracked_texts() if machine.search(file.read_text())]
     assert knowing == []
+
+
+def test_testing_needs_pytest_only_where_a_suite_is_run():
+    program = "import sys; sys.modules['pytest'] = None; import retrykit.testing; retrykit.testing.StompServer"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

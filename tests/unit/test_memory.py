@@ -311,3 +311,14 @@ def test_failure_that_others_stored_survives_a_commit_that_fails_after_the_histo
     error = deliver(template, during(somebody_else_fails), transaction=Transaction(log, commit=ERROR))
     assert error is ERROR
     assert template.context_cache.load(KEY).snapshot["retry_count"] == 2
+
+
+def test_veto_of_an_item_that_was_not_looked_up_rolls_its_work_back_where_it_is_found_in_time():
+    log, template = joined()
+    template = attrs.evolve(template, remember_completed=60.0)
+    template.veto("m-1", "poison")
+    error = deliver(template, Fails(), transaction=Transaction(log), redelivered=False)
+    assert type(error) is TerminatedRetryError
+    assert "poison" in str(error)
+    assert log[-1] == "roll back"
+    assert template.history("m-1").veto_reason == "poison"
