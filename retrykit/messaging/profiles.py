@@ -59,7 +59,7 @@ class Profile:
 ACTIVEMQ: Final = Profile(
     name="activemq",
     server="activemq",
-    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True),
+    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True),
     give_back="resubscribe",
     commit="together",
     identify=by_header("message-id"),

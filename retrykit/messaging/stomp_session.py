@@ -76,8 +76,11 @@ class StompSession:
     def capabilities(self) -> Capabilities:
         """What that kind can do."""
         own, identify = self._profile.capabilities, self._broker.identify
-        stable = own.stable_ids if identify is None else isinstance(identify, by_content)
-        return attrs.evolve(own, stable_ids=stable, counts_deliveries=own.counts_deliveries or self._counts)
+        if identify is not None:
+            # An id that is not the broker's may come again with another message, which the broker does not flag.
+            stable = isinstance(identify, by_content)
+            own = attrs.evolve(own, stable_ids=stable, trustworthy_flag=False, flags_while_connected=False)
+        return attrs.evolve(own, counts_deliveries=True) if self._counts else own
 
     @property
     def _counts(self) -> bool:

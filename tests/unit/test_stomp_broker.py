@@ -5,10 +5,12 @@ import sys
 
 import pytest
 
+from retrykit.messaging import by_content, by_header
 from retrykit.messaging.address import Address, parse_address, redacted
 from retrykit.messaging.errors import BrokerUnavailableError
 from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
 from retrykit.messaging.stomp import StompBroker
+from retrykit.messaging.stomp_session import StompSession
 
 
 @pytest.mark.parametrize(
@@ -153,3 +155,12 @@ def test_without_stomp_py_the_error_says_what_to_install():
 def test_the_rest_of_messaging_does_not_need_stomp_py():
     code = "import sys; import retrykit.messaging, retrykit.messaging.memory; assert 'stomp' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_only_ids_that_the_broker_gives_need_no_look_up_of_first_deliveries():
+    assert ACTIVEMQ.capabilities.flags_while_connected
+    for identify in (None, by_header("order"), by_content()):
+        broker = StompBroker("stomp://127.0.0.1:1", profile="activemq", identify=identify)
+        can = StompSession(broker, None).capabilities
+        assert can.flags_while_connected is (identify is None)
+        assert can.stable_ids is (identify is None or isinstance(identify, by_content))
