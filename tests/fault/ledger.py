@@ -136,7 +136,7 @@ class Ledger:
             if event["e"] == "deliver":
                 found[name] = Delivery(event["w"], event["k"], place)
             elif event["e"] == "end":
-                found[name].end = event
+                found[name].end = event | {"place": place}
             else:
                 found[name].events.append(event | {"place": place})
         return list(found.values())
@@ -201,14 +201,24 @@ def _beyond(limit: int, deliveries: list[Delivery]) -> list[str]:
 
 
 def _overcounted(deliveries: list[Delivery]) -> list[str]:
-    """No attempt has a higher number than there were attempts, those included of which their process left no word."""
-    begun = sorted((each["place"], each["n"]) for delivery in deliveries for each in delivery.of("attempt"))
-    silent = [delivery.begun for delivery in deliveries if delivery.end is None and not delivery.of("attempt")]
-    return [
-        f"attempt {number} came after {before} others: {deliveries}"
-        for before, (place, number) in enumerate(begun)
-        if number > 1 + before + sum(place > death for death in silent)
-    ]
+    """No attempt has a higher number than there were attempts that may have been reserved before it.
+
+    A process that hangs after it has reserved one says so late, and one that dies there never does.
+    """
+    found = []
+    for delivery in deliveries:
+        for earlier, attempt in enumerate(delivery.of("attempt")):
+            others = (other for other in deliveries if other is not delivery and other.begun < attempt["place"])
+            before = earlier + sum(_reserved(other, attempt["place"]) for other in others)
+            if attempt["n"] > 1 + before:
+                found.append(f"attempt {attempt['n']} came after {before} others: {deliveries}")
+    return found
+
+
+def _reserved(delivery: Delivery, place: int) -> int:
+    """How many attempts a delivery may have reserved by then."""
+    told = len(delivery.of("attempt"))
+    return told or int(delivery.end is None or delivery.end["place"] > place)
 
 
 def _hidden(deliveries: list[Delivery]) -> list[str]:
