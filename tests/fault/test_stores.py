@@ -159,6 +159,8 @@ def unjournaled(ledger):
 
 
 def test_processes_may_hang_past_their_lease_at_any_moment(place, fleet):
+    if place.kind == "sqlite":
+        pytest.skip("who hangs with SQLite's write lock stops all others for as long as their busy timeouts last")
     lease = 0.3
     fleet.options = {**FULL, "lease": lease, "takes": 0.01}
     place.guard_keys(SOME)
