@@ -255,8 +255,8 @@ def test_a_commit_that_is_not_confirmed_repeats_and_loses_nothing(tmp_path, doub
     assert counters.generations >= 7
     if moment != "drop_after_receipt":
         assert counters.in_doubt == 6
-    # What the database committed and the broker did not is answered from the completion marks.
-    assert (counters.duplicates > 0) == (moment == "drop_before_commit")
+        # What the database committed and the broker did not is answered from the completion marks.
+        assert (counters.duplicates > 0) == (moment == "drop_before_commit")
 
 
 @pytest.mark.parametrize("moment", ["drop_before_commit", "drop_before_receipt"])
