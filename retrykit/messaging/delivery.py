@@ -313,8 +313,12 @@ class _Delivery:
             case Redeliver():
                 raise TypeError(f"{whose} returned {result!r}: to have the message delivered again, raise an exception")
             case Park(destination, headers=headers) | Republish(destination, headers=headers):
-                # A copy is the same message wherever it goes.
-                self.send(destination, self.message.body, headers, self.message.headers.get(ID) or self.message.id)
+                # A copy is the same message wherever it goes; in its own queue it is a new one, or it would be taken
+                # for a duplicate of what is completed.
+                again = destination == self.message.destination
+                stable = None if again else self.message.headers.get(ID) or self.message.id
+                named = {name: value for name, value in headers.items() if name != ID} if again else headers
+                self.send(destination, self.message.body, named, stable)
         if (self.sent or self.recovering) and self.work.template.remember_completed is None:
             # No mark would say what is done: until the broker has confirmed, the history has to say where it stands.
             # The cache finds no transaction to join, so it outlives the database's commit.

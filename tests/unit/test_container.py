@@ -946,3 +946,15 @@ def test_collision_of_another_template_is_the_handlers_own_failure(broker):
     consume(broker, handler, recover=park(PARKED))
     assert calls == ["x"] * 3
     assert len(broker.at(PARKED).messages()) == 1
+
+
+def test_copy_sent_to_its_own_queue_is_not_taken_for_a_duplicate(broker):
+    calls = []
+
+    def handler(message):
+        calls.append(message.id)
+        return Republish(ORDERS, headers={"retrykit-id": message.id}) if len(calls) == 1 else None
+
+    broker.publish("x")
+    consume(broker, handler, template=template(remember_completed=60.0))
+    assert len(calls) == len(set(calls)) == 2
