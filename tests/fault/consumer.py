@@ -1,4 +1,4 @@
-"""A consumer that kills itself once, before a step of a message: `consumer.py URL QUEUE DIRECTORY STEP NUMBER`."""
+"""A consumer that kills itself once, before a step of a message: `consumer.py URL QUEUE DIRECTORY STEP NUMBER JOURNAL`."""
 
 from __future__ import annotations
 
@@ -35,9 +35,10 @@ def open_database(directory):
 class Consumer:
     """Numbers that divide by 5 fail twice, those by 7 always. SIGKILL comes before `step` of `number`, once."""
 
-    def __init__(self, url, queue, directory, *, step, number):
+    def __init__(self, url, queue, directory, *, step, number, journal):
         self.broker = StompBroker(url, destination=queue)
         self.queue, self.directory, self.step, self.number = queue, Path(directory), step, int(number)
+        self.journal = journal
         self.engine = open_database(directory)
         self.begin = sessionmaker(self.engine).begin
         self.current = 0
@@ -54,6 +55,7 @@ class Consumer:
             ),
             transaction=self.transaction,
             recover=park(f"{self.queue}.parked"),
+            journal=self.journal,
             reconnect=ExponentialBackOffPolicy(initial=0.01, max_interval=0.2),
         ).run()
 
@@ -105,4 +107,4 @@ class Consumer:
 
 
 if __name__ == "__main__":
-    Consumer(*sys.argv[1:4], step=sys.argv[4], number=sys.argv[5]).run()
+    Consumer(*sys.argv[1:4], step=sys.argv[4], number=sys.argv[5], journal=sys.argv[6]).run()

@@ -44,10 +44,10 @@ def publish(server, queue):
     session.close()
 
 
-def consume(server, queue, directory, *, step, number):
+def consume(server, queue, directory, *, step, number, journal):
     """Run a consumer process, and another when it has killed itself, to the end: the effects, and what is parked."""
     script = Path(__file__).with_name("consumer.py")
-    command = [sys.executable, str(script), server.url, queue, str(directory), step, str(number)]
+    command = [sys.executable, str(script), server.url, queue, str(directory), step, str(number), journal]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     engine = open_database(directory)
     process = subprocess.Popen(command, env=environment)
@@ -86,11 +86,20 @@ def take(server, destination, expected):
 @pytest.mark.parametrize("number", [3, 7], ids=["good", "poison"])
 @pytest.mark.parametrize("step", STEPS)
 def test_a_consumer_killed_before_a_step_costs_nothing_but_time(tmp_path, server, step, number):
+    assert most_attempts(tmp_path, server, step=step, number=number, journal="always") <= MAX_ATTEMPTS
+
+
+def test_a_first_attempt_that_kills_its_process_is_not_counted_unless_it_is_journaled(tmp_path, server):
+    attempts = most_attempts(tmp_path, server, step="handler", number=7, journal="redelivered")
+    assert attempts == MAX_ATTEMPTS + 1
+
+
+def most_attempts(directory, server, *, step, number, journal):
+    """What a message was attempted at most, after everything else about the run was seen to be right."""
     queue = f"/queue/killed.{uuid.uuid4().hex[:12]}"
     publish(server, queue)
-    effects_found, parked = consume(server, queue, tmp_path, step=step, number=number)
-    attempts = Counter(int(line) for line in (tmp_path / "attempts").read_text().split())
+    effects_found, parked = consume(server, queue, directory, step=step, number=number, journal=journal)
     assert effects_found == dict.fromkeys(GOOD, 1)
     assert sorted(int(message.text) for message in parked) == [7, 14]
     assert {message.headers["retrykit-attempts"] for message in parked} == {str(MAX_ATTEMPTS)}
-    assert max(attempts.values()) <= MAX_ATTEMPTS
+    return max(Counter((directory / "attempts").read_text().split()).values())
