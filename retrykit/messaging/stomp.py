@@ -41,6 +41,7 @@ except ModuleNotFoundError as missing:
 
 _QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
 _MAX_ERROR: Final = 500
+LAST_WORDS_SECONDS: Final = 1.0
 
 
 def _duration(value: Any) -> float:
@@ -295,7 +296,10 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         try:
             self._connection.send_frame(command, dict(headers), body)
         except (OSError, StompException) as error:
-            # Half a frame may be out: nothing that follows would be understood.
+            # Half a frame may be out: nothing that follows would be understood. But a broker that refused an earlier
+            # frame has hung up after its ERROR, which is still to be read.
+            with self._changed:
+                self._changed.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
             self.lose(f"{command} could not be sent: {error!r}")
 
     def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:

@@ -78,9 +78,9 @@ def until_closed(wire):
     """What comes until the other side ends the connection."""
     found = []
     with contextlib.suppress(ConnectionError):
-        while (frame := wire.next(10)) is not None:
+        while (frame := wire.next(30)) is not None:
             found.append(frame)
-        pytest.fail("the connection goes on")
+        pytest.fail(f"the connection goes on after {found}")
     return found
 
 

@@ -2,14 +2,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
+from types import SimpleNamespace
 
 import pytest
+from stomp.utils import Frame
 
 from retrykit.messaging import by_content, by_header
 from retrykit.messaging.address import Address, parse_address, redacted
-from retrykit.messaging.errors import BrokerUnavailableError
+from retrykit.messaging.errors import BrokerRefusedError, BrokerUnavailableError
 from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
-from retrykit.messaging.stomp import StompBroker
+from retrykit.messaging.stomp import StompBroker, Wire
 from retrykit.messaging.stomp_session import StompSession
 
 
@@ -144,6 +147,23 @@ def unused_port():
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]
+
+
+def test_a_broker_that_refused_a_frame_and_hung_up_is_heard_before_the_next_is_given_up(monkeypatch):
+    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), None)
+    last_words = threading.Timer(0.1, wire.on_error, [Frame("ERROR", {"message": "no such exchange"}, b"")])
+
+    def write(command, headers, body):
+        if command == "COMMIT":
+            last_words.start()
+            raise BrokenPipeError
+
+    monkeypatch.setattr(wire, "_connection", SimpleNamespace(send_frame=write))
+    wire.put_confirmed("SEND", {}, b"x", "a message")
+    wire.put("COMMIT", {})
+    last_words.join()
+    with pytest.raises(BrokerRefusedError, match="no such exchange"):
+        raise wire.failure()
 
 
 def test_without_stomp_py_the_error_says_what_to_install():
