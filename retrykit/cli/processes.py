@@ -22,10 +22,10 @@ from retrykit.cli.channel import Line
 from retrykit.clock import SystemClock
 from retrykit.errors import BackOffInterruptedError
 from retrykit.listener import RetryListener
-from retrykit.messaging.delivery import WaitingClock
 from retrykit.messaging.lifetime import Ending, Lifetime
 from retrykit.messaging.logs import ATTRIBUTE, decision_facts
 from retrykit.messaging.readiness import Health
+from retrykit.messaging.waiting import WaitingClock
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
 

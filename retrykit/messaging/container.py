@@ -14,11 +14,13 @@ from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_of
 from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
-from retrykit.messaging.delivery import Handler, Transaction, Work, calls_with, refuse_coroutines
+from retrykit.messaging.delivery import Work
+from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines
 from retrykit.messaging.lifetime import Ending, Lifetime
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.worker import Worker
 from retrykit.template import RetryTemplate
 

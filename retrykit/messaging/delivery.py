@@ -22,28 +22,25 @@ its history in 6 only, never in 4, and so does every recovery: after a crash it 
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from retrykit.check import wrong_type
-from retrykit.clock import Clock, SystemClock
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
 from retrykit.histories import Histories
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
-from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError, NoStableIdError
+from retrykit.messaging.errors import BrokerRefusedError, NoStableIdError
+from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.logs import decision_facts
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import ID, Recoverer
+from retrykit.messaging.unit_of_work import MisusedError, Transaction, TransactionMisuseError, UnitOfWork
 from retrykit.state import RetryState
 
 if TYPE_CHECKING:
@@ -51,47 +48,6 @@ if TYPE_CHECKING:
     from retrykit.template import RetryTemplate
 
 _log = logging.getLogger("retrykit.messaging")
-
-
-class TransactionMisuseError(TypeError):
-    """What `transaction` gives would never commit: no delivery can be handled, so the container stops."""
-
-
-class _MisusedError(BaseException):
-    """Ends a call as an interrupt does: nothing is counted against the message."""
-
-
-Handler = Callable[..., Any]
-Transaction = Callable[[], AbstractContextManager[Any]]
-
-
-@attrs.frozen
-class WaitingClock:
-    """A template's clock whose sleep ends when `wait` says that it is pointless: stopping, or the connection lost."""
-
-    clock: Clock
-    wait: Callable[[float], bool]
-
-    def time(self) -> float:
-        """As the template's own."""
-        return self.clock.time()
-
-    def monotonic(self) -> float:
-        """As the template's own."""
-        return self.clock.monotonic()
-
-    def sleep(self, seconds: float) -> None:
-        """Wait, to be interrupted by the end of the session."""
-        # A clock of the tests decides by itself how time passes; only the system's is waited for here.
-        real = isinstance(self.clock, SystemClock)
-        if not self.wait(seconds if real else 0.0):
-            raise InterruptedError("the session ends")
-        if not real:
-            self.clock.sleep(seconds)
-
-    async def async_sleep(self, seconds: float) -> None:
-        """As the template's own; the container never calls it."""
-        await self.clock.async_sleep(seconds)
 
 
 @attrs.frozen(eq=False)
@@ -116,10 +72,10 @@ class Work:
         if message.key is None:
             remedy = "its session must give every message a key"
             raise NoStableIdError(destination=message.destination, remedy=remedy)
-        delivery = _Delivery(self, session, message)
+        delivery = Delivery(self, session, message)
         try:
             delivery.run()
-        except _MisusedError as misused:
+        except MisusedError as misused:
             session.rollback(message)
             self.tally.add(withheld=1)
             raise TransactionMisuseError(str(misused)) from None
@@ -132,67 +88,7 @@ class Work:
                 raise
 
 
-def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
-    """The handler as a function of message and context; it may take the message alone, or the context by its name.
-
-    `TypeError` for what cannot be called so.
-    """
-    if not callable(handler):
-        raise wrong_type("handler", "callable", handler)
-    refuse_coroutines("handler", handler)
-    takes, named = _arguments(handler)
-    if takes == 1:
-        # A context that is taken by its name only is given by its name.
-        return lambda message, context: handler(message, **{"context": context} if named else {})
-    if takes != 2 or named:  # noqa: PLR2004 - message and context
-        raise wrong_type("handler", "callable with (message) or (message, context)", handler)
-    return handler
-
-
-def refuse_coroutines(name: str, function: object) -> None:
-    """`TypeError` for what only makes a coroutine or generator: it would not run inside the transaction, if ever."""
-    # An object with an async __call__ is no coroutine function itself.
-    for one in (function, type(function).__call__ if callable(function) else None):
-        if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
-            wanted = "a plain function (coroutines and generators would not run inside the transaction)"
-            raise wrong_type(name, wanted, function)
-
-
-def _arguments(handler: Handler) -> tuple[int, bool]:
-    """How many arguments a handler wants by place, and whether it wants the context by name.
-
-    Those that it requires, and an optional second one called "context". One that it requires by another name makes too
-    many.
-    """
-    try:
-        parameters = list(inspect.signature(handler).parameters.values())
-    except ValueError:
-        return 1, False  # a builtin that does not tell: the simple form
-    positional = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
-    by_name = {one.name: one.default is one.empty for one in parameters if one.kind is one.KEYWORD_ONLY}
-    named = by_name.pop("context", None) is not None
-    if any(by_name.values()):
-        return 3, named
-    required = sum(one.default is one.empty for one in positional)
-    if any(one.kind is one.VAR_POSITIONAL for one in parameters):
-        return max(1 if named else 2, required), named
-    wanted = 2 if len(positional) > 1 and positional[1].name == "context" else min(1, len(positional))
-    return max(required, wanted), named
-
-
-def _refuse_unfinished(result: Any, whose: str) -> None:
-    """What has not run yet must not count as done."""
-    if not (inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)):
-        return
-    if inspect.iscoroutine(result) or inspect.isgenerator(result):
-        result.close()
-    raise TypeError(
-        f"{whose} returned a {type(result).__name__}, which has not run: "
-        "it must do its work itself, inside the transaction (asyncio.run runs a coroutine)"
-    )
-
-
-class _Delivery:
+class Delivery:
     """One delivery: the callback, the recovery and the transaction that the template is given, and their result."""
 
     def __init__(self, work: Work, session: Session, message: Message) -> None:
@@ -208,6 +104,7 @@ class _Delivery:
         self.refused: BrokerRefusedError | None = None
 
     def run(self) -> None:
+        """Take it to its end, or raise what ended it: then it is to be given back."""
         self.work.tally.add(received=1, redelivered=int(self.message.redelivered))
         if not self.work.patience.wait(self.message.key, self.work.template.clock):
             self.session.rollback(self.message)
@@ -251,15 +148,17 @@ class _Delivery:
         return [] if history is None else [Outgoing.from_json(facts) for facts in history.outbox]
 
     def execute(self, key: Any) -> None:
+        """One stateful call of the template, with the history of this key."""
         self.key = key
         self.work.template.execute(
             self.attempt,
             None if self.work.recover is None else self.recovery,
             state=self.state(key),
-            transaction=lambda: _UnitOfWork(self),
+            transaction=lambda: UnitOfWork(self),
         )
 
     def state(self, key: Any) -> RetryState:
+        """What the template is told of the item and of this delivery of it."""
         redelivered = True if self.message.redelivered else self.first_or_unknown(key)
         return RetryState(
             key=key,
@@ -277,6 +176,7 @@ class _Delivery:
         return False if can.flags_while_connected and self.work.open_keys.excludes(template, key) else None
 
     def attempt(self, context: RetryContext) -> Any:
+        """The template's callback: the handler, and what its result asks for."""
         return self._obey(self.work.call(self._opened(context), context), context, "handler")
 
     def _opened(self, context: RetryContext) -> Message:
@@ -298,6 +198,7 @@ class _Delivery:
             context.outbox.append(outgoing.to_json())
 
     def recovery(self, context: RetryContext) -> Any:
+        """The template's recovery: the recoverer, and what its result asks for."""
         message = self._opened(context)
         if self.refused is not None:
             # The connection went with the first try: this delivery has no other answer.
@@ -307,7 +208,7 @@ class _Delivery:
         return self._obey(self.work.recover(message, context), context, "recover")
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
-        _refuse_unfinished(result, whose)
+        refuse_unfinished(result, whose)
         self.settlement = result if isinstance(result, SETTLEMENTS) else Ack()
         match self.settlement:
             case Redeliver():
@@ -326,6 +227,7 @@ class _Delivery:
         return result
 
     def settled(self) -> None:
+        """Everything is committed: count it, and tell."""
         self.committed = True
         tally, key = self.work.tally, self.message.key
         if self.recovering:
@@ -347,6 +249,7 @@ class _Delivery:
                     _log.warning("message %r was recovered: no further attempt", key, extra=self.facts())
 
     def give_back(self, error: BaseException) -> None:
+        """Have the message delivered again, after a pause where that would come to the same."""
         decision = None if self.context is None else self.context.decision
         delay = 0.0 if decision is None else decision.delay
         if self.withheld(error):
@@ -389,58 +292,3 @@ class _Delivery:
             why = f"its failed attempt could not be stored, so none is counted: {fault!r} ({error!r})"
         _log.error("message %r is withheld for %g s: %s", key, round(pause, 3), why, extra=self.facts(error))
         work.patience.wait(key, work.template.clock)
-
-
-class _UnitOfWork:
-    """The transaction of one attempt (or recovery): the database's inside, the broker's commit after it."""
-
-    def __init__(self, delivery: _Delivery) -> None:
-        self._delivery = delivery
-        transaction = delivery.work.transaction
-        self._database: AbstractContextManager[Any] = nullcontext() if transaction is None else transaction()
-
-    def __enter__(self) -> Any:
-        given = self._database.__enter__()
-        if given is self._database and _closes_only(given):
-            self._database.__exit__(None, None, None)
-            kind = type(given).__name__
-            msg = f"transaction: a {kind} of SQLAlchemy is closed at its end, without a commit: give its `begin`"
-            raise _MisusedError(msg)
-        return given
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        session = self._delivery.session
-        if error is not None:
-            # Sends first: they must not be taken for those of the next try in the same delivery.
-            session.rollback()
-            self._database.__exit__(kind, error, trace)
-            return
-        try:
-            self._commit(session)
-        except BrokerRefusedError as refused:
-            self._delivery.refused = refused if self._delivery.recovering else None
-            raise
-        self._delivery.settled()
-
-    def _commit(self, session: Session) -> None:
-        try:
-            session.flush()
-        except BrokerError as failure:
-            self._database.__exit__(type(failure), failure, failure.__traceback__)
-            if isinstance(failure, ConnectionLostError):
-                raise CommitInDoubtError from failure
-            raise
-        try:
-            self._database.__exit__(None, None, None)
-        except BaseException:
-            session.rollback()
-            raise
-        session.commit(self._delivery.message)
-
-
-def _closes_only(manager: object) -> bool:
-    """Whether this is SQLAlchemy's Session or Connection itself, in place of a transaction of it."""
-    leave = getattr(type(manager), "__exit__", None)
-    return hasattr(manager, "in_transaction") and getattr(leave, "__module__", "").partition(".")[0] == "sqlalchemy"

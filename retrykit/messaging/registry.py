@@ -16,9 +16,10 @@ from retrykit.backoff import BackOffPolicy
 from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.broker import Broker
 from retrykit.messaging.container import ListenerContainer
-from retrykit.messaging.delivery import Handler, Transaction
 from retrykit.messaging.group import ContainerGroup
+from retrykit.messaging.handler import Handler
 from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.unit_of_work import Transaction
 from retrykit.template import RetryTemplate
 
 H = TypeVar("H", bound=Handler)

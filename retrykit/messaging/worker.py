@@ -13,9 +13,11 @@ import attrs
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
-from retrykit.messaging.delivery import TransactionMisuseError, WaitingClock, Work
+from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import NoStableIdError
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
+from retrykit.messaging.unit_of_work import TransactionMisuseError
+from retrykit.messaging.waiting import WaitingClock
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
 
