@@ -69,7 +69,7 @@ class CountedByTheDatabase(Room):
 
     def surplus(self, connection: Connection) -> int:
         """By the counter."""
-        return (COUNTER.on(connection, {}).scalar() or 0) - (self.capacity or 0) + 1
+        return int(COUNTER.on(connection, {}).first()[0]) - (self.capacity or 0) + 1
 
     def freed(self, histories: int) -> None:
         """The triggers see that."""
@@ -171,7 +171,7 @@ class CountedByTheProcess(Room):
             self._unsure = False
             pending, begun = self._pending, self._begun
             self._inserted, self._counted_at = 0, time.monotonic()
-        counted = int(HISTORIES.on(connection, {}).scalar_one())
+        counted = int(HISTORIES.on(connection, {}).first()[0])
         with self._lock:
             # Of inserts that overlap the count nobody knows whether they are in it: the account knows them all.
             overlapping = pending + self._begun - begun

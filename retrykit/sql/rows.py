@@ -99,7 +99,7 @@ class ContextRows:
     def page(self, connection: Connection, prefix: str, after: str | None) -> Page:
         """The next snapshots by key, at most `PAGE`; fewer means that these were the last."""
         statement, start = (FIRST_PAGE, prefix) if after is None else (NEXT_PAGE, max(after, prefix))
-        rows = statement.on(connection, {"start": start, "page": PAGE}).all()
+        rows = statement.on(connection, {"start": start, "page": PAGE}).rows
         # Keys are ordered by code point, so those with the prefix stand together.
         wanted = itertools.takewhile(lambda row: row.context_key.startswith(prefix), rows)
         return [(row.context_key, _stored(row)) for row in wanted]
@@ -107,10 +107,10 @@ class ContextRows:
     def open_keys(self, connection: Connection, prefix: str, limit: int) -> list[str] | None:
         """The keys of histories that begin with the prefix; None if there are too many, or too many to look through."""
         most = max(10 * limit, LOOKED_THROUGH)
-        if OPEN.on(connection, {"most": most + 1}).scalar_one() > most:
+        if OPEN.on(connection, {"most": most + 1}).first()[0] > most:
             return None
         given = {"prefix": prefix, "length": len(prefix), "most": most, "most_keys": limit + 1}
-        keys = list(OPEN_KEYS.on(connection, given).scalars())
+        keys = [row.context_key for row in OPEN_KEYS.on(connection, given).rows]
         return keys if len(keys) <= limit else None
 
     def now(self) -> float:
@@ -212,7 +212,7 @@ class ContextRows:
         """The row has used up its revisions: it gets a new id."""
         if not REMOVE_VERSION.on(connection, which).rowcount:
             return None
-        made = self.sql.insert.on(connection, row).one()
+        made = self.sql.insert.on(connection, row).first()
         return int(made.id) * REVISIONS + int(row["revision"])
 
     # -- what goes
@@ -267,7 +267,7 @@ class ContextRows:
         return len(keys)
 
     def _drop(self, connection: Connection, oldest: Prepared, surplus: int) -> list[str]:
-        rows = oldest.on(connection, {"surplus": surplus}).all()
+        rows = oldest.on(connection, {"surplus": surplus}).rows
         evict = self.sql.evict
         if evict is not None:
             rows = [

@@ -205,11 +205,11 @@ VERSION = {"the_id": 1, "the_revision": 0}
 
 
 def plan_of(connection, query, values):
-    words, giver = query._make(connection.dialect)
+    made = query._make(connection.dialect)
     if connection.dialect.name == "postgresql":
         connection.exec_driver_sql("SET enable_seqscan = off")
-        return " ".join(row[0] for row in connection.exec_driver_sql(f"EXPLAIN {words}", giver(values)))
-    plan = connection.exec_driver_sql(f"EXPLAIN {words}", giver(values)).mappings().all()
+        return " ".join(row[0] for row in connection.exec_driver_sql(f"EXPLAIN {made.text}", made.give(values)))
+    plan = connection.exec_driver_sql(f"EXPLAIN {made.text}", made.give(values)).mappings().all()
     return [(row["table"], row["type"], row["Extra"] or "") for row in plan]
 
 
