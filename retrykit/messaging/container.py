@@ -12,26 +12,29 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
 from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
+from retrykit.messaging.async_delivery import AsyncDelivery
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
-from retrykit.messaging.delivery import Work
-from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines
+from retrykit.messaging.delivery import Delivery, Work
+from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifetime
+from retrykit.messaging.loop import Desk, HandlerLoop, Lifespan
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.worker import Worker
-from retrykit.template import RetryTemplate
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 _log = logging.getLogger("retrykit.messaging")
 
+FAREWELL: Final = 2.0
 RECONNECT: Final = ExponentialBackOffPolicy(initial=0.1, multiplier=2.0, max_interval=15.0, jitter="full")
 
 
 def _is_template(_instance: Any, field: Any, value: Any) -> None:
-    if not isinstance(value, RetryTemplate):
-        raise wrong_type(field.name, "a RetryTemplate", value)
+    if not isinstance(value, RetryTemplate | AsyncRetryTemplate):
+        raise wrong_type(field.name, "a RetryTemplate or an AsyncRetryTemplate", value)
 
 
 def _is_broker(_instance: Any, field: Any, value: Any) -> None:
@@ -63,11 +66,20 @@ class ListenerContainer(Lifetime):
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
     `with container: container.wait()`, or `container.run()`.
+
+    With an `AsyncRetryTemplate` the handler is a coroutine function, what `transaction` gives may be an asynchronous
+    context manager (`async_sessionmaker(engine).begin`), and `recover` may be a coroutine function. All coroutines of a
+    container, or of a `ContainerGroup`, run on one event loop in a thread of its own, so they can share an engine or a
+    client; it is asyncio's, trio has no part in it. A handler that blocks holds up the others, and the log says so when
+    it was for more than a second. What it sends is put into the connection when it has returned, not before.
+
+    `lifespan` is for what belongs to that loop: any callable that gives an asynchronous context manager, which is
+    entered before the first delivery and left after the last one (once for all containers of a group that name it).
     """
 
     broker: Broker = attrs.field(validator=_is_broker)
     handler: Handler
-    template: RetryTemplate = attrs.field(kw_only=True, validator=_is_template)
+    template: RetryTemplate | AsyncRetryTemplate = attrs.field(kw_only=True, validator=_is_template)
     transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
     recover: Recoverer | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
     journal: Literal["redelivered", "always", "never"] = attrs.field(
@@ -75,36 +87,48 @@ class ListenerContainer(Lifetime):
     )
     concurrency: int = attrs.field(default=1, kw_only=True, validator=whole(1))
     reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
+    lifespan: Lifespan | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
     _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
     _stopping: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
     _ending: Ending = attrs.field(factory=Ending, init=False, repr=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
     _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
     _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
+    _loop: HandlerLoop = attrs.field(factory=HandlerLoop, init=False, repr=False)
+    _desks: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        calls_with(self.handler)  # refuses what is no handler, before anything runs
-        refuse_coroutines("recover", self.recover)
+        # Refuses what is no handler, before anything runs.
+        calls_with(self.handler, self.template)
+        refuse_generators("recover", self.recover)
+        if not self.template.asynchronous:
+            refuse_coroutines("recover", self.recover)
+            if self.lifespan is not None:
+                raise ValueError("lifespan: only with an AsyncRetryTemplate is there an event loop to enter it on")
 
     # -- lifetime
 
     def start(self) -> None:
-        """Start the workers and return; they connect by themselves. `RuntimeError` at the second time."""
+        """Start the workers and return; they connect by themselves. `RuntimeError` at the second time.
+
+        With a `lifespan`, after that was entered; raises what entering it raises.
+        """
         with self._lock:
             if self._threads:
                 raise RuntimeError("this container was started before: a container is used once")
             work = self._prepared()
             self._threads = [self._thread(work, number) for number in range(1, self.concurrency + 1)]
             self._running = len(self._threads)
+        self._join_loop()
         for thread in self._threads:
             thread.start()
 
     def stop(self, *, now: bool = False) -> None:
         """Ask the workers to finish the message in hand and leave; returns at once.
 
-        `now` takes their connections away: what they have in hand is rolled back and delivered again. May be called
-        from any thread, and again.
+        `now` takes their connections away, and cancels handlers that are coroutines: what they have in hand is rolled
+        back and delivered again. May be called from any thread, and again.
         """
         self._stopping.set()
         with self._lock:
@@ -114,6 +138,9 @@ class ListenerContainer(Lifetime):
             self._ending.finish()
         for session in sessions:
             session.close(wait=False) if now else session.interrupt()
+        # Now that nothing can be committed any more.
+        for desk in self._desks if now else ():
+            desk.cancel()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all workers have left; False after `timeout` seconds.
@@ -122,6 +149,11 @@ class ListenerContainer(Lifetime):
         never commit (a Session itself), to the first who asks. Installs no signal handlers: `run` does.
         """
         return super().wait(timeout)
+
+    @property
+    def farewell(self) -> float:
+        """As `Lifetime.farewell`: coroutines are cancelled."""
+        return FAREWELL if self.template.asynchronous else 0.0
 
     # -- what observers see
 
@@ -167,18 +199,46 @@ class ListenerContainer(Lifetime):
     # -- inside
 
     def _prepared(self) -> Work:
-        call = calls_with(self.handler)
+        call = calls_with(self.handler, self.template)
         patience = Patience(self.reconnect)
-        return Work(self.template, call, self.recover, self.transaction, self._tally, patience, journal=self.journal)
+        return Work(
+            self.template,
+            call,
+            self.recover,
+            self.transaction,
+            self._tally,
+            patience,
+            AsyncDelivery if self.template.asynchronous else Delivery,
+            journal=self.journal,
+        )
 
     def _thread(self, work: Work, number: int) -> threading.Thread:
         # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
         name = f"retrykit-{self.template.name}-{number}"
-        return threading.Thread(target=self._work, args=(work,), name=name, daemon=True)
+        desk = self._desk() if self.template.asynchronous else None
+        worker = Worker(self.broker, work, self.reconnect, self._stopping, self._enlist, desk)
+        return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
 
-    def _work(self, work: Work) -> None:
+    def _desk(self) -> Desk:
+        desk = Desk(self._loop)
+        self._desks.append(desk)
+        return desk
+
+    def share_loop(self, loop: HandlerLoop) -> None:
+        """Run coroutines on this loop, with those of other containers; to be called before `start`."""
+        self._loop = loop
+
+    def _join_loop(self) -> None:
         try:
-            Worker(self.broker, work, self.reconnect, self._stopping, self._enlist).run()
+            if self.template.asynchronous:
+                self._loop.join(self.lifespan)
+        except BaseException:
+            self._ending.finish()
+            raise
+
+    def _work(self, worker: Worker) -> None:
+        try:
+            worker.run()
         except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` and `run` raise it to the owner
             self._give_up(error)
         finally:
@@ -210,4 +270,13 @@ class ListenerContainer(Lifetime):
             self._running -= 1
             last = self._running == 0
         if last:
+            self._leave_loop()
             self._ending.finish()
+
+    def _leave_loop(self) -> None:
+        try:
+            if self.template.asynchronous:
+                self._loop.leave()
+        except BaseException as error:  # noqa: BLE001 - as in `_work`
+            if error is not self.error:
+                self._give_up(error)

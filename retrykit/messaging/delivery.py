@@ -18,6 +18,9 @@ With a mark in the database the handler does not run again after a crash between
 with the mark, until 5 is confirmed; the duplicate delivery sends it again, under the same ids, and is acknowledged (see
 `retrykit.messaging.outbox`). A recovery that parks is no other. Without a mark in the database whatever sends settles
 its history in 6 only, never in 4, and so does every recovery: after a crash it is done again, not forgotten.
+
+All of this is decided here, for plain functions and for coroutines (`retrykit.messaging.async_delivery`), whose
+template runs elsewhere, and whose sends wait for 3.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import attrs
 
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
-from retrykit.histories import Histories
+from retrykit.histories import AsyncHistories, Histories
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
@@ -45,23 +48,31 @@ from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
-    from retrykit.template import RetryTemplate
+    from retrykit.messaging.handler import Template
+    from retrykit.messaging.loop import Desk
 
 _log = logging.getLogger("retrykit.messaging")
+
+
+class CutShortError(Exception):
+    """The handler was cancelled, as the container stops at once."""
 
 
 @attrs.frozen(eq=False)
 class Work:
     """What is done with each message: the user's handler, recoverer, transaction and template, and the counters."""
 
-    template: RetryTemplate
+    template: Template
     call: Callable[[Message, RetryContext], Any]
     recover: Recoverer | None
     transaction: Transaction | None
     tally: Tally
     patience: Patience
+    deliveries: type[Delivery]
     open_keys: OpenKeys = attrs.field(factory=OpenKeys)
     journal: Literal["redelivered", "always", "never"] = "redelivered"
+    desk: Desk | None = None
+    """Where the worker waits for its delivery, if that runs on an event loop."""
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -72,7 +83,7 @@ class Work:
         if message.key is None:
             remedy = "its session must give every message a key"
             raise NoStableIdError(destination=message.destination, remedy=remedy)
-        delivery = Delivery(self, session, message)
+        delivery = self.deliveries(self, session, message)
         try:
             delivery.run()
         except MisusedError as misused:
@@ -135,27 +146,31 @@ class Delivery:
         self.work.tally.add(duplicates=1)
         if unsent:
             _log.warning("message %r: sent again what its process may not have sent: %d", self.message.key, len(unsent))
-            Histories(self.work.template.context_cache, self.work.template.clock).sent(
-                (self.work.template.name, self.key)
-            )
+            template = self.work.template
+            histories = AsyncHistories if template.asynchronous else Histories
+            self.complete(lambda: histories(template.context_cache, template.clock).sent((template.name, self.key)))
 
     def unsent(self) -> list[Outgoing]:
         """What was to be sent when the message was completed, and perhaps was not."""
         template = self.work.template
         if template.remember_completed is None or self.work.transaction is None:
             return []
-        history = template.history(self.key)
+        history = self.complete(lambda: template.history(self.key))
         return [] if history is None else [Outgoing.from_json(facts) for facts in history.outbox]
 
     def execute(self, key: Any) -> None:
         """One stateful call of the template, with the history of this key."""
         self.key = key
-        self.work.template.execute(
-            self.attempt,
-            None if self.work.recover is None else self.recovery,
-            state=self.state(key),
-            transaction=lambda: UnitOfWork(self),
+        template: Any = self.work.template
+        recovery = None if self.work.recover is None else self.recovery
+        state = self.state(key)
+        self.complete(
+            lambda: template.execute(self.attempt, recovery, state=state, transaction=lambda: UnitOfWork(self))
         )
+
+    def complete(self, verb: Callable[[], Any]) -> Any:
+        """Do something with the template."""
+        return verb()
 
     def state(self, key: Any) -> RetryState:
         """What the template is told of the item and of this delivery of it."""
@@ -192,20 +207,36 @@ class Delivery:
         context, template = self.context, self.work.template
         assert context is not None  # noqa: S101 - only handlers and recoveries send
         outgoing = Outgoing(destination, body, identified(headers, given, f"{template.name} {self.key!r}", self.sent))
-        self.session.send(destination, body, outgoing.headers)
+        self.put(outgoing)
         self.sent += 1
         if template.remember_completed is not None and self.work.transaction is not None:
             context.outbox.append(outgoing.to_json())
 
+    def put(self, outgoing: Outgoing) -> None:
+        """Have it sent, before `flush` ends."""
+        self.session.send(outgoing.destination, outgoing.body, outgoing.headers)
+
+    def flush(self) -> None:
+        """Return when the broker has taken all that was sent, as `Session.flush`."""
+        self.session.flush()
+
+    def undo(self) -> None:
+        """What was sent is not sent."""
+        self.session.rollback()
+
     def recovery(self, context: RetryContext) -> Any:
         """The template's recovery: the recoverer, and what its result asks for."""
+        recover, message = self._recovering(context)
+        return self._obey(recover(message, context), context, "recover")
+
+    def _recovering(self, context: RetryContext) -> tuple[Recoverer, Message]:
         message = self._opened(context)
         if self.refused is not None:
             # The connection went with the first try: this delivery has no other answer.
             raise self.refused
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
         self.recovering = True
-        return self._obey(self.work.recover(message, context), context, "recover")
+        return self.work.recover, message
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
         refuse_unfinished(result, whose)
@@ -275,6 +306,8 @@ class Delivery:
 
     def withheld(self, error: BaseException) -> bool:
         """Whether the next delivery would come to the same: not so after a failed attempt that leaves others."""
+        if isinstance(error, CutShortError):
+            return True
         if self.context is None or self.context.exhausted or self.context.fault is not None:
             return isinstance(error, Exception)
         return False
@@ -282,7 +315,7 @@ class Delivery:
     def hold(self, error: BaseException, at_least: float) -> None:
         """Keep the delivery in hand for a while: every other consumer would get the message at once."""
         work, key = self.work, self.message.key
-        if isinstance(error, BackOffInterruptedError):
+        if isinstance(error, BackOffInterruptedError | CutShortError):
             _log.info("message %r goes back without a new attempt: %s", key, error)
             return
         pause = work.patience.withhold(work.template.name, key, at_least)

@@ -13,6 +13,7 @@ from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.counters import Counters
 from retrykit.messaging.lifetime import Ending, Event, Lifetime
+from retrykit.messaging.loop import HandlerLoop
 from retrykit.messaging.readiness import Health, total_of
 
 
@@ -44,7 +45,9 @@ class ContainerGroup(Lifetime):
 
     def __attrs_post_init__(self) -> None:
         self._left = len(self.containers)
+        loop = HandlerLoop()
         for one in self.containers:
+            one.share_loop(loop)
             one.watch(partial(self._heard, one))
 
     def start(self) -> None:
@@ -60,6 +63,11 @@ class ContainerGroup(Lifetime):
         """Stop them all, as `ListenerContainer.stop` does."""
         for one in self.containers:
             one.stop(now=now)
+
+    @property
+    def farewell(self) -> float:
+        """That of the container which needs the longest."""
+        return max(one.farewell for one in self.containers)
 
     @property
     def counters(self) -> Counters:

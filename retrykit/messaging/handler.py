@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,29 @@ from retrykit.message import Message
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
+    from retrykit.template import AsyncRetryTemplate, RetryTemplate
+
+    Template = RetryTemplate | AsyncRetryTemplate
 
 Handler = Callable[..., Any]
+"""A coroutine function where the template is an `AsyncRetryTemplate`, else a plain one."""
 
 
-def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
+def calls_with(handler: Handler, template: Template) -> Callable[[Message, RetryContext], Any]:
     """The handler as a function of message and context; it may take the message alone, or the context by its name.
 
-    `TypeError` for what cannot be called so.
+    `TypeError` for what cannot be called so, and for a kind of function that the template does not go with.
     """
     if not callable(handler):
         raise wrong_type("handler", "callable", handler)
-    refuse_coroutines("handler", handler)
+    if not template.asynchronous:
+        refuse_coroutines("handler", handler)
+    elif not _is_coroutine_function(handler):
+        wanted = (
+            "a coroutine function (async def), because the template is an AsyncRetryTemplate: "
+            "a plain one would hold up the event loop, and all other deliveries; for that use a RetryTemplate"
+        )
+        raise wrong_type("handler", wanted, handler)
     takes, named = _arguments(handler)
     if takes == 1:
         # A context that is taken by its name only is given by its name.
@@ -34,11 +46,28 @@ def calls_with(handler: Handler) -> Callable[[Message, RetryContext], Any]:
 
 def refuse_coroutines(name: str, function: object) -> None:
     """`TypeError` for what only makes a coroutine or generator: it would not run inside the transaction, if ever."""
-    # An object with an async __call__ is no coroutine function itself.
-    for one in (function, type(function).__call__ if callable(function) else None):
-        if inspect.iscoroutinefunction(one) or inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
-            wanted = "a plain function (coroutines and generators would not run inside the transaction)"
-            raise wrong_type(name, wanted, function)
+    if _is_coroutine_function(function):
+        wanted = "a plain function, because the template is a RetryTemplate: a coroutine needs an AsyncRetryTemplate"
+        raise wrong_type(name, wanted, function)
+    refuse_generators(name, function)
+
+
+def refuse_generators(name: str, function: object) -> None:
+    """`TypeError` for what only makes a generator: it would never run."""
+    for one in _bodies(function):
+        if inspect.isgeneratorfunction(one) or inspect.isasyncgenfunction(one):
+            raise wrong_type(name, "a function without yield (a generator would not run)", function)
+
+
+def _is_coroutine_function(function: object) -> bool:
+    return any(inspect.iscoroutinefunction(one) for one in _bodies(function))
+
+
+def _bodies(function: object) -> tuple[object, ...]:
+    """What runs when it is called: an object with an async __call__ is no coroutine function itself."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return (function, type(function).__call__) if callable(function) else (function,)
 
 
 def _arguments(handler: Handler) -> tuple[int, bool]:
@@ -71,5 +100,5 @@ def refuse_unfinished(result: Any, whose: str) -> None:
         result.close()
     raise TypeError(
         f"{whose} returned a {type(result).__name__}, which has not run: "
-        "it must do its work itself, inside the transaction (asyncio.run runs a coroutine)"
+        "it must do its work itself, inside the transaction (coroutines need an AsyncRetryTemplate)"
     )

@@ -93,6 +93,11 @@ class Lifetime(ABC):
         """Ask for the end: in good order, or at once. Returns at once; may be called from any thread, and again."""
 
     @property
+    def farewell(self) -> float:
+        """For how many seconds `run` waits when it stops at once, for what is cancelled to be put straight."""
+        return 0.0
+
+    @property
     def error(self) -> BaseException | None:
         """What made it give up; None if nothing has."""
         return self._ending.error
@@ -115,7 +120,7 @@ class Lifetime(ABC):
 
         `grace`: the messages in hand may take so many seconds (None: as long as they do), then it stops at once. True
         if they were finished. If not, a handler may still be running in its thread: nothing that it does will be
-        committed.
+        committed. One that is a coroutine is cancelled, and has 2 seconds to come to its end.
 
         Raises what made it give up.
         """
@@ -160,6 +165,7 @@ def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, hee
         if event == "late" or (event == "signal" and asked and heed_repeated):
             _log.warning("stopping at once: what is in hand is given back")
             one.stop(now=True)
+            _linger(heard, time.monotonic() + one.farewell)
             return False
         if event == "signal" and not asked:
             asked = True
@@ -168,6 +174,12 @@ def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, hee
         if deadline is None and grace is not None:
             deadline = time.monotonic() + grace
     return True
+
+
+def _linger(heard: SimpleQueue[_Heard], deadline: float) -> None:
+    """Leave a moment to what was cancelled, unless one more signal comes."""
+    while _next(heard, deadline) == "failed":
+        pass
 
 
 def _next(heard: SimpleQueue[_Heard], deadline: float | None) -> _Heard:

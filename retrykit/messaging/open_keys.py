@@ -10,14 +10,17 @@ cache cannot tell, every message is looked up.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from typing import Any, Final
+from collections.abc import Callable, Iterable
+from operator import call
+from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
 from retrykit.errors import RetryError
 from retrykit.key import Key, namespace
-from retrykit.template import RetryTemplate
+
+if TYPE_CHECKING:
+    from retrykit.messaging.handler import Template
 
 _log = logging.getLogger("retrykit.messaging")
 
@@ -31,20 +34,20 @@ class OpenKeys:
 
     keys: frozenset[str] | None = None
 
-    def excludes(self, template: RetryTemplate, key: Key) -> bool:
+    def excludes(self, template: Template, key: Key) -> bool:
         """Whether the key surely has no history that was stored before this connection."""
         return self.keys is not None and template.key_of(key) not in self.keys
 
 
-def open_keys_of(template: RetryTemplate) -> OpenKeys:
-    """Ask the template's cache."""
+def open_keys_of(template: Template, complete: Callable[[Callable[[], Any]], Any] = call) -> OpenKeys:
+    """Ask the template's cache; `complete` calls, and awaits what is asynchronous."""
     cache: Any = template.context_cache
     ask = getattr(cache, "open_keys", None)
     if ask is None:
         return OpenKeys()
     try:
         # Messages have tuples for keys: (destination, id).
-        found: Iterable[str] | None = ask(f"{namespace(template.name)}(", LIMIT)
+        found: Iterable[str] | None = complete(lambda: ask(f"{namespace(template.name)}(", LIMIT))
     except RetryError as fault:
         _log.warning("%s: the open histories are not known, so every message is looked up: %s", template.name, fault)
         return OpenKeys()

@@ -14,13 +14,15 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy
 from retrykit.check import wrong_type, wrong_value
+from retrykit.message import Message
 from retrykit.messaging.broker import Broker
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.handler import Handler
+from retrykit.messaging.loop import Lifespan
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.unit_of_work import Transaction
-from retrykit.template import RetryTemplate
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 H = TypeVar("H", bound=Handler)
 BrokerFor = Callable[[str], Broker]
@@ -29,12 +31,13 @@ BrokerFor = Callable[[str], Broker]
 class Options(TypedDict, total=False):
     """What a registry and each of its consumers may say, with the meaning it has for a `ListenerContainer`."""
 
-    template: RetryTemplate
+    template: RetryTemplate | AsyncRetryTemplate
     transaction: Transaction | None
     recover: Recoverer | None
     journal: Literal["redelivered", "always", "never"]
     concurrency: int
     reconnect: BackOffPolicy
+    lifespan: Lifespan | None
 
 
 class Consumers:
@@ -52,8 +55,10 @@ class Consumers:
     ```
 
     `broker` is a URL of a STOMP broker, a broker (which is asked for the destination of each consumer), or a function
-    of a destination that gives a broker. The options (`template`, `transaction`, `recover`, `journal`, `concurrency`,
-    `reconnect`) are those of `ListenerContainer`, for every consumer that has none of its own.
+    of a destination that gives a broker. The options (`template`, `transaction`, `recover`, `journal`,
+    `concurrency`, `reconnect`, `lifespan`) are those of `ListenerContainer`, for every consumer that has none of its
+    own. A consumer is a coroutine function where its template is an `AsyncRetryTemplate`; all coroutines of a registry
+    run on one event loop, and a `lifespan` that they have in common is entered once.
 
     Each consumer has a template with a name of its own: that of the registry's template, a dot, and what follows the
     last slash of its destination (`shop.orders`). Its histories and marks are kept under that name, and those of
@@ -66,8 +71,9 @@ class Consumers:
         self._registered: list[_Registered] = []
         self._running: ContainerGroup | None = None
         # Defaults are checked where they are given, not at the first consumer that takes them.
-        checked: dict[str, Any] = {"template": RetryTemplate(), **options}
-        ListenerContainer(_Nowhere(), lambda _message: None, **checked)
+        checked: dict[str, Any] = _fitting({"template": RetryTemplate(), **options})
+        asynchronous = getattr(checked["template"], "asynchronous", False)
+        ListenerContainer(_Nowhere(), _async_nothing if asynchronous else _nothing, **checked)
 
     def __repr__(self) -> str:
         return f"<Consumers {', '.join(map(str, self._registered)) or 'none'}>"
@@ -107,7 +113,8 @@ class Consumers:
         if not isinstance(destination, str):
             raise wrong_type("destination", "a str", destination)
         place = self._broker_for if broker is None else _broker_for(broker)
-        given: dict[str, Any] = {**self._options, **options, "template": self._template(destination, name, options)}
+        template = self._template(destination, name, options)
+        given: dict[str, Any] = {**_fitting({**self._options, "template": template}), **options, "template": template}
         registered = _Registered(destination, ListenerContainer(place(destination), handler, **given))
         if any(registered.shares_histories_with(other) for other in self._registered):
             raise ValueError(
@@ -151,7 +158,7 @@ class Consumers:
         if group is not None:
             group.__exit__(kind, error, trace)
 
-    def _template(self, destination: str, name: str | None, options: Options) -> RetryTemplate:
+    def _template(self, destination: str, name: str | None, options: Options) -> RetryTemplate | AsyncRetryTemplate:
         own = options.get("template")
         if own is not None:
             if name is not None:
@@ -178,6 +185,21 @@ class _Registered:
     def __str__(self) -> str:
         handler = self.container.handler
         return f"{getattr(handler, '__qualname__', repr(handler))} ← {self.destination}"
+
+
+def _fitting(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a registry that go with the template: its plain consumers have no event loop."""
+    if getattr(options["template"], "asynchronous", True):
+        return options
+    return {name: value for name, value in options.items() if name != "lifespan"}
+
+
+def _nothing(_message: Message) -> None:
+    """A handler that is never called."""
+
+
+async def _async_nothing(_message: Message) -> None:
+    """Another one."""
 
 
 class _Nowhere:

@@ -1,20 +1,28 @@
-"""The transaction of one attempt: the database's inside, the broker's commit after it."""
+"""The transaction of one attempt: the database's inside, the broker's commit after it.
+
+In which order it ends is written once, as a generator of steps at the broker and in the database; a template calls
+them, or awaits them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
+from functools import partial
+from inspect import iscoroutine
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+import attrs
+
 from retrykit.errors import CommitInDoubtError
-from retrykit.messaging.broker import Session
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError
 
 if TYPE_CHECKING:
     from retrykit.messaging.delivery import Delivery
+    from retrykit.messaging.loop import Desk
 
-Transaction = Callable[[], AbstractContextManager[Any]]
+Transaction = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 
 
 class TransactionMisuseError(TypeError):
@@ -25,56 +33,170 @@ class MisusedError(BaseException):
     """Ends a call as an interrupt does: nothing is counted against the message."""
 
 
+@attrs.frozen
+class _AtBroker:
+    """Something that the session is to do."""
+
+    do: Callable[[], None]
+
+
+@attrs.frozen
+class _InDatabase:
+    """The database's transaction is to be left: committed, or rolled back with an error."""
+
+    error: BaseException | None
+
+
+_Steps = Generator[_AtBroker | _InDatabase, None, None]
+
+
 class UnitOfWork:
-    """The transaction of one attempt (or recovery): the database's inside, the broker's commit after it."""
+    """The transaction of one attempt (or recovery), to be entered and left by a template."""
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
         transaction = delivery.work.transaction
-        self._database: AbstractContextManager[Any] = nullcontext() if transaction is None else transaction()
+        self._database: Any = nullcontext() if transaction is None else transaction()
 
-    def __enter__(self) -> Any:
-        given = self._database.__enter__()
-        if given is self._database and _closes_only(given):
-            self._database.__exit__(None, None, None)
-            kind = type(given).__name__
-            msg = f"transaction: a {kind} of SQLAlchemy is closed at its end, without a commit: give its `begin`"
-            raise MisusedError(msg)
-        return given
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        session = self._delivery.session
+    def _ending(self, error: BaseException | None) -> _Steps:
+        """The end of an attempt that has failed, or not."""
+        delivery = self._delivery
         if error is not None:
             # Sends first: they must not be taken for those of the next try in the same delivery.
-            session.rollback()
-            self._database.__exit__(kind, error, trace)
+            yield _AtBroker(delivery.undo)
+            yield _InDatabase(error)
             return
         try:
-            self._commit(session)
+            yield from self._committing()
         except BrokerRefusedError as refused:
-            self._delivery.refused = refused if self._delivery.recovering else None
+            delivery.refused = refused if delivery.recovering else None
             raise
-        self._delivery.settled()
+        delivery.settled()
 
-    def _commit(self, session: Session) -> None:
+    def _committing(self) -> _Steps:
+        delivery = self._delivery
         try:
-            session.flush()
+            yield _AtBroker(delivery.flush)
         except BrokerError as failure:
-            self._database.__exit__(type(failure), failure, failure.__traceback__)
+            yield _InDatabase(failure)
             if isinstance(failure, ConnectionLostError):
                 raise CommitInDoubtError from failure
             raise
-        try:
-            self._database.__exit__(None, None, None)
-        except BaseException:
-            session.rollback()
+        except BaseException as failure:
+            # Something that cannot be sent at all.
+            yield _AtBroker(delivery.undo)
+            yield _InDatabase(failure)
             raise
-        session.commit(self._delivery.message)
+        try:
+            yield _InDatabase(None)
+        except BaseException:
+            yield _AtBroker(delivery.undo)
+            raise
+        yield _AtBroker(partial(delivery.session.commit, delivery.message))
+
+    # -- called
+
+    def __enter__(self) -> Any:
+        database = self._database
+        if not hasattr(database, "__enter__"):
+            raise self._misused()
+        given = database.__enter__()
+        if given is database and _closes_only(given, "__exit__"):
+            database.__exit__(None, None, None)
+            raise _never_commits(given)
+        return given
+
+    def __exit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        steps, fault = self._ending(error), None
+        try:
+            while (step := _next(steps, fault)) is not None:
+                fault = self._perform(step)
+        finally:
+            # Tracebacks keep this frame: what leads back to an exception may not stay in it.
+            del fault
+
+    def _perform(self, step: _AtBroker | _InDatabase) -> BaseException | None:
+        try:
+            if isinstance(step, _AtBroker):
+                step.do()
+            else:
+                self._database.__exit__(*_facts(step.error))
+        except BaseException as fault:  # noqa: BLE001 - what it means is said in `_ending`
+            return fault
+        return None
+
+    # -- awaited
+
+    async def __aenter__(self) -> Any:
+        database = self._database
+        if not hasattr(database, "__aenter__"):
+            return self.__enter__()
+        given = await database.__aenter__()
+        if given is database and _closes_only(given, "__aexit__"):
+            await database.__aexit__(None, None, None)
+            raise _never_commits(given)
+        return given
+
+    async def __aexit__(
+        self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        steps, fault = self._ending(error), None
+        try:
+            while (step := _next(steps, fault)) is not None:
+                fault = await self._async_perform(step)
+        finally:
+            del fault
+
+    async def _async_perform(self, step: _AtBroker | _InDatabase) -> BaseException | None:
+        if isinstance(step, _InDatabase) and not hasattr(self._database, "__aexit__"):
+            return self._perform(step)
+        try:
+            if isinstance(step, _AtBroker):
+                await self._desk.call(step.do)
+            else:
+                await self._database.__aexit__(*_facts(step.error))
+        except BaseException as fault:  # noqa: BLE001 - as in `_perform`
+            return fault
+        return None
+
+    @property
+    def _desk(self) -> Desk:
+        desk = self._delivery.work.desk
+        assert desk is not None  # noqa: S101 - where it is awaited there is one
+        return desk
+
+    def _misused(self) -> MisusedError:
+        """It cannot be entered."""
+        database = self._database
+        if iscoroutine(database):
+            database.close()
+        asynchronous = hasattr(database, "__aenter__")
+        why = ": an asynchronous one needs an AsyncRetryTemplate" if asynchronous else ""
+        return MisusedError(f"transaction: must give a context manager, not {type(database).__name__}{why}")
 
 
-def _closes_only(manager: object) -> bool:
+def _next(steps: _Steps, fault: BaseException | None) -> _AtBroker | _InDatabase | None:
+    try:
+        return next(steps) if fault is None else steps.throw(fault)
+    except StopIteration:
+        return None
+    finally:
+        del fault
+
+
+def _facts(error: BaseException | None) -> tuple[Any, Any, Any]:
+    """What a context manager is told."""
+    return (None, None, None) if error is None else (type(error), error, error.__traceback__)
+
+
+def _closes_only(manager: object, leave: str) -> bool:
     """Whether this is SQLAlchemy's Session or Connection itself, in place of a transaction of it."""
-    leave = getattr(type(manager), "__exit__", None)
-    return hasattr(manager, "in_transaction") and getattr(leave, "__module__", "").partition(".")[0] == "sqlalchemy"
+    module = getattr(getattr(type(manager), leave, None), "__module__", "")
+    return hasattr(manager, "in_transaction") and module.partition(".")[0] == "sqlalchemy"
+
+
+def _never_commits(manager: object) -> MisusedError:
+    kind = type(manager).__name__
+    return MisusedError(f"transaction: a {kind} of SQLAlchemy is closed at its end, without a commit: give its `begin`")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import attrs
 
 from retrykit.clock import Clock, SystemClock
+
+if TYPE_CHECKING:
+    from retrykit.messaging.loop import Desk
 
 
 @attrs.frozen
@@ -15,6 +19,7 @@ class WaitingClock:
 
     clock: Clock
     wait: Callable[[float], bool]
+    desk: Desk | None = None
 
     def time(self) -> float:
         """As the template's own."""
@@ -26,13 +31,25 @@ class WaitingClock:
 
     def sleep(self, seconds: float) -> None:
         """Wait, to be interrupted by the end of the session."""
-        # A clock of the tests decides by itself how time passes; only the system's is waited for here.
-        real = isinstance(self.clock, SystemClock)
-        if not self.wait(seconds if real else 0.0):
-            raise InterruptedError("the session ends")
-        if not real:
+        self._go_on(self.wait(self._waited_for(seconds)))
+        if not self._real:
             self.clock.sleep(seconds)
 
     async def async_sleep(self, seconds: float) -> None:
-        """As the template's own; the container never calls it."""
-        await self.clock.async_sleep(seconds)
+        """As `sleep`, without blocking the event loop: the worker waits."""
+        assert self.desk is not None  # noqa: S101 - where there is a loop there is a desk
+        self._go_on(await self.desk.call(self.wait, self._waited_for(seconds)))
+        if not self._real:
+            await self.clock.async_sleep(seconds)
+
+    @property
+    def _real(self) -> bool:
+        # A clock of the tests decides by itself how time passes; only the system's is waited for here.
+        return isinstance(self.clock, SystemClock)
+
+    def _waited_for(self, seconds: float) -> float:
+        return seconds if self._real else 0.0
+
+    def _go_on(self, waited: bool) -> None:  # noqa: FBT001 - what `wait` said
+        if not waited:
+            raise InterruptedError("the session ends")

@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from operator import call
 from typing import TYPE_CHECKING, Final
 
 import attrs
@@ -24,6 +25,7 @@ from retrykit.template import RetryTemplate
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
     from retrykit.message import Message
+    from retrykit.messaging.loop import Desk
 
 _FATAL: Final = (NoStableIdError, TransactionMisuseError)
 _log = logging.getLogger("retrykit.messaging")
@@ -41,6 +43,7 @@ class Worker:
     reconnect: BackOffPolicy
     stopping: threading.Event
     enlist: Callable[[Session], AbstractContextManager[Session]]
+    desk: Desk | None = None
 
     def run(self) -> None:
         """Live one connection after the other; after a life that came to nothing the next one waits longer.
@@ -84,11 +87,13 @@ class Worker:
     def _work_in(self, session: Session) -> Work:
         """The work with a template whose pauses end when this session does."""
         template = self.work.template
-        known = open_keys_of(template) if session.capabilities.flags_while_connected else OpenKeys()
+        complete = call if self.desk is None else self.desk.run
+        known = open_keys_of(template, complete) if session.capabilities.flags_while_connected else OpenKeys()
         return attrs.evolve(
             self.work,
-            template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause)),
+            template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause, self.desk)),
             open_keys=known,
+            desk=self.desk,
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:

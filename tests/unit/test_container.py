@@ -1,4 +1,4 @@
-"""The listener container on the in-process broker."""
+"""The listener container on the in-process broker, with handlers that are plain functions and with coroutines."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 
 import attrs
 import pytest
@@ -34,7 +34,7 @@ from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.patience import Patience
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.state import RetryState
-from retrykit.template import RetryTemplate
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 ORDERS = "/queue/orders"
 PARKED = "/queue/orders.parked"
@@ -43,17 +43,70 @@ ONE_PAUSE = FixedBackOffPolicy(3600)
 QUICK = ExponentialBackOffPolicy(initial=0.001, max_interval=0.01)
 
 
+# Each test runs with plain functions and with coroutines: what it says of the container holds for both.
+TEMPLATES = {"plain": RetryTemplate, "coroutine": AsyncRetryTemplate}
+PRESENT = {"kind": "plain"}
+
+
+def plain_only(test):
+    """A test about something that is the same for both, or that coroutines do otherwise (`test_async_container`)."""
+    test.kinds = ["plain"]
+    return test
+
+
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("kind", getattr(metafunc.function, "kinds", TEMPLATES), indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def kind(request, monkeypatch):
+    monkeypatch.setitem(PRESENT, "kind", request.param)
+    return request.param
+
+
 @pytest.fixture
 def broker():
     return MemoryBroker(ORDERS)
 
 
 def template(max_attempts=3, **options):
-    return RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=max_attempts), **options)
+    make = TEMPLATES[PRESENT["kind"]]
+    return make(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=max_attempts), **options)
 
 
 def container(broker, handler, **options):
-    return ListenerContainer(broker, handler, **{"template": template(), "reconnect": QUICK} | options)
+    given = {"template": template(), "reconnect": QUICK} | options
+    if given["template"].asynchronous:
+        handler = awaited(handler)
+        given |= {"transaction": opened_later(given.get("transaction")), "recover": awaited(given.get("recover"))}
+    return ListenerContainer(broker, handler, **given)
+
+
+def awaited(function):
+    """The same as a coroutine function, which lets others have their turn first."""
+    if function is None:
+        return None
+
+    @functools.wraps(function, updated=())
+    async def later(*arguments, **keywords):
+        await asyncio.sleep(0)
+        return function(*arguments, **keywords)
+
+    return later
+
+
+def opened_later(transaction):
+    """The same as an asynchronous context manager."""
+    if transaction is None:
+        return None
+
+    @asynccontextmanager
+    async def begin():
+        await asyncio.sleep(0)
+        with transaction() as given:
+            yield given
+
+    return begin
 
 
 def consume(broker, handler, **options):
@@ -428,6 +481,7 @@ def test_a_pause_that_a_lost_connection_cuts_short_is_taken_at_the_next_delivery
     assert (made.counters.withheld, len(broker.messages())) == (2, 1)
 
 
+@plain_only
 def test_the_pauses_of_a_withheld_message_grow_whatever_is_handled_in_between():
     patience = Patience(ExponentialBackOffPolicy(initial=1.0, multiplier=2.0, max_interval=5.0))
     grown = [patience.withhold("orders", key, 0.0) for key in ("a", "a", "b", "a", "a", "b")]
@@ -437,6 +491,7 @@ def test_the_pauses_of_a_withheld_message_grow_whatever_is_handled_in_between():
     assert patience.withhold("orders", "a", 30.0) == 30.0
 
 
+@plain_only
 def test_what_is_known_of_withheld_messages_is_bounded():
     patience = Patience(ExponentialBackOffPolicy(initial=1.0, multiplier=2.0))
     for number in range(10_001):
@@ -674,6 +729,7 @@ def test_what_is_no_failure_of_the_handler_stops_the_container_and_gives_the_mes
     assert len(broker.messages()) == 1
 
 
+@plain_only
 def test_several_workers_share_the_messages(broker):
     for number in range(40):
         broker.publish(str(number))
@@ -717,6 +773,7 @@ def test_a_signal_that_another_thread_is_given_drains_the_container_too(broker):
     assert broker.messages() == ()
 
 
+@plain_only
 def test_a_second_signal_stops_at_once(broker):
     broker.publish("1")
     go_on = threading.Event()
@@ -772,6 +829,7 @@ def needs_a_session(message, *, session):
     pass
 
 
+@plain_only
 @pytest.mark.parametrize(
     ("change", "names"),
     [
@@ -801,12 +859,14 @@ def test_a_wrong_argument_is_refused_by_name(broker, change, names):
         ListenerContainer(given.pop("broker"), given.pop("handler"), **given)
 
 
+@plain_only
 def test_a_refused_connection_says_who_refused(broker):
     broker.refuse_connections()
     with pytest.raises(BrokerUnavailableError, match="memory:/queue/orders"):
         broker.connect()
 
 
+@plain_only
 def test_capabilities_claim_nothing_by_themselves():
     assert Capabilities() == Capabilities(
         delayed_redelivery=False,
@@ -904,6 +964,7 @@ def test_a_virtual_clock_spends_the_pauses(broker):
 # -- one id, two messages
 
 
+@plain_only
 def test_message_with_the_id_of_a_failed_one_is_counted_for_itself_and_reported(broker, caplog):
     shared, key = template(), (ORDERS, "m-1")
     first = Message(destination=ORDERS, body=b"first")

@@ -1,0 +1,730 @@
+"""What the container does otherwise where handlers are coroutines; what is the same for both is in `test_container`."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import asynccontextmanager, contextmanager
+
+import attrs
+import pytest
+
+from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
+from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
+from retrykit.cache import MapRetryContextCache
+from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, loop, park
+from retrykit.messaging.memory import MemoryBroker
+from tests.doubles import AsyncCache
+
+ORDERS = "/queue/orders"
+PARKED = "/queue/orders.parked"
+PATIENCE = 20.0
+QUICK = ExponentialBackOffPolicy(initial=0.001, max_interval=0.01)
+
+
+@pytest.fixture
+def broker():
+    return MemoryBroker(ORDERS)
+
+
+def template(max_attempts=3, **options):
+    return AsyncRetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=max_attempts), **options)
+
+
+def container(broker, handler, **options):
+    return ListenerContainer(broker, handler, **{"template": template(), "reconnect": QUICK} | options)
+
+
+def consume(broker, handler, **options):
+    made = container(broker, handler, **options)
+    with made:
+        assert broker.wait_until_empty(PATIENCE), f"left: {broker.messages()}"
+    return made
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.002)
+
+
+class Database:
+    """A factory of asynchronous transactions that records what happens to them; `committing` is awaited by commits."""
+
+    def __init__(self, committing=None):
+        self.log = []
+        self.committing = committing
+
+    @asynccontextmanager
+    async def begin(self):
+        self.log.append("begin")
+        try:
+            yield self
+            if self.committing is not None:
+                await self.committing()
+        except BaseException:
+            self.log.append("rollback")
+            raise
+        self.log.append("commit")
+
+
+class Endless:
+    """A handler that waits until it is cancelled."""
+
+    def __init__(self):
+        self.running = threading.Event()
+        self.cancelled = 0
+
+    async def handle(self, message):
+        self.running.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+
+async def has_happened(event):
+    assert await asyncio.to_thread(event.wait, PATIENCE)
+
+
+async def nothing(message):
+    pass
+
+
+def bodies(broker, destination=ORDERS):
+    return [message.body for message in broker.at(destination).messages()]
+
+
+# -- one loop, several workers
+
+
+def test_handlers_of_all_workers_run_at_the_same_time_on_one_loop(broker):
+    for number in range(8):
+        broker.publish(str(number))
+    together = asyncio.Barrier(4)
+    threads, loops = set(), set()
+
+    async def handler(message):
+        await asyncio.wait_for(together.wait(), PATIENCE)
+        threads.add(threading.current_thread())
+        loops.add(asyncio.get_running_loop())
+
+    made = consume(broker, handler, concurrency=4)
+    assert (made.counters.acknowledged, made.counters.generations) == (8, 4)
+    assert (len(threads), len(loops)) == (1, 1)
+    assert threading.main_thread() not in threads
+
+
+def test_loop_and_its_thread_end_with_the_container(broker):
+    broker.publish("x")
+    threads = []
+
+    async def handler(message):
+        threads.append(threading.current_thread())
+
+    consume(broker, handler)
+    assert not threads[0].is_alive()
+
+
+def test_session_is_used_by_its_own_worker_alone(broker):
+    used = set()
+
+    class Watched(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            for verb in ("receive", "send", "flush", "commit", "rollback", "pause"):
+                setattr(session, verb, functools.partial(self.note, getattr(session, verb)))
+            return session
+
+        def note(self, verb, *arguments, **keywords):
+            used.add((verb.__name__, threading.current_thread().name))
+            return verb(*arguments, **keywords)
+
+    watched = Watched(ORDERS)
+    watched.publish("x")
+
+    async def handler(message, context):
+        message.send("/queue/next", "y")
+        if context.attempt == 1:
+            raise ConnectionError
+
+    consume(watched, handler, template=template(back_off_policy=FixedBackOffPolicy(0.001)))
+    assert {verb for verb, _ in used} >= {"receive", "send", "flush", "commit", "rollback"}
+    assert {name for _, name in used} == {"retrykit-orders-1"}
+
+
+def test_each_handler_has_its_own_context_around_it(broker):
+    for number in range(4):
+        broker.publish(str(number), id=str(number))
+    together = asyncio.Barrier(4)
+    seen = []
+
+    async def handler(message, context):
+        await asyncio.wait_for(together.wait(), PATIENCE)
+        child = asyncio.create_task(look())
+        seen.append((message.id, current_context() is context, await child is context, context.key))
+
+    async def look():
+        return current_context()
+
+    consume(broker, handler, concurrency=4)
+    assert sorted(seen) == [(str(number), True, True, (ORDERS, str(number))) for number in range(4)]
+
+
+def test_containers_of_a_group_share_a_loop_and_others_do_not(broker):
+    loops = {}
+
+    def consumer(name):
+        async def handler(message):
+            loops[name] = asyncio.get_running_loop()
+
+        at = broker.at(f"/queue/{name}")
+        at.publish("x")
+        return container(at, handler, template=attrs.evolve(template(), name=name))
+
+    alone = consumer("c")
+    with ContainerGroup([consumer("a"), consumer("b")]), alone:
+        wait_for(lambda: len(loops) == 3)
+    assert loops["a"] is loops["b"]
+    assert loops["a"] is not loops["c"]
+
+
+def test_loop_that_is_blocked_is_told_of(broker, caplog, monkeypatch):
+    monkeypatch.setattr(loop, "LOOK", 0.05)
+    broker.publish("x")
+
+    async def handler(message):
+        await asyncio.sleep(0)  # the watch has begun
+        time.sleep(0.2)  # noqa: ASYNC251 - that is what it is about
+        await asyncio.sleep(0.06)
+
+    consume(broker, handler)
+    assert "the event loop of the handlers was blocked for 0." in caplog.text
+
+
+def test_exit_of_something_else_on_the_loop_stops_the_container(broker):
+    broker.publish("x")
+
+    async def leaves():
+        sys.exit(3)
+
+    async def handler(message):
+        asyncio.create_task(leaves())  # noqa: RUF006 - it ends at once, and all with it
+        await asyncio.Event().wait()
+
+    cache = MapRetryContextCache()
+    made = container(broker, handler, template=template(context_cache=cache))
+    made.start()
+    with pytest.raises(SystemExit):
+        made.wait(PATIENCE)
+    wait_for(lambda: made.health().consumers[0].connected == 0)
+    assert bodies(broker) == [b"x"]
+    assert list(cache.items()) == []
+
+
+# -- what goes with what
+
+
+async def coroutine(message):
+    pass
+
+
+class CallableCoroutine:
+    async def __call__(self, message, context):
+        pass
+
+
+def plain(message):
+    pass
+
+
+def generator(message):
+    yield
+
+
+async def asynchronous_generator(message):
+    yield
+
+
+@pytest.mark.parametrize(
+    ("template", "change", "names"),
+    [
+        (RetryTemplate(), {"handler": coroutine}, "handler.*RetryTemplate.*AsyncRetryTemplate.*coroutine"),
+        (RetryTemplate(), {"handler": CallableCoroutine()}, "handler.*AsyncRetryTemplate.*CallableCoroutine"),
+        (RetryTemplate(), {"handler": plain, "recover": coroutine}, "recover.*AsyncRetryTemplate.*coroutine"),
+        (RetryTemplate(), {"handler": plain, "lifespan": coroutine}, "lifespan.*AsyncRetryTemplate"),
+        (template(), {"handler": plain}, "handler.*async def.*AsyncRetryTemplate.*plain"),
+        (template(), {"handler": functools.partial(plain)}, "handler.*async def.*AsyncRetryTemplate.*plain"),
+        (template(), {"handler": asynchronous_generator}, "handler.*async def.*asynchronous_generator"),
+        (template(), {"handler": coroutine, "recover": generator}, "recover.*yield.*generator"),
+        (template(), {"handler": coroutine, "recover": asynchronous_generator}, "recover.*yield.*generator"),
+        (template(), {"handler": coroutine, "lifespan": 7}, "lifespan.*7"),
+    ],
+)
+def test_functions_that_do_not_go_with_the_template_are_refused_by_name(broker, template, change, names):
+    handler = change["handler"]
+    options = {name: value for name, value in change.items() if name != "handler"}
+    with pytest.raises((TypeError, ValueError), match=names):
+        ListenerContainer(broker, handler, template=template, **options)
+
+
+@pytest.mark.parametrize(
+    "handler", [coroutine, CallableCoroutine(), functools.partial(coroutine), functools.partial(CallableCoroutine())]
+)
+def test_whatever_is_called_and_awaited_can_handle(broker, handler):
+    broker.publish("x")
+    assert consume(broker, handler).counters.acknowledged == 1
+
+
+@pytest.mark.parametrize("kind", ["plain function", "coroutine function"])
+def test_recoveries_may_be_both(broker, kind):
+    broker.publish("bad")
+
+    async def fails(message):
+        raise ValueError("it is bad")
+
+    async def later(message, context):
+        await asyncio.sleep(0)
+        return park(PARKED)(message, context)
+
+    consume(broker, fails, recover=later if kind == "coroutine function" else park(PARKED))
+    (parked,) = broker.at(PARKED).messages()
+    assert (parked.body, parked.headers["retrykit-attempts"]) == (b"bad", "3")
+
+
+def test_plain_context_managers_are_transactions_too(broker):
+    broker.publish("x")
+    seen = []
+
+    @contextmanager
+    def begin():
+        yield "session"
+        seen.append("commit")
+
+    async def handler(message, context):
+        seen.append(context.transaction)
+
+    consume(broker, handler, transaction=begin)
+    assert seen == ["session", "commit"]
+
+
+@pytest.mark.parametrize("kind", ["asynchronous", "coroutine", "none"])
+def test_transaction_that_a_plain_template_cannot_enter_stops_the_container(broker, kind):
+    async def begin():
+        raise AssertionError
+
+    broker.publish("x")
+    makers = {"asynchronous": Database().begin, "coroutine": begin, "none": lambda: None}
+    calls = []
+    made = ListenerContainer(broker, calls.append, template=RetryTemplate(), transaction=makers[kind])
+    made.start()
+    with pytest.raises(TypeError, match="AsyncRetryTemplate" if kind == "asynchronous" else "context manager, not"):
+        made.wait(PATIENCE)
+    assert (calls, bodies(broker)) == ([], [b"x"])
+
+
+def test_asynchronous_cache_answers_duplicates_and_forgets_what_succeeded(broker):
+    calls, cache = [], AsyncCache()
+
+    async def handler(message):
+        calls.append(message.text)
+        if len(calls) < 3:
+            raise ConnectionError
+
+    remembering = template(context_cache=cache, remember_completed=60)
+    broker.publish("x", id="the-same")
+    consume(broker, handler, template=remembering)
+    broker.publish("x", id="the-same")
+    assert consume(broker, handler, template=remembering).counters.duplicates == 1
+    assert calls == ["x"] * 3
+
+
+# -- what is sent
+
+
+def test_sends_are_there_in_order_after_the_handler_and_with_the_ids_that_plain_handlers_give(broker):
+    def plain(message):
+        for number in range(3):
+            message.send("/queue/next", str(number), {"n": str(number)})
+
+    async def handler(message):
+        for number in range(3):
+            message.send("/queue/next", str(number), {"n": str(number)})
+            await asyncio.sleep(0)
+            assert bodies(broker, "/queue/next") == []
+
+    def sent(made, handler, **options):
+        made.publish("x", id="m-1")
+        consume(made, handler, **options)
+        return [(copy.body, copy.headers) for copy in made.at("/queue/next").messages()]
+
+    there = sent(broker, handler)
+    assert [body for body, _ in there] == [b"0", b"1", b"2"]
+    assert there == sent(MemoryBroker(ORDERS), plain, template=RetryTemplate(name="orders"))
+
+
+def test_what_a_failed_attempt_sent_is_not_sent(broker):
+    broker.publish("x")
+
+    async def handler(message, context):
+        message.send("/queue/next", f"attempt {context.attempt}")
+        if context.attempt < 3:
+            raise ConnectionError
+
+    consume(broker, handler)
+    assert bodies(broker, "/queue/next") == [b"attempt 3"]
+
+
+def test_sends_of_threads_that_the_handler_waits_for_are_sent(broker):
+    broker.publish("x")
+
+    async def handler(message):
+        await asyncio.to_thread(message.send, "/queue/next", "y")
+
+    consume(broker, handler)
+    assert bodies(broker, "/queue/next") == [b"y"]
+
+
+def test_send_that_the_session_cannot_make_is_a_failed_attempt(broker):
+    class Picky(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            send = session.send
+
+            def picky(destination, body, headers):
+                if destination == "/queue/next":
+                    raise ValueError("not there")
+                send(destination, body, headers)
+
+            session.send = picky
+            return session
+
+    picky = Picky(ORDERS)
+    picky.publish("x")
+    database = Database()
+
+    async def handler(message):
+        message.send("/queue/next", "y")
+
+    consume(picky, handler, recover=park(PARKED), transaction=database.begin)
+    (parked,) = picky.at(PARKED).messages()
+    assert (parked.headers["retrykit-error"], parked.headers["retrykit-attempts"]) == ("not there", "3")
+    assert database.log == ["begin", "rollback"] * 3 + ["begin", "commit"]
+
+
+def test_handler_may_settle_its_message_itself(broker):
+    broker.publish("x")
+
+    async def handler(message):
+        return Park(PARKED, reason="not for us")
+
+    assert consume(broker, handler).counters.parked == 1
+
+
+# -- stopping
+
+
+def test_stopping_lets_the_handlers_finish(broker):
+    for number in range(3):
+        broker.publish(str(number))
+    go_on, running, handled = threading.Event(), [], []
+
+    async def handler(message):
+        running.append(message.text)
+        await has_happened(go_on)
+        handled.append(message.text)
+
+    made = container(broker, handler, concurrency=2)
+    made.start()
+    wait_for(lambda: len(running) == 2)
+    made.stop()
+    assert not made.wait(0.01)
+    go_on.set()
+    assert made.wait(PATIENCE)
+    assert sorted(handled) == ["0", "1"]
+    assert bodies(broker) == [b"2"]
+
+
+@pytest.mark.parametrize("journal", ["redelivered", "always", "never"])
+def test_stopping_at_once_cancels_handlers_and_counts_nothing(broker, journal):
+    for number in range(2):
+        broker.publish(str(number))
+    endless = [Endless(), Endless()]
+    database, cache = Database(), MapRetryContextCache()
+
+    async def handler(message):
+        await endless[int(message.text)].handle(message)
+
+    made = container(
+        broker,
+        handler,
+        template=template(max_attempts=1, context_cache=cache),
+        transaction=database.begin,
+        recover=park(PARKED),
+        concurrency=2,
+        journal=journal,
+    )
+    made.start()
+    assert all(one.running.wait(PATIENCE) for one in endless)
+    made.stop(now=True)
+    assert made.wait(PATIENCE)
+    assert [one.cancelled for one in endless] == [1, 1]
+    assert sorted(database.log) == ["begin"] * 2 + ["rollback"] * 2
+    assert sorted(bodies(broker)) == [b"0", b"1"]
+    assert list(cache.items()) == []
+    assert (made.counters.withheld, made.counters.rolled_back, made.counters.parked) == (2, 0, 0)
+
+
+def test_stopping_one_container_of_a_group_at_once_cancels_its_own_handlers_only(broker):
+    first, second = Endless(), Endless()
+    containers = []
+    for name, endless in (("a", first), ("b", second)):
+        at = broker.at(f"/queue/{name}")
+        at.publish("x")
+        containers.append(container(at, endless.handle, template=attrs.evolve(template(), name=name)))
+    group = ContainerGroup(containers)
+    group.start()
+    assert first.running.wait(PATIENCE)
+    assert second.running.wait(PATIENCE)
+    containers[0].stop(now=True)
+    assert containers[0].wait(PATIENCE)
+    assert (first.cancelled, second.cancelled) == (1, 0)
+    group.stop(now=True)
+    assert group.wait(PATIENCE)
+    assert (first.cancelled, second.cancelled) == (1, 1)
+
+
+def test_stopping_at_once_does_not_cut_a_commit_in_two(broker):
+    committing, go_on = threading.Event(), threading.Event()
+
+    async def commit():
+        committing.set()
+        await has_happened(go_on)
+
+    broker.publish("x")
+    database = Database(commit)
+    made = container(broker, nothing, transaction=database.begin)
+    made.start()
+    assert committing.wait(PATIENCE)
+    made.stop(now=True)
+    go_on.set()
+    assert made.wait(PATIENCE)
+    # The connection had gone, so nobody knows whether the message was acknowledged: it comes again.
+    assert database.log == ["begin", "commit"]
+    assert (made.counters.in_doubt, bodies(broker)) == (1, [b"x"])
+
+
+def test_handler_that_was_to_begin_when_all_stops_does_not(broker):
+    beginning, go_on = threading.Event(), threading.Event()
+    calls, log = [], []
+
+    @asynccontextmanager
+    async def begin():
+        beginning.set()
+        await has_happened(go_on)
+        try:
+            yield
+        except asyncio.CancelledError:
+            log.append("rollback")
+            raise
+
+    async def handler(message):
+        calls.append(message)
+
+    broker.publish("x")
+    made = container(broker, handler, transaction=begin)
+    made.start()
+    assert beginning.wait(PATIENCE)
+    made.stop(now=True)
+    go_on.set()
+    assert made.wait(PATIENCE)
+    assert (calls, log, bodies(broker)) == ([], ["rollback"], [b"x"])
+
+
+def test_handler_that_does_not_let_itself_be_cancelled_commits_nothing(broker):
+    running = threading.Event()
+
+    async def handler(message):
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return
+
+    broker.publish("x")
+    database = Database()
+    made = container(broker, handler, transaction=database.begin)
+    made.start()
+    assert running.wait(PATIENCE)
+    made.stop(now=True)
+    assert made.wait(PATIENCE)
+    assert (database.log, bodies(broker)) == (["begin", "rollback"], [b"x"])
+
+
+def test_second_signal_cancels_and_leaves_the_coroutine_a_moment_to_put_things_straight(broker):
+    broker.publish("x")
+    database, cache = Database(), MapRetryContextCache()
+
+    async def handler(message):
+        os.kill(os.getpid(), signal.SIGTERM)
+        await has_happened(made._stopping)
+        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)  # takes a while
+
+    made = container(
+        broker, handler, template=template(context_cache=cache), transaction=database.begin, journal="always"
+    )
+    began = time.monotonic()
+    assert made.run() is False
+    assert time.monotonic() - began < PATIENCE / 2
+    assert database.log == ["begin", "rollback"]
+    assert list(cache.items()) == []
+    assert bodies(broker) == [b"x"]
+
+
+def test_handler_that_awaited_what_was_cancelled_has_failed(broker):
+    broker.publish("x")
+
+    async def handler(message):
+        task = asyncio.create_task(asyncio.Event().wait())
+        task.cancel()
+        await task
+
+    consume(broker, handler, recover=park(PARKED))
+    (parked,) = broker.at(PARKED).messages()
+    assert parked.headers["retrykit-attempts"] == "3"
+    assert "had been cancelled" in parked.headers["retrykit-error"]
+
+
+def test_timeout_inside_a_handler_is_a_failure_like_others(broker):
+    broker.publish("x")
+
+    async def handler(message):
+        async with asyncio.timeout(0.001):
+            await asyncio.Event().wait()
+
+    consume(broker, handler, recover=park(PARKED))
+    (parked,) = broker.at(PARKED).messages()
+    assert parked.headers["retrykit-error-type"] == "builtins.TimeoutError"
+
+
+# -- what belongs to the loop
+
+
+class Life:
+    """A lifespan that records what happens."""
+
+    def __init__(self, log, *, fails_at=None):
+        self.log = log
+        self.fails_at = fails_at
+
+    @asynccontextmanager
+    async def __call__(self):
+        self.log.append(("open", asyncio.get_running_loop(), asyncio.current_task()))
+        if self.fails_at == "open":
+            raise ConnectionError("no database")
+        yield
+        self.log.append(("close", asyncio.get_running_loop(), asyncio.current_task()))
+        if self.fails_at == "close":
+            raise ConnectionError("no database any more")
+
+
+def test_lifespan_is_around_all_deliveries_on_their_loop_in_one_task(broker):
+    broker.publish("x")
+    log = []
+
+    async def handler(message):
+        log.append(("handle", asyncio.get_running_loop(), None))
+
+    consume(broker, handler, lifespan=Life(log))
+    assert [event for event, *_ in log] == ["open", "handle", "close"]
+    assert len({used for _, used, _ in log}) == 1
+    assert log[0][2] is log[2][2]
+
+
+def test_lifespan_that_containers_of_a_group_share_is_entered_once(broker):
+    log = []
+    life = Life(log)
+    consumers = Consumers(broker, template=template(), lifespan=life, reconnect=QUICK)
+    consumers.add("/queue/a", nothing)
+    consumers.add("/queue/b", nothing)
+    consumers.add("/queue/c", plain, template=RetryTemplate(name="plain"))
+    for name in "abc":
+        broker.at(f"/queue/{name}").publish("x")
+    with consumers as group:
+        wait_for(lambda: group.counters.acknowledged == 3)
+        assert [event for event, *_ in log] == ["open"]
+    assert [event for event, *_ in log] == ["open", "close"]
+
+
+def test_lifespan_that_fails_is_told_by_start_and_nothing_is_consumed(broker):
+    broker.publish("x")
+    log = []
+    made = container(broker, nothing, lifespan=Life(log, fails_at="open"))
+    with pytest.raises(ConnectionError, match="no database"):
+        made.start()
+    assert made.wait(PATIENCE)
+    assert (made.counters.generations, bodies(broker)) == (0, [b"x"])
+    assert not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"]
+
+
+def test_lifespan_that_fails_stops_the_others_of_its_group(broker):
+    made = [
+        container(broker.at("/queue/a"), nothing, template=attrs.evolve(template(), name="a")),
+        container(broker.at("/queue/b"), nothing, lifespan=Life([], fails_at="open")),
+    ]
+    group = ContainerGroup(made)
+    with pytest.raises(ConnectionError, match="no database"):
+        group.start()
+    assert group.wait(PATIENCE)
+
+
+def test_lifespan_that_cannot_be_left_is_told_at_the_end(broker):
+    made = container(broker, nothing, lifespan=Life([], fails_at="close"))
+    broker.publish("x")
+    made.start()
+    assert broker.wait_until_empty(PATIENCE)
+    made.stop()
+    with pytest.raises(ConnectionError, match="any more"):
+        made.wait(PATIENCE)
+    assert made.counters.acknowledged == 1
+
+
+# -- the registry
+
+
+def test_coroutine_function_registers_like_any_other(broker):
+    consumers = Consumers(broker, template=template())
+    seen = []
+
+    @consumers.consumer(ORDERS, concurrency=2)
+    async def handle(message, context):
+        seen.append((message.text, context.name))
+
+    broker.publish("x")
+    with consumers as group:
+        wait_for(lambda: group.counters.acknowledged == 1)
+    asyncio.run(handle(Message(destination=ORDERS, body=b"y"), current_context_of("orders.orders")))
+    assert seen == [("x", "orders.orders"), ("y", "orders.orders")]
+
+
+def current_context_of(name):
+    return attrs.make_class("Context", {"name": attrs.field()})(name)
+
+
+def test_registry_says_which_kind_of_function_its_template_takes(broker):
+    with pytest.raises(TypeError, match=r"handler.*AsyncRetryTemplate"):
+        Consumers(broker, template=RetryTemplate()).consumer(ORDERS)(nothing)
+    with pytest.raises(TypeError, match=r"handler.*async def"):
+        Consumers(broker, template=template()).consumer(ORDERS)(plain)
