@@ -263,9 +263,16 @@ class MapRetryContextCache:
         return until is not None and until <= now
 
 
+_WHOLE: Final = frozenset({str, int, float, bool, type(None)})
+
+
 def copied(value: Any) -> Any:
     """A copy of JSON data, so that neither side sees what the other does to its own."""
-    if isinstance(value, Mapping):
+    kind = value.__class__
+    # Most parts are no containers: asking each whether it is a Mapping costs more than all the rest.
+    if kind in _WHOLE:
+        return value
+    if kind is dict or isinstance(value, Mapping):
         return {name: copied(part) for name, part in value.items()}
     return [copied(part) for part in value] if isinstance(value, list | tuple) else value
 

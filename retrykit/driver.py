@@ -379,7 +379,8 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
                     )
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    answer = (error, now())
+                    # What is stored of it begins where the work begins.
+                    answer = (error if driver.key is None else without_frame(error), now())
                 finally:
                     _unbind(token)
             elif step is RETURN:
@@ -474,7 +475,8 @@ async def async_drive(driver: Driver, first: tuple[Exception, float] | None = No
                     driver.value = await value if isawaitable(value) else value
                     answer = None
                 except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    answer = (error, now())
+                    # What is stored of it begins where the work begins.
+                    answer = (error if driver.key is None else without_frame(error), now())
                 finally:
                     _unbind(token)
             elif step is RETURN:

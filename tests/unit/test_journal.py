@@ -210,3 +210,28 @@ def test_a_flight_whose_time_is_no_number_is_a_damaged_history():
     snapshot = {"format": 1, "name": "retry", "key": "m-1", "retry_count": 0, "in_flight": [flight]}
     with pytest.raises(CodecError, match="until of a flight"):
         RetryContext.from_snapshot(snapshot)
+
+
+# -- what is stored of a failure
+
+
+@pytest.mark.parametrize("redelivered", [False, None, True])
+@pytest.mark.parametrize("kind", [RetryTemplate, AsyncRetryTemplate])
+def test_the_stored_traceback_begins_where_the_work_begins(kind, redelivered):
+    cache = AsyncCache() if kind is AsyncRetryTemplate else MapRetryContextCache()
+    template, state = kind(context_cache=cache), RetryState(key="m-1", redelivered=redelivered)
+
+    def fail(_context):
+        raise ConnectionError
+
+    async def fails(context):
+        fail(context)
+
+    with pytest.raises(ConnectionError):
+        if kind is AsyncRetryTemplate:
+            asyncio.run(template.execute(fails, state=state))
+        else:
+            template.execute(fail, state=state)
+    history = asyncio.run(template.history("m-1")) if kind is AsyncRetryTemplate else template.history("m-1")
+    assert "retrykit/driver.py" not in history.last_error.traceback
+    assert history.last_error.traceback.count("in fail") == 1 + (kind is AsyncRetryTemplate)
