@@ -18,7 +18,7 @@ from sampling import paired_ratio
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from stores_counted import Counted, check_same_statements, counted
-from stores_places import BARE, BY_HAND, OURS, Store
+from stores_places import BARE, BARE_LOOP, BY_HAND, LOOP, OURS, Store
 from stores_sizes import ADD, VERBS, Filled, filled
 from stores_work import OPERATIONS, Batches, Result, measure, percentile
 
@@ -28,8 +28,9 @@ STORES = {
     "MariaDB": "stores_sql.MariaDbStore",
     "Redis": "stores_redis.RedisStore",
 }
-# At least 0.85 of the rate by hand, and 0.5 of the bare driver's, is at most so many times their time.
-BOUNDS = {BY_HAND: round(1 / 0.85, 3), BARE: round(1 / 0.5, 3)}
+OTHERS = (LOOP, BARE_LOOP, BY_HAND, BARE)
+# At least 0.85 of the rate of a loop by hand, and 0.5 of one on the bare driver, is at most so many times their time.
+BOUNDS = {LOOP: round(1 / 0.85, 3), BARE_LOOP: round(1 / 0.5, 3)}
 FLAT = 1.3
 BEGUN = time.monotonic()
 
@@ -121,7 +122,7 @@ def _timed_rows(store: Measured) -> Iterator[dict[str, Any]]:
                     "p99": percentile(timings.each, 0.99),
                     "per_second": 1 / timings.median,
                     "rounds": len(timings.seconds),
-                    **{f"times {other}": _ratio(result, operation, name, other) for other in BOUNDS},
+                    **{f"times {other}": _ratio(result, operation, name, other) for other in OTHERS},
                 }
 
 
@@ -200,7 +201,20 @@ def tables(stores: list[Measured]) -> Iterator[str]:
 
 
 def _rate_tables(store: Measured) -> Iterator[str]:
-    heads = ("", "version", "per s", "min µs", "median µs", "max µs", "p50 µs", "p99 µs", "× by hand", "× bare driver")
+    heads = (
+        "",
+        "version",
+        "per s",
+        "min µs",
+        "median µs",
+        "max µs",
+        "p50 µs",
+        "p99 µs",
+        "× loop",
+        "× bare loop",
+        "× statements",
+        "× bare statements",
+    )
     for threads in store.timed:
         for operation in OPERATIONS:
             found = [row for row in _timed_rows(store) if (row["threads"], row["operation"]) == (threads, operation)]
@@ -210,7 +224,7 @@ def _rate_tables(store: Measured) -> Iterator[str]:
 
 def _rate_line(row: Mapping[str, Any]) -> tuple[str, ...]:
     times = [_micro(row[column]) for column in ("min", "median", "max", "p50", "p99")]
-    ratios = [f"{row[f'times {other}']:.2f}" for other in BOUNDS]
+    ratios = [f"{row[f'times {other}']:.2f}" for other in OTHERS]
     return (row["name"], row["version"] or "", f"{row['per_second']:,.0f}", *times, *ratios)
 
 

@@ -12,7 +12,9 @@ import attrs
 from stores_work import Contender, Look
 
 OURS, FRONTED, ON_ENGINE = "retrykit", "retrykit behind FrontContextCache", "retrykit on the work's engine"
-BY_HAND, BARE = "by hand, SQLAlchemy Core or redis-py", "by hand, bare driver"
+LOOP, BARE_LOOP = "loop by hand, SQLAlchemy Core or redis-py", "loop by hand, bare driver"
+# Their rows were made beforehand: nothing but the statements.
+BY_HAND, BARE = "statements only, SQLAlchemy Core or redis-py", "statements only, bare driver"
 
 
 @attrs.frozen

@@ -14,8 +14,8 @@ from itertools import count
 from typing import Any
 
 import redis
-from stores_places import BARE, BY_HAND, FRONTED, OURS, Sent, Store
-from stores_work import NAME, SECOND, Contender, Floor, Look, Ours, recorded
+from stores_places import BARE, BARE_LOOP, BY_HAND, FRONTED, LOOP, OURS, Sent, Store
+from stores_work import NAME, SECOND, Contender, Floor, Look, Loop, Ours, recorded
 
 from retrykit import FrontContextCache
 from retrykit.cache import canonical_key
@@ -62,14 +62,14 @@ class RedisFloor(Floor):
     def load(self, key: str) -> bytes:
         answer = self.run(LOAD, (SPACE + b"h:" + key.encode(), *INDEXES), ())
         assert answer[17:18] == DONE
-        return answer[18:34]
+        return answer[18:]
 
     def update(self, key: str, version: Any, row: Any) -> Any:
-        return self._save(key, version, row)
+        return self._save(key, version[:16], row)
 
     def delete(self, key: str, version: Any) -> None:
         keys = (SPACE + b"h:" + key.encode(), *INDEXES, self.receipt)
-        assert self.run(REMOVE, keys, (b"%016x" % next(_versions), version))[17:18] == DONE
+        assert self.run(REMOVE, keys, (b"%016x" % next(_versions), version[:16]))[17:18] == DONE
 
     def _save(self, key: str, expected: bytes, snapshot: bytes) -> bytes:
         version = b"%016x" % next(_versions)
@@ -77,6 +77,16 @@ class RedisFloor(Floor):
         values = (version, expected, snapshot, b"reject", b"", b"0", CAPACITY, b"0", b"")
         assert self.run(SAVE, keys, values)[17:18] == DONE
         return version
+
+
+class RedisLoop(Loop):
+    """A loop of the scripts, however they are sent."""
+
+    def told(self, found: bytes) -> bytes:
+        return found[16:]
+
+    def row(self, operation: str, facts: Mapping[str, Any], now: float) -> bytes:
+        return json.dumps(facts, separators=(",", ":")).encode()
 
 
 def scripted(client: redis.Redis) -> Run:
@@ -142,6 +152,8 @@ class RedisStore(Store):
         return [
             Contender(OURS, lambda _: ours, "retrykit"),
             Contender(FRONTED, lambda _: fronted, "retrykit"),
+            Contender(LOOP, lambda _: RedisLoop(RedisFloor(by_hand, stored)), "redis", by_hand=True),
+            Contender(BARE_LOOP, lambda stack: RedisLoop(bare_floor(stack)), "redis", by_hand=True),
             Contender(BY_HAND, lambda _: RedisFloor(by_hand, stored), "redis", by_hand=True),
             Contender(BARE, bare_floor, "redis", by_hand=True),
         ]

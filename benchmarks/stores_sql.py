@@ -28,8 +28,8 @@ from sqlalchemy import (
     text,
 )
 from sqlalchemy.orm import sessionmaker
-from stores_places import BARE, BY_HAND, FRONTED, ON_ENGINE, OURS, Sent, Store
-from stores_sql_floor import BareFloor, CoreFloor
+from stores_places import BARE, BARE_LOOP, BY_HAND, FRONTED, LOOP, ON_ENGINE, OURS, Sent, Store
+from stores_sql_floor import BareFloor, CoreFloor, SqlLoop
 from stores_work import NAME, SECOND, Contender, Look, Ours, recorded
 
 from retrykit import FrontContextCache
@@ -87,10 +87,13 @@ class SqlStore(Store):
         stored = recorded(cache, self._reader(place))
         ours, fronted = Ours(cache), Ours(FrontContextCache(self.cache(place)))
         core = CoreFloor(self.autocommitting(place), stored)
+        loop = SqlLoop(core)
         return [
             Contender(OURS, lambda _: ours, "retrykit"),
             Contender(FRONTED, lambda _: fronted, "retrykit"),
             *self.more_of_ours(place),
+            Contender(LOOP, lambda _: loop, "SQLAlchemy", by_hand=True),
+            Contender(BARE_LOOP, lambda stack: SqlLoop(self._bare(stack, place, stored)), self.driver, by_hand=True),
             Contender(BY_HAND, lambda _: core, "SQLAlchemy", by_hand=True),
             Contender(BARE, lambda stack: self._bare(stack, place, stored), self.driver, by_hand=True),
         ]

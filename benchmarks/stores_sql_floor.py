@@ -6,6 +6,7 @@ besides is what this has not: it counts, decides, makes the JSON, reads it, and 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -21,7 +22,7 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.dialects import mysql, postgresql, sqlite
-from stores_work import Floor
+from stores_work import Floor, Loop
 
 from retrykit.sql import rk_context, rk_schema
 
@@ -102,6 +103,18 @@ class CoreFloor(SqlFloor):
     def delete(self, key: str, version: Any) -> None:
         with self.connect() as connection:
             assert connection.execute(self.statements.delete, self.which(key, version)).rowcount
+
+
+class SqlLoop(Loop):
+    """A loop of the statements on either."""
+
+    def told(self, found: Any) -> str:
+        return str(found[2])
+
+    def row(self, operation: str, facts: Mapping[str, Any], now: float) -> Values:
+        text = json.dumps(facts, separators=(",", ":"))
+        times = {"updated_at": now, "updated_minute": int(now // 60), "last_failed_at": facts["last_failed_at"]}
+        return self.floor.stored[operation] | times | {"retry_count": facts["retry_count"], "snapshot": text}
 
 
 class BareFloor(SqlFloor):

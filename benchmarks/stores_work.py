@@ -11,9 +11,13 @@ A message goes through four operations. Each is timed for a batch of messages at
 from __future__ import annotations
 
 import gc
+import json
+import os
+import socket
 import statistics
 import threading
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +38,7 @@ FAILS_JOURNAL, SUCCEEDS_JOURNAL = "journal of a failure", "journal of a success"
 LEFT = {FIRST: (1, 1), SECOND: (2, 2), FAILS: (3, 4), SUCCEEDS: None}
 
 NAME = "orders"
+OWNER = f"{socket.gethostname()}:{os.getpid()}"
 FAILURE = ConnectionError
 
 Action = Callable[[str], Any]
@@ -106,9 +111,9 @@ def recorded(cache: Any, look: Callable[[str], Any]) -> dict[str, Any]:
     ours, stored = Ours(cache), {}
     place = canonical_key(NAME, "model")
 
-    def failing(context: Any) -> None:
+    def failing(_context: Any) -> None:
         stored[FAILS_JOURNAL] = look(place)
-        _fail(context)
+        raise FAILURE("the payment gateway at 10.20.30.40:8443 refused the connection")  # not by _fail: a frame more
 
     def succeeding(_context: Any) -> None:
         stored[SUCCEEDS_JOURNAL] = look(place)
@@ -161,6 +166,85 @@ class Floor(ABC):
 
     @abstractmethod
     def delete(self, key: str, version: Any) -> None: ...
+
+
+class Loop(ABC):
+    """What a person writes who keeps the same history: the attempt and its failure in words, around the verbs of a
+    floor. Generous to it: it decides nothing, logs nothing, and nobody else is ever first.
+    """
+
+    def __init__(self, floor: Floor) -> None:
+        self.floor = floor
+
+    @property
+    def actions(self) -> dict[str, Action]:
+        return {FIRST: self.first, SECOND: self.second, FAILS: self.fails, SUCCEEDS: self.succeeds}
+
+    def first(self, key: str) -> None:
+        facts = {"format": 1, "name": NAME, "key": key, "retry_count": 0, "fence": time.time_ns(), "errors": []}
+        self.floor.insert(key, self._failed(key, facts, FIRST))
+
+    def second(self, key: str) -> None:
+        found = self.floor.load(key)
+        self.floor.update(key, found, self._failed(key, self._facts(found), SECOND))
+
+    def fails(self, key: str) -> None:
+        version, facts = self._begun(key, FAILS_JOURNAL)
+        self.floor.update(key, version, self._failed(key, facts, FAILS))
+
+    def succeeds(self, key: str) -> None:
+        version, _ = self._begun(key, SUCCEEDS_JOURNAL)
+        _succeed(key)
+        self.floor.delete(key, version)
+
+    def _begun(self, key: str, operation: str) -> tuple[Any, dict[str, Any]]:
+        found = self.floor.load(key)
+        facts = self._facts(found)
+        flight = {"fence": time.time_ns(), "owner": OWNER, "since": time.time(), "until": time.time() + 300}
+        journal = self.row(operation, facts | {"in_flight": [flight]}, time.time())
+        return self.floor.update(key, found, journal), facts
+
+    def _failed(self, key: str, facts: dict[str, Any], operation: str) -> Any:
+        try:
+            _fail(key)
+        except FAILURE as error:
+            return self._counted(facts, error, operation)
+        raise AssertionError
+
+    def _counted(self, facts: dict[str, Any], error: Exception, operation: str) -> Any:
+        now, kind, trace = time.time(), type(error), error.__traceback__
+        text = "".join(traceback.format_exception(kind, error, trace and trace.tb_next))
+        facts["retry_count"] += 1
+        facts.setdefault("started_at", now)
+        facts.setdefault("first_failed_at", now)
+        facts["last_failed_at"] = now
+        facts["reason"] = f"attempt {facts['retry_count']} of 10"
+        facts["last_error"] = {
+            "type": f"{kind.__module__}.{kind.__qualname__}",
+            "message": str(error),
+            "classes": [f"{each.__module__}.{each.__qualname__}" for each in kind.__mro__[:-1]],
+            "traceback": text,
+        }
+        summary = {
+            "attempt": facts["retry_count"],
+            "type": facts["last_error"]["type"],
+            "message": str(error),
+            "at": now,
+        }
+        facts["errors"] = [*facts["errors"], summary][-10:]
+        return self.row(operation, facts, now)
+
+    def _facts(self, found: Any) -> dict[str, Any]:
+        facts: dict[str, Any] = json.loads(self.told(found))
+        return facts
+
+    @abstractmethod
+    def told(self, found: Any) -> Any:
+        """The JSON text in what `load` gave."""
+
+    @abstractmethod
+    def row(self, operation: str, facts: Mapping[str, Any], now: float) -> Any:
+        """What is stored of the facts."""
 
 
 # ---- equal work
