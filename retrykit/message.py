@@ -5,17 +5,22 @@ from __future__ import annotations
 import codecs
 import json
 import re
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import attrs
 
-from retrykit.check import at_least, seconds, wrong_type, wrong_value
+from retrykit.check import Seconds, at_least, seconds, wrong_type, wrong_value
 from retrykit.key import Key
 
 Sender = Callable[[str, bytes, dict[str, str], "str | None"], None]
 """Sends `(destination, body, headers, id)`."""
 
+EXPIRES_AT: Final = "retrykit-expires-at"
+"""The header that says when a message is to be dropped, in epoch milliseconds; a session tells its broker so."""
+
+_HIGHEST_PRIORITY: Final = 9
 _CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;"]+))""", re.IGNORECASE)
 
 
@@ -43,6 +48,41 @@ def _headers(value: Any) -> dict[str, str]:
         if not isinstance(name, str) or not isinstance(content, str):
             raise wrong_type("headers", "a mapping of str to str", {name: content})
     return dict(value)
+
+
+def as_sent(
+    body: bytes | str,
+    headers: Mapping[str, str] | None = None,
+    *,
+    priority: int | None = None,
+    expires_in: Seconds | None = None,
+) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a message that is sent now; `TypeError` or `ValueError` names what is wrong."""
+    if not isinstance(body, bytes | str):
+        raise wrong_type("body", "bytes or a str", body)
+    full = _headers({} if headers is None else headers)
+    if isinstance(body, str):
+        full.setdefault("content-type", "text/plain; charset=utf-8")
+    if priority is not None:
+        full["priority"] = _priority(priority)
+    if expires_in is not None:
+        full[EXPIRES_AT] = _deadline(expires_in)
+    return body.encode() if isinstance(body, str) else body, full
+
+
+def _priority(value: int) -> str:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise wrong_type("priority", "an int", value)
+    if not 0 <= value <= _HIGHEST_PRIORITY:
+        raise wrong_value("priority", f"from 0 to {_HIGHEST_PRIORITY}", value)
+    return str(value)
+
+
+def _deadline(expires_in: Seconds) -> str:
+    length = seconds("expires_in", expires_in)
+    if length <= 0:
+        raise wrong_value("expires_in", "more than 0", expires_in)
+    return str(int((time.time() + length) * 1000))
 
 
 @attrs.frozen(kw_only=True)
@@ -73,18 +113,29 @@ class Message:
         headers: Mapping[str, str] | None = None,
         *,
         id: str | None = None,  # noqa: A002 - the header's own word
+        priority: int | None = None,
+        expires_in: Seconds | None = None,
     ) -> None:
         """Send a message, in the transaction in which this one is acknowledged: both happen, or neither.
 
         Persistent, and with a stable id (`retrykit-id`): `id`, else one that is the same whenever this message is
-        handled again and sends as many before it, so that receivers can tell a repetition. A str is sent as UTF-8.
-        `RuntimeError` outside of a handler or recovery.
+        handled again and sends as many before it, so that receivers can tell a repetition. A str is sent as UTF-8, and
+        called text/plain unless the headers say what it is. `priority` is a number from 0 to 9, 4 where none is given;
+        after `expires_in` seconds nobody gets the message any more. `RuntimeError` outside of a handler or recovery.
         """
         if self.sender is None:
             raise RuntimeError("a message can send while it is handled by a container, not before or after")
-        self.sender(destination, body.encode() if isinstance(body, str) else body, dict(headers or {}), id)
+        self.sender(destination, *as_sent(body, headers, priority=priority, expires_in=expires_in), id)
 
-    def reply(self, body: bytes | str, headers: Mapping[str, str] | None = None, *, id: str | None = None) -> None:  # noqa: A002 - as in `send`
+    def reply(
+        self,
+        body: bytes | str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        id: str | None = None,  # noqa: A002 - as in `send`
+        priority: int | None = None,
+        expires_in: Seconds | None = None,
+    ) -> None:
         """Send an answer to where this message wants it (`reply-to`), with its `correlation-id`; else as `send`.
 
         `ValueError` when it says no place.
@@ -94,7 +145,7 @@ class Message:
             raise ValueError(f"message {self.id!r} has no header 'reply-to': nobody waits for an answer")
         correlation = self.headers.get("correlation-id") or self.headers.get("message-id")
         named = {"correlation-id": correlation} if correlation else {}
-        self.send(destination, body, {**named, **(headers or {})}, id=id)
+        self.send(destination, body, {**named, **(headers or {})}, id=id, priority=priority, expires_in=expires_in)
 
     @property
     def content_type(self) -> str:

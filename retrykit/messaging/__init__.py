@@ -14,10 +14,14 @@ from retrykit.messaging.errors import (
     BrokerRefusedError,
     BrokerUnavailableError,
     ConnectionLostError,
+    DelayUnavailableError,
     NoStableIdError,
+    NotSupportedError,
+    SendInDoubtError,
 )
 from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.identity import Identify, by_content, by_header
+from retrykit.messaging.publisher import OutgoingMessage, Publisher
 from retrykit.messaging.readiness import ConsumerHealth, Health
 from retrykit.messaging.recoverers import Recoverer, discard, park, republish
 from retrykit.messaging.registry import Consumers
@@ -34,16 +38,21 @@ __all__ = [
     "Consumers",
     "ContainerGroup",
     "Counters",
+    "DelayUnavailableError",
     "Discard",
     "Health",
     "Identify",
     "ListenerContainer",
     "Message",
     "NoStableIdError",
+    "NotSupportedError",
+    "OutgoingMessage",
     "Park",
+    "Publisher",
     "Recoverer",
     "Redeliver",
     "Republish",
+    "SendInDoubtError",
     "Session",
     "Settlement",
     "by_content",

@@ -29,6 +29,28 @@ class BrokerRefusedError(BrokerError):
     """
 
 
+class DelayUnavailableError(BrokerError):
+    """The broker {broker} cannot have messages wait as {way!r} asks: {lack}
+
+    The container stops before it has taken a message. With delay="hold" sessions wait themselves.
+    """
+
+
+class NotSupportedError(BrokerError):
+    """The broker {broker} cannot do what it is asked for: {reason}
+
+    It would pass it over in silence, so nothing is begun, and a container stops.
+    """
+
+
+class SendInDoubtError(BrokerError):
+    """Whether the broker {broker} has taken {ids} is not known: {reason}
+
+    The connection was lost while the confirmation was waited for, and the tries that were left did not bring one
+    either. To lose nothing, send again under the same `ids`: receivers that know an id see the message once.
+    """
+
+
 class NoStableIdError(BrokerError):
     """A message from {destination} at the broker {broker} has no id that is the same at its next delivery: {remedy}
 

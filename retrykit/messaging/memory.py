@@ -20,7 +20,7 @@ import attrs
 
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
-from retrykit.message import Message, is_nonempty_text
+from retrykit.message import EXPIRES_AT, Message, is_nonempty_text
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.errors import BrokerUnavailableError, ConnectionLostError
 from retrykit.messaging.recoverers import ID
@@ -40,6 +40,11 @@ class _Stored:
     headers: dict[str, str]
     deliveries: int = 0
     due: float = 0.0
+
+    def expired(self, instant: float) -> bool:
+        """Whether its end (epoch milliseconds) is past."""
+        end = self.headers.get(EXPIRES_AT, "")
+        return end.isascii() and end.isdigit() and int(end) <= instant
 
     def delivery(self, destination: str) -> Message:
         return Message(
@@ -74,11 +79,13 @@ class _Queues:
     mark: str = attrs.field(factory=lambda: uuid.uuid4().hex[:12])
     doubts: list[Literal["done", "undone"]] = attrs.field(factory=list)
     refusing: bool = False
+    may_expire: bool = False
 
     def put(self, destination: str, body: bytes, headers: Mapping[str, str]) -> _Stored:
         number = next(self.numbers)
         stored = _Stored(number, headers.get(ID) or f"m-{self.mark}-{number}", body, dict(headers))
         self.queues.setdefault(destination, []).append(stored)
+        self.may_expire = self.may_expire or EXPIRES_AT in headers
         self.changed.notify_all()
         return stored
 
@@ -88,8 +95,11 @@ class _Queues:
         self.changed.notify_all()
 
     def take(self, destination: str, now: float) -> tuple[_Stored | None, float | None]:
-        """The first message that is due, and else how long until one is."""
+        """The first message that is due, and else how long until one is; what has expired is dropped."""
         queue = self.queues.get(destination, [])
+        if self.may_expire:
+            instant = time.time() * 1000
+            queue[:] = [stored for stored in queue if not stored.expired(instant)]
         for place, stored in enumerate(queue):
             if stored.due <= now:
                 return queue.pop(place), None
