@@ -7,10 +7,12 @@ from tests.servers.mariadb import MariaDb, mariadb_missing
 from tests.servers.postgresql import PostgreSql, postgresql_missing
 from tests.servers.rabbitmq import RabbitMq, rabbitmq_missing
 from tests.servers.redis_server import RedisServer, redis_missing
+from tests.servers.tls import Authority
 from tests.servers.wire import Frame, StompErrorFrame, Wire
 
 __all__ = [
     "ActiveMq",
+    "Authority",
     "Frame",
     "MariaDb",
     "PostgreSql",

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.servers.tls import STORE_PASSWORD, Authority
+
 HOME = Path("/usr/share/activemq")
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
@@ -22,11 +24,11 @@ _XML = """\
                            http://activemq.apache.org/schema/core
                            http://activemq.apache.org/schema/core/activemq-core.xsd">
   <broker xmlns="http://activemq.apache.org/schema/core" brokerName="tests" dataDirectory="{base}/data"
-          useJmx="false" schedulerSupport="true" useShutdownHook="true">
-    <persistenceAdapter>
+          useJmx="false" schedulerSupport="{scheduler}" useShutdownHook="true">
+{plugins}    <persistenceAdapter>
       <kahaDB directory="{base}/data/kahadb" journalMaxFileLength="4mb"/>
     </persistenceAdapter>
-    <systemUsage>
+{keys}    <systemUsage>
       <systemUsage>
         <memoryUsage><memoryUsage limit="128 mb"/></memoryUsage>
         <storeUsage><storeUsage limit="512 mb"/></storeUsage>
@@ -36,9 +38,33 @@ _XML = """\
     </systemUsage>
     <transportConnectors>
       <transportConnector name="stomp" uri="stomp://127.0.0.1:{port}?transport.tcpNoDelay=true"/>
-    </transportConnectors>
+{encrypted}    </transportConnectors>
   </broker>
 </beans>
+"""
+
+_REDELIVERY = """\
+    <plugins>
+      <redeliveryPlugin fallbackToDeadLetter="true">
+        <redeliveryPolicyMap>
+          <redeliveryPolicyMap>
+            <defaultEntry>
+              <redeliveryPolicy maximumRedeliveries="-1" initialRedeliveryDelay="{delay}" redeliveryDelay="{delay}"/>
+            </defaultEntry>
+          </redeliveryPolicyMap>
+        </redeliveryPolicyMap>
+      </redeliveryPlugin>
+    </plugins>
+"""
+
+_KEYS = """\
+    <sslContext>
+      <sslContext keyStore="file:{store}" keyStoreType="PKCS12" keyStorePassword="{password}"/>
+    </sslContext>
+"""
+
+_ENCRYPTED = """\
+      <transportConnector name="stomp+ssl" uri="stomp+ssl://127.0.0.1:{port}?transport.tcpNoDelay=true"/>
 """
 
 _LOG4J = """\
@@ -61,20 +87,40 @@ def activemq_missing() -> str | None:
 class ActiveMq:
     """One broker process; `kill` and `restart` keep its port and its data.
 
-    `base` is an empty directory of the caller's, which this server fills.
+    `base` is an empty directory of the caller's, which this server fills. `scheduler`: whether it keeps messages back.
+    `redelivery`: with the plug-in that has a NACKed message come again after so many seconds (more than one).
+    `authority`: who signed the certificate with which it also speaks TLS, at `tls_port`.
     """
 
     host = "127.0.0.1"
 
-    def __init__(self, base: Path) -> None:
+    def __init__(
+        self,
+        base: Path,
+        *,
+        scheduler: bool = True,
+        redelivery: float | None = None,
+        authority: Authority | None = None,
+    ) -> None:
         """Choose a free port and write the configuration; nothing runs yet."""
         self.base = base
-        self.port = _free_port()
+        self.port, self.tls_port = _free_port(), _free_port()
+        self.authority = authority
         self._process: subprocess.Popen[bytes] | None = None
         (base / "conf").mkdir(parents=True)
         (base / "scratch").mkdir()
-        (base / "conf/activemq.xml").write_text(_XML.format(base=base, port=self.port))
+        plugins = "" if redelivery is None else _REDELIVERY.format(delay=round(redelivery * 1000))
+        settings = {"scheduler": str(scheduler).lower(), "plugins": plugins} | self._encryption()
+        (base / "conf/activemq.xml").write_text(_XML.format(base=base, port=self.port, **settings))
         (base / "conf/log4j.properties").write_text(_LOG4J)
+
+    def _encryption(self) -> dict[str, str]:
+        if self.authority is None:
+            return {"keys": "", "encrypted": ""}
+        store = self.base / "conf/server.p12"
+        self.authority.write_store(store)
+        keys = _KEYS.format(store=store, password=STORE_PASSWORD)
+        return {"keys": keys, "encrypted": _ENCRYPTED.format(port=self.tls_port)}
 
     @property
     def url(self) -> str:

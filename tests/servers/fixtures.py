@@ -13,6 +13,7 @@ from tests.servers.postgresql import PostgreSql, postgresql_missing
 from tests.servers.process import ServerProcess
 from tests.servers.rabbitmq import RabbitMq, rabbitmq_missing
 from tests.servers.redis_server import RedisServer, redis_missing
+from tests.servers.tls import Authority
 
 Server = TypeVar("Server", bound=ServerProcess)
 
@@ -31,7 +32,7 @@ def activemq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     # Several conftest files offer this fixture, and each would have a server of its own: the stash makes it one.
     config = request.config
     if _ACTIVEMQ not in config.stash:
-        server = ActiveMq(tmp_path_factory.mktemp("activemq"))
+        server = ActiveMq(tmp_path_factory.mktemp("activemq"), authority=Authority())
         config.add_cleanup(server.stop)
         server.start()
         config.stash[_ACTIVEMQ] = server
@@ -59,7 +60,7 @@ def redis_server(request: pytest.FixtureRequest) -> RedisServer:
 @pytest.fixture(scope="session")
 def rabbitmq(request: pytest.FixtureRequest) -> RabbitMq:
     """A running RabbitMQ; tests use queue names of their own, and restart what they killed."""
-    return _of_this_process(request, _RABBITMQ, RabbitMq, rabbitmq_missing())
+    return _of_this_process(request, _RABBITMQ, lambda: RabbitMq(authority=Authority()), rabbitmq_missing())
 
 
 def _of_this_process(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tests.servers.process import STOP_SECONDS, ServerProcess, free_port, which
+from tests.servers.tls import Authority
 from tests.servers.wire import StompErrorFrame, Wire
 
 HOME = Path("/usr/lib/rabbitmq/lib")
@@ -39,9 +41,13 @@ class RabbitMq(ServerProcess):
 
     account = "rabbitmq"
 
-    def __init__(self, *, plugins: Iterable[str] = ("rabbitmq_stomp",)) -> None:
-        """Choose free ports and a folder; nothing runs yet."""
+    def __init__(self, *, plugins: Iterable[str] = ("rabbitmq_stomp",), authority: Authority | None = None) -> None:
+        """Choose free ports and a folder; nothing runs yet.
+
+        `authority`: who signed the certificate with which it also speaks TLS, at `tls_port`.
+        """
         super().__init__()
+        self.authority, self.tls_port = authority, free_port()
         self.amqp_port, self._epmd_port, self._distribution_port = free_port(), free_port(), free_port()
         self._epmd: subprocess.Popen[bytes] | None = None
         self._plugins = tuple(plugins)
@@ -104,6 +110,11 @@ class RabbitMq(ServerProcess):
             "disk_free_limit.absolute": "10MB",
             "log.console.level": "warning",
         }
+        if self.authority is not None:
+            files = self.authority.write_pem(self.base)
+            settings |= {f"ssl_options.{name}": path for name, path in files.items()}
+            settings["stomp.listeners.ssl.1"] = f"{self.host}:{self.tls_port}"
+            self._give_away(*files.values())
         (self.base / "rabbitmq.conf").write_text("".join(f"{name} = {value}\n" for name, value in settings.items()))
         program = which("epmd")
         assert program is not None, rabbitmq_missing()
@@ -111,6 +122,12 @@ class RabbitMq(ServerProcess):
         with self._log.open("ab") as log:
             command = [program, "-address", self.host, "-port", str(self._epmd_port)]
             self._epmd = subprocess.Popen(command, **self._surroundings(log))
+
+    def _give_away(self, *files: Path) -> None:
+        # A private key is for its owner's eyes only, and the node runs as somebody else than root.
+        for file in files:
+            if self._identity:
+                os.chown(file, self._identity["user"], self._identity["group"])
 
     def _definitions(self) -> dict[str, Any]:
         salt = bytes.fromhex("5a17ab1e")
