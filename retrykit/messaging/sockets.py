@@ -1,0 +1,157 @@
+"""The socket of a connection: tuned for transactions, and encrypted where the address says so."""
+
+from __future__ import annotations
+
+import contextlib
+import selectors
+import socket
+import ssl
+import struct
+import sys
+import threading
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from retrykit.messaging.address import Address
+
+_QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
+_Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
+# How long a reader may take to notice that its socket was closed at the worst of moments.
+_LOOK_SECONDS: Final = 5.0
+_T = TypeVar("_T")
+
+
+def open_socket(
+    address: Address, *, connect_timeout: float, send_timeout: float, context: ssl.SSLContext | None
+) -> socket.socket | TlsSocket:
+    """Connect, and shake hands where `context` is given; `OSError` when that fails, or takes longer than
+    `connect_timeout`.
+    """
+    plain = socket.create_connection((address.host, address.port), connect_timeout)
+    try:
+        _tune(plain, send_timeout)
+        if context is None:
+            plain.settimeout(None)
+            return plain
+        # The name of the host is what the certificate is compared with.
+        return TlsSocket(context.wrap_socket(plain, server_hostname=address.host), send_timeout)
+    except BaseException:
+        plain.close()
+        raise
+
+
+def _tune(live: socket.socket, send_timeout: float) -> None:
+    """Small frames go out at once, and a broker that reads no more does not block a send for ever."""
+    live.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if sys.platform != "win32":
+        limit = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6))
+        live.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
+
+
+def acknowledge_at_once(live: socket.socket | TlsSocket) -> None:
+    """Have the kernel acknowledge what it has received, which otherwise holds up the peer's next frame for 40 ms.
+
+    The kernel takes it back by itself, so this is said after each read.
+    """
+    if _QUICKACK is not None:
+        with contextlib.suppress(OSError):
+            live.setsockopt(socket.IPPROTO_TCP, _QUICKACK, 1)
+
+
+def unverified(context: ssl.SSLContext) -> str:
+    """What the context leaves unchecked of a server; "" if nothing."""
+    if context.verify_mode != ssl.CERT_REQUIRED:
+        return "the certificate"
+    return "" if context.check_hostname else "the name in the certificate"
+
+
+def explained(error: BaseException) -> str:
+    """Why there is no connection, in words."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate was not accepted: {error.verify_message} (ssl_context= says whom to trust)"
+    if isinstance(error, ssl.SSLError):
+        return f"no TLS connection could be made, so perhaps there is none to be had: {error.reason or error}"
+    if isinstance(error, TimeoutError):
+        return f"nobody answered there in time{' in TLS' if 'handshake' in str(error) else ''}"
+    return str(error) or type(error).__name__
+
+
+class TlsSocket:
+    """A TLS connection that one thread reads and others, in turn, write to.
+
+    A TLS connection has one state for both directions, and can do one thing at a time; a reader that waits inside of it
+    would keep the writers out. So the socket does not block: each call is made under a lock, and waited for outside.
+    """
+
+    def __init__(self, encrypted: ssl.SSLSocket, send_timeout: float) -> None:
+        encrypted.setblocking(False)
+        self._socket = encrypted
+        self._send_timeout = send_timeout
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def recv(self, size: int) -> bytes:
+        """At most so many bytes; b"" at the end."""
+        while True:
+            received, event = self._call(lambda: self._socket.recv(size))
+            if received is not None:
+                return received
+            if not event:
+                return b""
+            self._wait(event, _LOOK_SECONDS)
+
+    def sendall(self, data: bytes) -> None:
+        """Everything; `OSError` when the connection ends, or takes nothing for as long as a send may last."""
+        rest = memoryview(data)
+        while rest:
+            # What could not be sent is offered once more as it was: TLS insists on that.
+            sent, event = self._call(lambda: self._socket.send(rest))  # noqa: B023 - called before the loop goes on
+            if sent is not None:
+                rest = rest[sent:]
+            elif not event:
+                raise ConnectionError("the connection was closed")
+            elif not self._wait(event, self._send_timeout):
+                raise TimeoutError(f"nothing could be sent in {self._send_timeout:g} s")
+
+    def _call(self, call: Callable[[], _T]) -> tuple[_T | None, int]:
+        """What the call gives; else None, and what to wait for (0: nothing, the connection is closed)."""
+        with self._lock:
+            if self._closed:
+                return None, 0
+            try:
+                return call(), 0
+            except ssl.SSLWantReadError:
+                return None, selectors.EVENT_READ
+            except ssl.SSLWantWriteError:
+                return None, selectors.EVENT_WRITE
+
+    def _wait(self, event: int, timeout: float) -> bool:
+        with _Selector() as selector:
+            try:
+                selector.register(self._socket, event)
+            except ValueError:
+                return True  # closed in the meantime, which the next call tells
+            return bool(selector.select(timeout))
+
+    def setsockopt(self, level: int, option: int, value: int) -> None:
+        """As a socket's own."""
+        self._socket.setsockopt(level, option, value)
+
+    def getsockname(self) -> object:
+        """As a socket's own."""
+        return self._socket.getsockname()
+
+    def shutdown(self, how: int) -> None:
+        """Say goodbye, and wake whoever waits."""
+        with self._lock:
+            self._closed = True
+            with contextlib.suppress(OSError, ValueError):
+                self._socket.unwrap()
+        # Not SSLSocket's own, after which a reader would be given what is encrypted.
+        socket.socket.shutdown(self._socket, how)
+
+    def close(self) -> None:
+        """Close, without a word."""
+        with self._lock:
+            self._closed = True
+            self._socket.close()

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, escaped
+
+FRAMES = (
+    b"CONNECTED\nversion:1.2\n\n\x00",
+    b"MESSAGE\nmessage-id:1\n\nplain text\x00",
+    b"MESSAGE\ncontent-length:5\nmessage-id:2\n\na\x00\n\nb\x00",
+    b"MESSAGE\ncontent-length:0\n\n\x00",
+    b"MESSAGE\r\nmessage-id:3\r\ncontent-length:2\r\n\r\n\x00\x00\x00",
+    b"RECEIPT\nreceipt-id:r-1\n\n\x00",
+)
+
+
+def cut(chunks):
+    cutter, found = FrameCutter(), []
+    for chunk in chunks:
+        cutter.feed(chunk)
+        while (piece := cutter.next()) is not None:
+            found.append(piece)
+    return found
+
+
+def chunked(data, places):
+    edges = [0, *sorted(place % (len(data) + 1) for place in places), len(data)]
+    return [data[start:end] for start, end in pairwise(edges)]
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(FRAMES), st.sampled_from([b"", b"\n", b"\r\n", b"\n\n", b"\n\n\n"])), max_size=8
+    ),
+    st.lists(st.integers(0, 1_000), max_size=20),
+)
+def test_frames_come_whole_however_they_are_received(sent, places):
+    data = b"".join(frame + ends for frame, ends in sent)
+    assert [piece for piece in cut(chunked(data, places)) if piece != HEART_BEAT] == [frame for frame, _ in sent]
+
+
+@pytest.mark.parametrize("beats", [b"\n", b"\n\n", b"\n" * 100, b"\r\n\r\n"])
+def test_a_frame_behind_heart_beats_is_not_lost(beats):
+    assert cut([beats + FRAMES[1]]) == [HEART_BEAT, FRAMES[1]]
+
+
+def test_a_line_end_behind_a_frame_is_no_heart_beat_if_it_comes_with_it():
+    assert cut([FRAMES[1] + b"\n", FRAMES[5]]) == [FRAMES[1], FRAMES[5]]
+
+
+def test_a_frame_waits_for_its_end():
+    assert cut([FRAMES[2][:-1]]) == []
+    assert cut([b"MESSAGE\ncontent-length:9\n\n12345678"]) == []
+
+
+def test_the_first_content_length_counts():
+    frame = b"MESSAGE\ncontent-length:2\ncontent-length:9\n\n\x00\x00\x00"
+    assert cut([frame]) == [frame]
+
+
+def test_names_and_values_are_escaped_as_1_2_wants_it():
+    assert escaped("a:b\\c\r\nd") == "a\\cb\\\\c\\r\\nd"
+    assert escaped("plain") == "plain"
+
+
+@pytest.mark.parametrize("headers", [{"": "x"}, {"a\0": "x"}, {"a": "x\0"}, {"a": "\ud800"}])
+def test_a_header_that_no_frame_can_carry_is_refused(headers):
+    with pytest.raises(ValueError, match="headers"):
+        check_headers(headers)
