@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Set as AbstractSet
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, Protocol, runtime_checkable
 
 import attrs
 
@@ -61,6 +61,9 @@ def chance(seed: int | None, context: Any) -> float:
 class NoBackOffPolicy(Value):
     """The next attempt follows at once."""
 
+    longest: ClassVar[float] = 0.0
+    """The longest interval that there can be, in seconds."""
+
     def delay(self, context: Any) -> float:
         """0."""
         return 0.0
@@ -71,6 +74,11 @@ class FixedBackOffPolicy(Value):
     """Always the same interval (seconds, default 1)."""
 
     interval: float = attrs.field(default=1.0, converter=as_seconds, validator=at_least(0))
+
+    @property
+    def longest(self) -> float:
+        """The longest interval that there can be, in seconds."""
+        return self.interval
 
     def delay(self, context: Any) -> float:
         """The interval."""
@@ -88,6 +96,11 @@ class UniformRandomBackOffPolicy(Value):
     def __attrs_post_init__(self) -> None:
         if self.max_interval < self.min_interval:
             raise wrong_value("max_interval", f"at least min_interval={self.min_interval:g}", self.max_interval)
+
+    @property
+    def longest(self) -> float:
+        """The longest interval that there can be, in seconds."""
+        return self.max_interval
 
     def delay(self, context: Any) -> float:
         """A draw."""
@@ -120,6 +133,13 @@ class ExponentialBackOffPolicy(Value):
     max_interval: float = attrs.field(default=30.0, converter=as_seconds, validator=more_than(0))
     jitter: Jitter = attrs.field(default=None, validator=_check_jitter, kw_only=True)
     seed: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True)
+
+    @property
+    def longest(self) -> float:
+        """The longest interval that there can be, in seconds."""
+        grows = self.multiplier > 1 or self.jitter == "decorrelated"
+        widened = self.jitter if isinstance(self.jitter, int | float) else 0.0
+        return (self.max_interval if grows else self.interval(1)) * (1 + widened)
 
     def delay(self, context: Any) -> float:
         """The interval for this failure."""
@@ -165,6 +185,11 @@ class ScheduleBackOffPolicy(Value):
         if min(schedule) < 0:
             raise wrong_value(field.name, "intervals of 0 seconds or more", schedule)
 
+    @property
+    def longest(self) -> float:
+        """The longest interval that there can be, in seconds."""
+        return max(self.schedule)
+
     def delay(self, context: Any) -> float:
         """The interval whose turn it is."""
         turn: int = min(max(1, context.retry_count), len(self.schedule))
@@ -194,6 +219,12 @@ class ErrorHintBackOffPolicy(Value):
     fallback: BackOffPolicy = attrs.field(factory=ExponentialBackOffPolicy, validator=is_back_off)
     hint: Callable[[BaseException], float | timedelta | None] = attrs.field(default=retry_after, validator=is_callable)
     max_interval: float = attrs.field(default=300.0, converter=as_seconds, validator=more_than(0))
+
+    @property
+    def longest(self) -> float | None:
+        """The longest interval that there can be, in seconds; None where the fallback does not know its own."""
+        fallback: float | None = getattr(self.fallback, "longest", None)
+        return None if fallback is None else max(fallback, self.max_interval)
 
     def delay(self, context: Any) -> float:
         """The hint, bounded; else the fallback's."""

@@ -33,6 +33,10 @@ class Capabilities:
     """`redelivered` is true at every delivery but the first as long as one connection lives; a restart forgets it."""
     counts_deliveries: bool = False
     """`delivery_count` is known."""
+    delayed_copies: bool = False
+    """`put_off` replaces a message by a copy that comes later; see `retrykit.messaging.delays.Postponing`."""
+    longest_hold: float | None = None
+    """So many seconds a delivery may be in hand; then the source takes it back. None: for ever."""
 
 
 class Session(Protocol):

@@ -11,10 +11,11 @@ from typing import Any, Final, Literal
 import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
-from retrykit.check import is_callable_or_none, one_of, whole, wrong_type
+from retrykit.check import is_callable_or_none, one_of, whole, wrong_type, wrong_value
 from retrykit.messaging.async_delivery import AsyncDelivery
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
+from retrykit.messaging.delays import WAYS, Delays, Way
 from retrykit.messaging.delivery import Delivery, Work
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifetime
@@ -63,6 +64,12 @@ class ListenerContainer(Lifetime):
     delivered before; should that attempt kill its process, it is not counted. "always" stores it first, at the price of
     one write a message. "never" counts neither crashes nor attempts that run at the same time.
 
+    `delay` says where a message waits for its next attempt. "hold": the session that is delivered it next waits, and
+    its other messages with it; heart-beats go on. "schedule": at the broker, which is sent a copy to keep back (by the
+    scheduler of ActiveMQ, in queues on RabbitMQ), and then the message is acknowledged. "redeliver": where it came
+    from, as the source's own redelivery policy says (the plug-in of ActiveMQ; `MemoryBroker`, which does so anyway). A
+    broker that cannot is a `DelayUnavailableError` at the start. Which it is and what it means is logged.
+
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
     `with container: container.wait()`, or `container.run()`.
@@ -85,6 +92,7 @@ class ListenerContainer(Lifetime):
     journal: Literal["redelivered", "always", "never"] = attrs.field(
         default="redelivered", kw_only=True, validator=one_of("redelivered", "always", "never")
     )
+    delay: Way = attrs.field(default="hold", kw_only=True, validator=one_of(*WAYS))
     concurrency: int = attrs.field(default=1, kw_only=True, validator=whole(1))
     reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
     lifespan: Lifespan | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
@@ -99,6 +107,10 @@ class ListenerContainer(Lifetime):
     _running: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
+        at_most: int | None = getattr(self.broker, "sessions_at_most", None)
+        if at_most is not None and self.concurrency > at_most:
+            wanted = f"at most {at_most} (several sessions would not share the messages of {self.broker.name})"
+            raise wrong_value("concurrency", wanted, self.concurrency)
         # Refuses what is no handler, before anything runs.
         calls_with(self.handler, self.template)
         refuse_generators("recover", self.recover)
@@ -210,6 +222,7 @@ class ListenerContainer(Lifetime):
             patience,
             AsyncDelivery if self.template.asynchronous else Delivery,
             journal=self.journal,
+            delays=Delays(self.delay),
         )
 
     def _thread(self, work: Work, number: int) -> threading.Thread:

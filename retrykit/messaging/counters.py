@@ -19,6 +19,8 @@ class Counters:
     """Deliveries handed to the template."""
     redelivered: int = 0
     """Those that the source said it delivered before; a part of `received`."""
+    postponed: int = 0
+    """Those that were left to the broker to wait there for the next attempt; a part of the fields below."""
     recovered: int = 0
     """Those that a recovery brought to their end, wherever it put the message; a part of the fields below."""
     acknowledged: int = 0

@@ -36,6 +36,7 @@ from retrykit.histories import AsyncHistories, Histories
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
+from retrykit.messaging.delays import Delays, still_due
 from retrykit.messaging.errors import BrokerRefusedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.logs import decision_facts
@@ -73,6 +74,7 @@ class Work:
     journal: Literal["redelivered", "always", "never"] = "redelivered"
     desk: Desk | None = None
     """Where the worker waits for its delivery, if that runs on an event loop."""
+    delays: Delays = attrs.field(factory=Delays)
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -162,6 +164,7 @@ class Delivery:
         """One stateful call of the template, with the history of this key."""
         self.key = key
         template: Any = self.work.template
+        template = self.work.delays.template_for(self.message, template)
         recovery = None if self.work.recover is None else self.recovery
         state = self.state(key)
         self.complete(
@@ -286,7 +289,7 @@ class Delivery:
         if self.withheld(error):
             self.work.tally.add(withheld=1)
             self.hold(error, delay)
-            delay = 0.0
+            delay = still_due(error)
         else:
             self.work.tally.add(rolled_back=1)
             self.work.patience.forgive(self.message.key)
@@ -298,7 +301,7 @@ class Delivery:
                 why,
                 extra=self.facts(error),
             )
-        self.session.rollback(self.message, delay)
+        self.work.delays.give_back(self.session, self.message, delay, self.work.tally)
 
     def facts(self, error: BaseException | None = None) -> dict[str, Any]:
         """What a log record of this delivery carries besides its text, for logs that are read by programs."""
@@ -315,6 +318,8 @@ class Delivery:
     def hold(self, error: BaseException, at_least: float) -> None:
         """Keep the delivery in hand for a while: every other consumer would get the message at once."""
         work, key = self.work, self.message.key
+        if still_due(error):
+            return
         if isinstance(error, BackOffInterruptedError | CutShortError):
             _log.info("message %r goes back without a new attempt: %s", key, error)
             return

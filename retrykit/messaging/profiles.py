@@ -52,6 +52,20 @@ class Profile:
     """MESSAGE's `destination` header is the route by which it came this time, not the queue."""
     counting_queues: bool = False
     """Quorum queues count deliveries in the header `x-delivery-count`."""
+    browses: bool = False
+    """SUBSCRIBE with the header `browser` shows what lies in a queue, and takes nothing."""
+    made_queues: str = "/queue/"
+    """How a destination begins that is to be found, not made, where those are told apart."""
+    delays: Literal["scheduler", "queues"] | None = None
+    """How the broker keeps a message back: its scheduler does, or a queue whose messages go on after a while."""
+    longest_delay: float = 0.0
+    """Seconds; longer delays are kept in several turns."""
+    selectors: bool = False
+    """SUBSCRIBE's `selector` is obeyed."""
+    durable: Literal["by client", "by name"] | None = None
+    """Whose a durable subscription is: of one client's id and a name, or of all that use its name."""
+    expiry: Literal["expires", "expiration"] | None = None
+    """The header that ends a message: `expires` at an instant, `expiration` after a time; in milliseconds."""
     not_refusals: tuple[str, ...] = ()
     """How the `message` header of an ERROR begins that is about the connection, not about what was sent on it."""
 
@@ -59,7 +73,9 @@ class Profile:
 ACTIVEMQ: Final = Profile(
     name="activemq",
     server="activemq",
-    capabilities=Capabilities(atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True),
+    capabilities=Capabilities(
+        atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True, delayed_copies=True
+    ),
     give_back="resubscribe",
     commit="together",
     identify=by_header("message-id"),
@@ -67,6 +83,12 @@ ACTIVEMQ: Final = Profile(
     prefetch_header="activemq.prefetchSize",
     # JMS takes a body with a content-length for bytes, unless it is told.
     text_headers={"amq-msg-type": "text"},
+    selectors=True,
+    durable="by client",
+    expiry="expires",
+    browses=True,
+    delays="scheduler",
+    longest_delay=365 * 86_400.0,
 )
 
 AMQP_ID: Final = "amqp-message-id"
@@ -74,7 +96,8 @@ AMQP_ID: Final = "amqp-message-id"
 RABBITMQ: Final = Profile(
     name="rabbitmq",
     server="rabbitmq",
-    capabilities=Capabilities(),
+    # 30 minutes is its `consumer_timeout`, where nobody has set another one.
+    capabilities=Capabilities(delayed_copies=True, longest_hold=1_800.0),
     give_back="nack",
     # A transaction there is a list of frames that are carried out one by one at COMMIT, whatever becomes of the others;
     # the receipts of its sends come after that of the COMMIT.
@@ -90,6 +113,12 @@ RABBITMQ: Final = Profile(
     names_virtual_hosts=True,
     tells_routes=True,
     counting_queues=True,
+    durable="by name",
+    expiry="expiration",
+    delays="queues",
+    # The arguments of queues are milliseconds in 32 bits.
+    longest_delay=30 * 86_400.0,
+    made_queues="/amq/queue/",
     not_refusals=(
         "AMQP channel died",
         "Server cancelled subscription",

@@ -17,7 +17,7 @@ import attrs
 from retrykit.check import wrong_type
 from retrykit.failure import StoredError, message_of, type_name
 from retrykit.key import key_to_json
-from retrykit.message import Discard, Message, Park, Republish, is_nonempty_text
+from retrykit.message import EXPIRES_AT, Discard, Message, Park, Republish, is_nonempty_text
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
@@ -26,6 +26,8 @@ Recoverer = Callable[[Message, "RetryContext"], Any]
 
 ID: Final = "retrykit-id"
 """The stable id: of the original in every copy, whatever id a broker gives the copy."""
+NAME: Final = "retrykit-name"
+"""Of the template; with the key it names the history."""
 KEY: Final = "retrykit-key"
 ATTEMPTS: Final = "retrykit-attempts"
 FIRST_FAILED_AT: Final = "retrykit-first-failed-at"
@@ -37,6 +39,8 @@ DESTINATION: Final = "retrykit-destination"
 """Where the original came from, and where it is sent back to."""
 OTHER_HEADERS: Final = "retrykit-other-headers"
 """A JSON object of the original's headers that do not travel as headers."""
+COPY_OF: Final = "retrykit-copy-of"
+"""In a copy that waits at the broker for the next attempt: which message it stands for."""
 
 DEFAULT_HEADERS: Final = (
     "content-type",
@@ -57,14 +61,25 @@ _OF_THE_FRAME: Final = frozenset(
     {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
 )
 # What is true of the original only: a copy that expired with it would be lost. RabbitMQ refuses a `user-id` that is not
-# the sender's own, and a `message-id` altogether.
+# the sender's own, and a `message-id` altogether; ActiveMQ schedules nothing that has a `scheduledJobId`.
 _OF_THE_ORIGINAL: Final = frozenset(
-    {"message-id", "expires", "expiration", "timestamp", "original-destination", "user-id", "x-delivery-count"}
+    {
+        "message-id",
+        "expires",
+        "expiration",
+        "timestamp",
+        "original-destination",
+        "user-id",
+        "x-delivery-count",
+        "scheduledJobId",
+        COPY_OF,
+    }
 )
 _NEVER: Final = _OF_THE_FRAME | _OF_THE_ORIGINAL
 # Commands to the broker (delays, the arguments by which RabbitMQ makes the queue), which a handler may give, but no
 # pattern of header names by accident.
 _COMMANDS: Final = (
+    EXPIRES_AT,
     "AMQ_SCHEDULED_",
     "durable",
     "auto-delete",
@@ -143,6 +158,22 @@ def may_travel(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in headers.items() if name not in _NEVER}
 
 
+def original_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of a parked copy's headers: those that the original had, as far as another copy may have them."""
+    try:
+        others = json.loads(headers.get(OTHER_HEADERS, "{}"))
+    except ValueError:
+        others = {}
+    found = {name: str(value) for name, value in others.items()} if isinstance(others, dict) else {}
+    own = {name: value for name, value in headers.items() if not name.startswith("retrykit-")}
+    return {name: value for name, value in {**found, **own}.items() if _matches(name, ("*",))}
+
+
+def in_copies(headers: Mapping[str, str]) -> dict[str, str]:
+    """The headers of the message itself: for a copy that stands for it. No commands to the broker."""
+    return {name: value for name, value in may_travel(headers).items() if not name.startswith(_COMMANDS)}
+
+
 def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
     return {name: value for name, value in message.headers.items() if _matches(name, patterns)}
 
@@ -160,10 +191,10 @@ def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
     }
     text = json.dumps(kept, sort_keys=True)
     # Beyond the bound they are left out whole: half a JSON object is of use to nobody.
-    return {OTHER_HEADERS: text} if kept and _escaped_size(text) <= _MAX_OTHER else {}
+    return {OTHER_HEADERS: text} if kept and escaped_size(text) <= _MAX_OTHER else {}
 
 
-def _escaped_size(text: str) -> int:
+def escaped_size(text: str) -> int:
     """How many bytes a header's value takes in a STOMP frame; brokers bound the line (ActiveMQ: 10,240)."""
     return len(text.encode("utf-8", "surrogatepass")) + sum(text.count(mark) for mark in ":\\\r\n")
 
@@ -176,6 +207,7 @@ def _identity(message: Message) -> dict[str, str]:
 def _history(context: RetryContext) -> dict[str, str]:
     error = context.last_error
     facts = {
+        NAME: one_line(context.name),
         KEY: _bounded(json.dumps(key_to_json(context.key))),
         ATTEMPTS: str(context.retry_count),
         FIRST_FAILED_AT: _instant(context.first_failed_at),
@@ -187,7 +219,7 @@ def _history(context: RetryContext) -> dict[str, str]:
 
 
 def _bounded(text: str) -> str:
-    return text if _escaped_size(text) <= _MAX_OTHER else ""
+    return text if escaped_size(text) <= _MAX_OTHER else ""
 
 
 def _reason(context: RetryContext) -> str:

@@ -17,6 +17,7 @@ from retrykit.check import wrong_type, wrong_value
 from retrykit.message import Message
 from retrykit.messaging.broker import Broker
 from retrykit.messaging.container import ListenerContainer
+from retrykit.messaging.delays import Way
 from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.handler import Handler
 from retrykit.messaging.loop import Lifespan
@@ -35,6 +36,7 @@ class Options(TypedDict, total=False):
     transaction: Transaction | None
     recover: Recoverer | None
     journal: Literal["redelivered", "always", "never"]
+    delay: Way
     concurrency: int
     reconnect: BackOffPolicy
     lifespan: Lifespan | None
@@ -55,7 +57,7 @@ class Consumers:
     ```
 
     `broker` is a URL of a STOMP broker, a broker (which is asked for the destination of each consumer), or a function
-    of a destination that gives a broker. The options (`template`, `transaction`, `recover`, `journal`,
+    of a destination that gives a broker. The options (`template`, `transaction`, `recover`, `journal`, `delay`,
     `concurrency`, `reconnect`, `lifespan`) are those of `ListenerContainer`, for every consumer that has none of its
     own. A consumer is a coroutine function where its template is an `AsyncRetryTemplate`; all coroutines of a registry
     run on one event loop, and a `lifespan` that they have in common is entered once.

@@ -8,18 +8,27 @@ from typing import TYPE_CHECKING
 import attrs
 
 from retrykit.clock import Clock, SystemClock
+from retrykit.messaging.delays import PutOffError
 
 if TYPE_CHECKING:
     from retrykit.messaging.loop import Desk
 
 
+def _never(_seconds: float) -> bool:
+    return False
+
+
 @attrs.frozen
 class WaitingClock:
-    """A template's clock whose sleep ends when `wait` says that it is pointless: stopping, or the connection lost."""
+    """A template's clock whose sleep ends when `wait` says that it is pointless: stopping, or the connection lost.
+
+    A pause that `defers` says is not to be taken here ends at once, with `PutOffError`.
+    """
 
     clock: Clock
     wait: Callable[[float], bool]
     desk: Desk | None = None
+    defers: Callable[[float], bool] = _never
 
     def time(self) -> float:
         """As the template's own."""
@@ -48,6 +57,8 @@ class WaitingClock:
         return isinstance(self.clock, SystemClock)
 
     def _waited_for(self, seconds: float) -> float:
+        if self.defers(seconds):
+            raise PutOffError(f"{seconds:g} s are left")
         return seconds if self._real else 0.0
 
     def _go_on(self, waited: bool) -> None:  # noqa: FBT001 - what `wait` said

@@ -15,7 +15,7 @@ from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.delivery import Work
-from retrykit.messaging.errors import NoStableIdError
+from retrykit.messaging.errors import DelayUnavailableError, NoStableIdError, NotSupportedError
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.messaging.unit_of_work import TransactionMisuseError
 from retrykit.messaging.waiting import WaitingClock
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from retrykit.message import Message
     from retrykit.messaging.loop import Desk
 
-_FATAL: Final = (NoStableIdError, TransactionMisuseError)
+_FATAL: Final = (NoStableIdError, TransactionMisuseError, DelayUnavailableError, NotSupportedError)
 _log = logging.getLogger("retrykit.messaging")
 
 
@@ -69,6 +69,7 @@ class Worker:
     def _life(self, context: RetryContext) -> None:
         delivered = 0
         try:
+            self.work.delays.check(self.broker)
             with self.enlist(self.broker.connect()) as session:
                 work = self._work_in(session)
                 while (message := self._next(session)) is not None:
@@ -87,6 +88,7 @@ class Worker:
     def _work_in(self, session: Session) -> Work:
         """The work with a template whose pauses end when this session does."""
         template = self.work.template
+        self.work.delays.tell(f"{template.name} from {self.broker.name}", session, template.back_off_policy)
         complete = call if self.desk is None else self.desk.run
         known = open_keys_of(template, complete) if session.capabilities.flags_while_connected else OpenKeys()
         return attrs.evolve(

@@ -1,0 +1,296 @@
+"""Where a message waits for its next attempt: in the session that has it, or at its broker.
+
+How long, the flow has decided, and the failure is stored with the instant before which there is no other attempt. What
+is done here only finds a place for the message until then, so no mistake of a broker makes an attempt early: one that
+brings the message back too soon has it waited for in the session.
+
+A broker that can only keep back what is sent to it is sent a copy, and when that is confirmed the delivery is
+acknowledged. Never in one transaction: RabbitMQ has none that holds both, and ActiveMQ hands what it is to keep back to
+its scheduler only after the commit, so that a crash in between loses it. In the order taken here a crash leaves the
+message twice, and nothing lost. Both are one message to its history: a copy says of whom it is one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from datetime import UTC, datetime
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
+
+import attrs
+
+from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
+from retrykit.messaging.broker import Session
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, DelayUnavailableError
+from retrykit.messaging.recoverers import COPY_OF, escaped_size
+
+if TYPE_CHECKING:
+    from retrykit.backoff import BackOffPolicy
+    from retrykit.message import Message
+    from retrykit.messaging.broker import Broker
+    from retrykit.messaging.counters import Tally
+    from retrykit.template import RetryTemplate
+
+Way = Literal["hold", "schedule", "redeliver"]
+WAYS: Final = ("hold", "schedule", "redeliver")
+
+SHORTEST: Final = 0.1
+"""Seconds; what is shorter is waited for in the session, since a copy costs a broker more than that."""
+REFUSED_SECONDS: Final = 60.0
+"""So long no copies are tried after the broker refused one."""
+
+_MAX_ORIGIN: Final = 8_000
+_MINIMUM_STEP: Final = 100
+# Ten to a decade, each about a quarter more than the one before.
+_STEPS: Final = (100, 125, 160, 200, 250, 315, 400, 500, 630, 800)
+_GRACE_MS: Final = 2 * 86_400_000
+
+_log = logging.getLogger("retrykit.messaging")
+
+
+# -- what a copy says of itself
+
+
+@attrs.frozen
+class Origin:
+    """Of which message a delivery is a copy.
+
+    `message_id` is the header that the original had. `early`: it was sent with less than the whole delay, since the
+    broker takes no longer one.
+    """
+
+    destination: str
+    id: str
+    message_id: str
+    early: bool = False
+
+    def to_header(self) -> str:
+        """The value of the header; `ValueError` if it is longer than brokers take."""
+        text = json.dumps([self.destination, self.id, self.message_id, int(self.early)], ensure_ascii=False)
+        if escaped_size(text) > _MAX_ORIGIN:
+            msg = f"its id is too long for a header ({len(self.id)} characters)"
+            raise ValueError(msg)
+        return text
+
+
+def origin_of(headers: Mapping[str, str], destination: str) -> Origin | None:
+    """The original of a delivery from `destination`, if it is a copy that a consumer of this destination has made.
+
+    A copy that was moved elsewhere is another message. Who may send to a destination can claim to send a copy; a
+    history is safe from that, since it knows its message's body by a digest, and a message of another body is told
+    apart.
+    """
+    text = headers.get(COPY_OF)
+    if text is None:
+        return None
+    try:
+        origin = Origin(*json.loads(text))
+    except (ValueError, TypeError):
+        return None
+    known = all(isinstance(fact, str) for fact in (origin.destination, origin.id, origin.message_id))
+    return origin if known and origin.id and origin.destination == destination else None
+
+
+# -- queues of RabbitMQ
+
+
+@attrs.frozen
+class DelayQueue:
+    """A queue in which messages wait for so many milliseconds, and from which they go back to another queue.
+
+    `arguments` are those of its declaration.
+    """
+
+    name: str
+    arguments: Mapping[str, str | int]
+
+
+def step_of(seconds: float) -> int:
+    """A delay in milliseconds, rounded up to one of ten in a decade: at most 28 % more, and few queues.
+
+    A queue lets go of its messages from its head only, so each of its messages must wait equally long.
+    """
+    wanted = max(_MINIMUM_STEP, seconds * 1000)
+    scale = 1
+    while wanted > _STEPS[-1] * scale:
+        scale *= 10
+    return next(step * scale for step in _STEPS if step * scale >= wanted)
+
+
+def delay_queue(queue: str, seconds: float, now: float) -> DelayQueue:
+    """The queue in which messages of `queue` wait; `now` in seconds since the epoch.
+
+    Each day has queues of its own, which vanish the second day after their last message: a connection over STOMP makes
+    a queue once only, and what it sent to one that has vanished since would be lost without a word.
+    """
+    step = step_of(seconds)
+    day = datetime.fromtimestamp(now, UTC).strftime("%Y%m%d")
+    arguments: dict[str, str | int] = {
+        "x-message-ttl": step,
+        "x-expires": step + _GRACE_MS,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": queue,
+    }
+    return DelayQueue(f"{queue}.retry.{step}ms.{day}", arguments)
+
+
+# -- what a container does
+
+
+class Postponing(Session, Protocol):
+    """What is asked of a session whose broker can keep messages back."""
+
+    def lacks(self, way: Way) -> str:
+        """What the broker lacks for this way; "" for nothing. May ask the broker: only of a session that consumes
+        nothing.
+        """
+
+    def put_off(self, message: Message, delay: float) -> None:
+        """Send a copy that comes to the message's own queue after `delay` seconds, wait until it is confirmed, and
+        acknowledge the message.
+
+        `BrokerRefusedError`: it was not sent. `CommitInDoubtError`: it may have been, and the session is of no more
+        use.
+        """
+
+    def redeliver(self, message: Message) -> None:
+        """Give the message back, to be kept back as the broker's own redelivery policy says. Never raises."""
+
+
+class PutOffError(InterruptedError):
+    """The pause is not taken here."""
+
+
+@attrs.define(eq=False)
+class Delays:
+    """Where the messages of a container wait, as all its workers know it."""
+
+    way: Way = "hold"
+    _told: bool = attrs.field(default=False, init=False)
+    _checked: bool = attrs.field(default=False, init=False)
+    _refused_until: float = attrs.field(default=0.0, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+
+    # -- at the start
+
+    def check(self, broker: Broker) -> None:
+        """Ask the broker, on a connection of its own, whether it can do what is wanted; until it was asked once.
+
+        `DelayUnavailableError` if it cannot.
+        """
+        if self.way == "hold" or self._checked:
+            return
+        with closing(broker.connect(consume=False)) as session:
+            lack = _lack(session, self.way)
+        if lack:
+            raise DelayUnavailableError(broker=broker.name, way=self.way, lack=lack)
+        self._checked = True
+
+    def tell(self, name: str, session: Session, back_off: BackOffPolicy) -> None:
+        """Log once where messages wait, and why."""
+        with self._lock:
+            told, self._told = self._told, True
+        if told:
+            return
+        longest: float | None = getattr(back_off, "longest", None)
+        if longest == 0.0:
+            _log.info("%s: the back-off has no pauses: a message that fails comes again at once", name)
+            return
+        at_most = "as long as its back-off says" if longest is None else f"for up to {longest:g} s"
+        _log.info("%s: a message that fails waits for its next attempt %s, %s", name, at_most, self._where(session))
+        held = session.capabilities.longest_hold
+        if self._holds(session) and held is not None and (longest is None or longest > held):
+            much = "may be more" if longest is None else f"{longest:g} s are more"
+            _log.warning(
+                "%s: %s than the %g s that this broker leaves a message with a consumer: it closes the channel then, "
+                "and delivers everything again; let long pauses be the broker's (delay='schedule')",
+                name,
+                much,
+                held,
+            )
+
+    def _holds(self, session: Session) -> bool:
+        return self.way == "hold" and not session.capabilities.delayed_redelivery
+
+    def _where(self, session: Session) -> str:
+        if session.capabilities.delayed_redelivery:
+            return "where it came from: it keeps back what is rolled back"
+        if self.way == "redeliver":
+            return "at the broker (delay='redeliver'), whose own redelivery policy says how long; a rest in the session"
+        if self.way == "schedule":
+            return "at the broker (delay='schedule'): it is sent a copy to keep back, and the message is acknowledged"
+        return "in a session (delay='hold'): whoever is delivered it next waits, and other messages of his with him"
+
+    # -- at a delivery
+
+    def template_for(self, message: Message, template: RetryTemplate) -> RetryTemplate:
+        """The template for one delivery: pauses that are still due then end at once if they are to be the broker's."""
+        if self.way != "schedule":
+            return template
+        clock = attrs.evolve(cast("Any", template.clock), defers=partial(self.defers, message))
+        return attrs.evolve(template, clock=clock)
+
+    def defers(self, message: Message, seconds: float) -> bool:
+        """Whether the rest of a pause is to be the broker's.
+
+        A copy that comes early is not copied again: a broker that kept none back would be sent one after the other.
+        """
+        if not self._copies(seconds):
+            return False
+        origin = origin_of(message.headers, message.destination)
+        return origin is None or origin.early or message.headers.get("redelivered") == "true"
+
+    def _copies(self, delay: float) -> bool:
+        return self.way == "schedule" and delay >= SHORTEST and time.monotonic() >= self._refused_until
+
+    def give_back(self, session: Session, message: Message, delay: float, tally: Tally) -> None:
+        """Give a message back, whose next attempt is not due for `delay` seconds. Never raises what the broker did."""
+        if self._copies(delay):
+            session.rollback()
+            self._put_off(session, message, delay, tally)
+        elif self.way == "redeliver" and delay > 0 and not session.capabilities.delayed_redelivery:
+            cast("Postponing", session).redeliver(message)
+            tally.add(postponed=1)
+        else:
+            session.rollback(message, delay)
+
+    def _put_off(self, session: Session, message: Message, delay: float, tally: Tally) -> None:
+        try:
+            cast("Postponing", session).put_off(message, delay)
+        except BrokerRefusedError as refused:
+            self._refused_until = time.monotonic() + REFUSED_SECONDS
+            _log.error(
+                "message %r could not be sent as a copy, so for %g s pauses are waited for in the session: %s",
+                message.key,
+                REFUSED_SECONDS,
+                refused,
+            )
+            session.rollback(message)
+        except (BrokerError, CommitInDoubtError) as doubt:
+            # Whether or not there is a copy, the original comes again unless it was acknowledged, and then there is.
+            _log.warning("message %r: its copy was not confirmed: %s", message.key, doubt.__cause__ or doubt)
+            session.rollback(message)
+        else:
+            tally.add(postponed=1)
+
+
+def _lack(session: Session, way: Way) -> str:
+    can = session.capabilities
+    if way == "redeliver" and can.delayed_redelivery:
+        return ""
+    ask = getattr(session, "lacks", None)
+    if ask is None:
+        return f"its sessions ({type(session).__name__}) cannot do that"
+    return str(ask(way))
+
+
+def still_due(error: BaseException) -> float:
+    """The seconds of a pause that was not taken because it is to be the broker's; else 0."""
+    if isinstance(error, BackOffInterruptedError) and isinstance(error.__cause__, PutOffError):
+        return float(error.__dict__["seconds"])
+    return 0.0

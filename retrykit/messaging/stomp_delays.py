@@ -1,0 +1,120 @@
+"""How STOMP brokers keep a message back: what a copy is sent with, what it looks like when it comes, and whether the
+broker can do it at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from queue import Empty
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import unquote
+
+from retrykit.messaging.delays import Origin, Way, delay_queue
+from retrykit.messaging.recoverers import COPY_OF, in_copies
+
+if TYPE_CHECKING:
+    from retrykit.message import Message
+    from retrykit.messaging.profiles import Profile
+
+DELAY: Final = "AMQ_SCHEDULED_DELAY"
+JOB: Final = "scheduledJobId"
+"""What ActiveMQ's scheduler adds; a message that has it is not kept back again."""
+
+_QUEUES: Final = ("/queue/", "/amq/queue/")
+# How a copy came to wait, which is over when it comes.
+_OF_THE_WAIT: Final = frozenset(
+    {
+        COPY_OF,
+        DELAY,
+        JOB,
+        "x-message-ttl",
+        "x-expires",
+        "x-dead-letter-exchange",
+        "x-dead-letter-routing-key",
+    }
+)
+# RabbitMQ tells of the first queue that a message died in, and from version 4 of the last one.
+_DEATHS: Final = ("x-first-death-", "x-last-death-")
+_PROBE: Final = "/temp-queue/retrykit-probe"
+
+
+def queue_of(destination: str) -> str:
+    """The name of the queue that a destination stands for; "" for what is no queue, such as a topic."""
+    return next((destination.removeprefix(start) for start in _QUEUES if destination.startswith(start)), "")
+
+
+def lack_of(profile: Profile, destination: str, way: Way, delays_are_ignored: Callable[[], bool]) -> str:
+    """What a broker lacks to keep back messages of `destination` in this way; "" for nothing."""
+    if profile.delays is None or (way == "redeliver" and profile.delays != "scheduler"):
+        able = {"scheduler": "", "queues": "; it can keep back copies: delay='schedule'"}.get(profile.delays or "", "")
+        return f"nothing is known of the profile {profile.name!r} by which it would keep messages back{able}"
+    if destination and not queue_of(destination):
+        return f"a copy of a message from {destination!r}, which is no queue, would go to every subscriber"
+    if profile.delays == "scheduler" and delays_are_ignored():
+        return 'its scheduler is off (schedulerSupport="true" turns it on), so it would deliver at once'
+    return ""
+
+
+def copy_headers(profile: Profile, message: Message, delay: float) -> dict[str, str]:
+    """The headers of the SEND that has a copy come to the message's own queue after `delay` seconds.
+
+    Persistent, whatever the original is: it waits long enough to meet a restart. `ValueError` for a message that cannot
+    be copied.
+    """
+    bounded = min(delay, profile.longest_delay)
+    queue = queue_of(message.destination)
+    if not queue:
+        msg = f"{message.destination!r} is no queue"
+        raise ValueError(msg)
+    origin = Origin(message.destination, message.id or "", message.headers.get("message-id", ""), early=bounded < delay)
+    ours = {"persistent": "true", COPY_OF: origin.to_header()}
+    if profile.delays == "scheduler":
+        wait = max(1, round(bounded * 1000))
+        ours |= {"destination": message.destination, DELAY: str(wait)} | _expiry(message.headers, wait)
+    else:
+        waiting = delay_queue(unquote(queue), bounded, time.time())
+        ours |= {name: str(value) for name, value in waiting.arguments.items()}
+        ours["destination"] = f"/queue/{queue}{waiting.name.removeprefix(unquote(queue))}"
+    return in_copies(message.headers) | ours | _form(profile, message)
+
+
+def _expiry(headers: Mapping[str, str], wait: int) -> dict[str, str]:
+    """When the copy expires: as the original does. The scheduler adds the time that it kept the message."""
+    expires = headers.get("expires", "")
+    return {"expires": str(int(expires) - wait)} if expires.isdecimal() and int(expires) > wait else {}
+
+
+def _form(profile: Profile, message: Message) -> dict[str, str]:
+    """What makes the body the same kind of body: text, for peers that tell it from bytes, or bytes."""
+    if profile.text_headers and "content-length" not in message.headers and b"\0" not in message.body:
+        return dict(profile.text_headers)
+    return {"content-length": str(len(message.body))}
+
+
+def as_original(headers: Mapping[str, str], origin: Origin) -> dict[str, str]:
+    """The headers of a copy as those of the original; what it says of itself stays."""
+    kept = {name: value for name, value in headers.items() if name not in _OF_THE_WAIT}
+    waited = f"{unquote(queue_of(origin.destination))}.retry."
+    for death in _DEATHS:
+        # One that the original died before it came is a fact about it.
+        if kept.get(f"{death}queue", "").startswith(waited):
+            kept = {name: value for name, value in kept.items() if not name.startswith(death)}
+    known = {"message-id": origin.message_id} if origin.message_id else {}
+    return kept | known | {COPY_OF: headers[COPY_OF]}
+
+
+def delays_are_ignored(wire: Any, timeout: float) -> bool:
+    """Whether ActiveMQ runs without its scheduler: it then delivers at once, with the header that it did not heed.
+
+    Asked with a message to a temporary queue, on a connection that is used for nothing else.
+    """
+    wire.put("SUBSCRIBE", {"id": "probe", "destination": _PROBE, "ack": "auto"})
+    wire.put_confirmed("SEND", {"destination": _PROBE, DELAY: "1"}, b"retrykit asks whether there is a scheduler")
+    wire.settle(timeout)
+    try:
+        frame = wire.frames.get(timeout=timeout)
+    except Empty:
+        # It is being kept back for longer than was asked.
+        return False
+    return frame is not None and DELAY in frame.headers

@@ -1,0 +1,454 @@
+"""Where messages wait for their next attempt: the rules, without a broker."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+
+import attrs
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from retrykit.backoff import (
+    ErrorHintBackOffPolicy,
+    ExponentialBackOffPolicy,
+    FixedBackOffPolicy,
+    NoBackOffPolicy,
+    ScheduleBackOffPolicy,
+    UniformRandomBackOffPolicy,
+)
+from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
+from retrykit.message import Message
+from retrykit.messaging import (
+    BrokerRefusedError,
+    Capabilities,
+    ConnectionLostError,
+    DelayUnavailableError,
+    ListenerContainer,
+    park,
+)
+from retrykit.messaging.counters import Tally
+from retrykit.messaging.delays import (
+    REFUSED_SECONDS,
+    SHORTEST,
+    Delays,
+    Origin,
+    PutOffError,
+    delay_queue,
+    origin_of,
+    step_of,
+    still_due,
+)
+from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ
+from retrykit.messaging.recoverers import COPY_OF, in_copies, may_travel
+from retrykit.messaging.stomp_delays import as_original, copy_headers, lack_of
+from retrykit.policy import SimpleRetryPolicy
+from retrykit.template import RetryTemplate
+
+QUEUE = "/queue/orders"
+DAY = 86_400.0
+
+
+def message(**facts):
+    return Message(**{"destination": QUEUE, "id": "m-1", "key": (QUEUE, "m-1"), "body": b"x"} | facts)
+
+
+def is_ignored():
+    return True
+
+
+def is_heeded():
+    return False
+
+
+# -- delays of queues
+
+
+@given(st.floats(0.0, 30 * DAY))
+def test_a_delay_in_a_queue_is_never_shorter_than_asked_and_at_most_28_percent_longer(seconds):
+    step = step_of(seconds) / 1000
+    assert step >= seconds
+    assert step <= max(SHORTEST, seconds * 1.281)
+
+
+def test_all_delays_up_to_a_month_share_few_queues():
+    steps = {step_of(1.01**power / 10) for power in range(1_720)}
+    assert max(steps) > 25 * DAY * 1000
+    assert len(steps) <= 80
+
+
+@pytest.mark.parametrize(("seconds", "step"), [(0.001, 100), (0.9, 1000), (1.0, 1000), (1.001, 1250), (59, 63_000)])
+def test_a_delay_is_rounded_up_to_the_next_step(seconds, step):
+    assert step_of(seconds) == step
+
+
+def test_a_delay_queue_sends_back_and_outlives_its_messages_by_two_days():
+    queue = delay_queue("orders", 1.5, 1_800_000_000.0)
+    assert queue.name == "orders.retry.1600ms.20270115"
+    assert queue.arguments == {
+        "x-message-ttl": 1600,
+        "x-expires": 1600 + 2 * 86_400_000,
+        "x-dead-letter-exchange": "",
+        "x-dead-letter-routing-key": "orders",
+    }
+
+
+def test_each_day_has_delay_queues_of_its_own():
+    names = {delay_queue("orders", 1.0, day * DAY).name for day in range(5)}
+    assert len(names) == 5
+
+
+def test_the_arguments_of_the_longest_delay_fit_into_32_bits():
+    arguments = delay_queue("orders", RABBITMQ.longest_delay, 0.0).arguments
+    assert max(value for value in arguments.values() if isinstance(value, int)) < 2**32
+
+
+# -- what a copy says of itself
+
+
+def test_a_copy_names_its_original():
+    origin = Origin(QUEUE, "ä:1", "ID:x", early=True)
+    assert origin_of({COPY_OF: origin.to_header()}, QUEUE) == attrs.evolve(origin, early=1)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{}", "[]", "1", "nonsense", '["/queue/orders"]', '["/queue/orders", 1, ""]', '["/queue/orders", "", ""]'],
+)
+def test_what_is_no_origin_makes_no_copy(text):
+    assert origin_of({COPY_OF: text}, QUEUE) is None
+
+
+def test_a_copy_that_was_moved_elsewhere_is_another_message():
+    assert origin_of({COPY_OF: Origin(QUEUE, "m-1", "").to_header()}, "/queue/others") is None
+
+
+def test_a_copy_of_a_copy_says_no_more_than_the_first():
+    first = copy_headers(ACTIVEMQ, message(headers={"message-id": "ID:1"}), 1.0)
+    seen = as_original(first, origin_of(first, QUEUE))
+    again = copy_headers(ACTIVEMQ, message(headers=seen), 1.0)
+    assert again == first
+
+
+OWN = {"content-type": "text/plain", "priority": "7", "reply-to": "/queue/answers", "correlation-id": "c", "my": "own"}
+OF_THE_DELIVERY = {
+    "message-id": "ID:1",
+    "subscription": "s-1",
+    "ack": "a",
+    "redelivered": "true",
+    "timestamp": "1",
+    "destination": QUEUE,
+    "scheduledJobId": "j",
+    "user-id": "u",
+    "x-delivery-count": "2",
+    "x-queue-type": "quorum",
+    "AMQ_SCHEDULED_DELAY": "1",
+}
+
+
+@pytest.mark.parametrize("profile", [ACTIVEMQ, RABBITMQ], ids=lambda profile: profile.name)
+def test_a_copy_has_the_headers_of_the_message_and_none_of_its_delivery(profile):
+    headers = copy_headers(profile, message(headers=OWN | OF_THE_DELIVERY), 2.0)
+    assert {name: headers[name] for name in OWN} == OWN
+    assert not {"message-id", "subscription", "ack", "redelivered", "timestamp", "scheduledJobId"} & set(headers)
+    assert not {"user-id", "x-delivery-count", "x-queue-type"} & set(headers)
+    assert headers["persistent"] == "true"
+
+
+def test_activemq_is_told_the_delay_and_rabbitmq_a_queue():
+    assert copy_headers(ACTIVEMQ, message(), 2.0)["AMQ_SCHEDULED_DELAY"] == "2000"
+    headers = copy_headers(RABBITMQ, message(), 2.0)
+    assert headers["destination"].startswith("/queue/orders.retry.2000ms.")
+    assert headers["x-dead-letter-routing-key"] == "orders"
+    assert "AMQ_SCHEDULED_DELAY" not in headers
+
+
+def test_a_queue_with_an_escaped_name_gets_its_messages_back():
+    headers = copy_headers(RABBITMQ, message(destination="/queue/a%2Fb"), 2.0)
+    assert headers["destination"].startswith("/queue/a%2Fb.retry.2000ms.")
+    assert headers["x-dead-letter-routing-key"] == "a/b"
+
+
+def test_a_queue_made_by_others_gets_its_messages_back():
+    headers = copy_headers(RABBITMQ, message(destination="/amq/queue/orders"), 2.0)
+    assert headers["destination"].startswith("/queue/orders.retry.2000ms.")
+
+
+def test_a_copy_expires_when_the_original_does():
+    headers = copy_headers(ACTIVEMQ, message(headers={"expires": "5000"}), 2.0)
+    assert headers["expires"] == "3000"
+    assert "expires" not in copy_headers(ACTIVEMQ, message(headers={"expires": "0"}), 2.0)
+
+
+def test_what_came_as_text_goes_as_text_and_bytes_as_bytes():
+    text = copy_headers(ACTIVEMQ, message(), 2.0)
+    assert (text.get("amq-msg-type"), text.get("content-length")) == ("text", None)
+    binary = copy_headers(ACTIVEMQ, message(headers={"content-length": "1"}), 2.0)
+    assert (binary.get("amq-msg-type"), binary.get("content-length")) == (None, "1")
+
+
+@pytest.mark.parametrize("profile", [ACTIVEMQ, RABBITMQ], ids=lambda profile: profile.name)
+def test_a_delay_longer_than_the_broker_takes_is_sent_in_turns(profile):
+    short = attrs.evolve(profile, longest_delay=5.0)
+    assert json.loads(copy_headers(short, message(), 6.0)[COPY_OF])[-1] == 1
+    assert json.loads(copy_headers(short, message(), 5.0)[COPY_OF])[-1] == 0
+
+
+def test_a_message_whose_id_is_too_long_for_a_header_is_not_copied():
+    with pytest.raises(ValueError, match="too long"):
+        copy_headers(RABBITMQ, message(id="ü" * 5_000), 2.0)
+
+
+def test_a_message_from_a_topic_is_not_copied():
+    with pytest.raises(ValueError, match="is no queue"):
+        copy_headers(ACTIVEMQ, message(destination="/topic/prices"), 2.0)
+
+
+def test_a_copy_comes_as_the_original_did():
+    headers = copy_headers(RABBITMQ, message(headers=OWN | {"message-id": "T_1"}), 2.0)
+    seen = as_original(headers | {"message-id": "T_2"}, origin_of(headers, QUEUE))
+    assert seen["message-id"] == "T_1"
+    assert not [name for name in seen if name.startswith("x-")]
+
+
+def test_nothing_that_a_handler_sends_on_says_that_it_is_a_copy():
+    given_on = {COPY_OF: "[]", "scheduledJobId": "j", "my": "own"}
+    assert may_travel(given_on) == {"my": "own"} == in_copies(given_on)
+
+
+# -- what a broker lacks
+
+
+@pytest.mark.parametrize(
+    ("profile", "way", "words"),
+    [
+        (GENERIC, "schedule", "nothing is known of the profile 'generic'"),
+        (GENERIC, "redeliver", "nothing is known of the profile 'generic'"),
+        (RABBITMQ, "redeliver", "it can keep back copies: delay='schedule'"),
+    ],
+)
+def test_a_way_that_a_kind_of_broker_does_not_know_is_refused(profile, way, words):
+    assert words in lack_of(profile, QUEUE, way, is_heeded)
+
+
+@pytest.mark.parametrize("way", ["schedule", "redeliver"])
+def test_an_activemq_without_its_scheduler_is_refused(way):
+    assert "schedulerSupport" in lack_of(ACTIVEMQ, QUEUE, way, is_ignored)
+    assert lack_of(ACTIVEMQ, QUEUE, way, is_heeded) == ""
+
+
+@pytest.mark.parametrize("destination", ["/topic/prices", "/exchange/amq.topic/prices", "/temp-queue/x"])
+def test_copies_for_every_subscriber_of_a_topic_are_refused(destination):
+    assert "every subscriber" in lack_of(RABBITMQ, destination, "schedule", is_heeded)
+
+
+# -- what a container does
+
+
+class Recording:
+    """A session that notes what is asked of it; `fault` is raised by `put_off`."""
+
+    def __init__(self, fault=None, **capabilities):
+        self.capabilities = Capabilities(**capabilities)
+        self.fault = fault
+        self.asked = []
+
+    def rollback(self, message=None, delay=0.0):
+        self.asked.append(("rollback", message is not None, delay))
+
+    def put_off(self, message, delay):
+        self.asked.append(("put_off", delay))
+        if self.fault is not None:
+            raise self.fault
+
+    def redeliver(self, message):
+        self.asked.append(("redeliver",))
+
+
+def give_back(delays, session, delay, tally=None):
+    delays.give_back(session, message(), delay, Tally() if tally is None else tally)
+    return session.asked
+
+
+def test_a_pause_that_is_held_goes_back_with_its_delay():
+    assert give_back(Delays(), Recording(), 5.0) == [("rollback", True, 5.0)]
+
+
+def test_a_pause_is_put_off_after_what_is_open_was_undone():
+    tally = Tally()
+    assert give_back(Delays("schedule"), Recording(), 5.0, tally) == [("rollback", False, 0.0), ("put_off", 5.0)]
+    assert tally.snapshot().postponed == 1
+
+
+def test_a_short_pause_is_worth_no_copy():
+    assert give_back(Delays("schedule"), Recording(), SHORTEST / 2) == [("rollback", True, SHORTEST / 2)]
+
+
+def test_what_has_no_pause_is_not_left_to_the_redelivery_policy():
+    assert give_back(Delays("redeliver"), Recording(), 0.0) == [("rollback", True, 0.0)]
+    assert give_back(Delays("redeliver"), Recording(), 1.0) == [("redeliver",)]
+
+
+def test_a_source_that_keeps_back_what_is_rolled_back_is_told_how_long():
+    assert give_back(Delays("redeliver"), Recording(delayed_redelivery=True), 1.0) == [("rollback", True, 1.0)]
+
+
+def test_a_refused_copy_gives_the_message_back_and_has_others_wait_in_the_session(caplog, monkeypatch):
+    delays, tally = Delays("schedule"), Tally()
+    refused = BrokerRefusedError(broker="b", what="a copy", reason="no room")
+    asked = give_back(delays, Recording(refused), 5.0, tally)
+    assert asked == [("rollback", False, 0.0), ("put_off", 5.0), ("rollback", True, 0.0)]
+    assert tally.snapshot().postponed == 0
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert "no room" in caplog.text
+    assert give_back(delays, Recording(), 5.0) == [("rollback", True, 5.0)]
+    assert not delays.defers(message(), 5.0)
+    later = time.monotonic() + REFUSED_SECONDS
+    monkeypatch.setattr(time, "monotonic", lambda: later)
+    assert delays.defers(message(), 5.0)
+
+
+def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog):
+    doubt = CommitInDoubtError()
+    doubt.__cause__ = ConnectionLostError(broker="b", reason="cut")
+    delays = Delays("schedule")
+    assert give_back(delays, Recording(doubt), 5.0)[-1] == ("rollback", True, 0.0)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert delays.defers(message(), 5.0)
+
+
+def test_a_rest_is_put_off_unless_it_is_of_a_copy_that_came_early_by_itself():
+    delays = Delays("schedule")
+    copy = {COPY_OF: Origin(QUEUE, "m-1", "").to_header()}
+    in_turns = {COPY_OF: Origin(QUEUE, "m-1", "", early=True).to_header()}
+    assert delays.defers(message(), 5.0)
+    assert not delays.defers(message(), SHORTEST / 2)
+    assert not delays.defers(message(headers=copy), 5.0)
+    assert delays.defers(message(headers=in_turns), 5.0)
+    # Its process died after the attempt, before the next copy.
+    assert delays.defers(message(headers=copy | {"redelivered": "true"}), 5.0)
+    assert not Delays("hold").defers(message(), 5.0)
+
+
+def test_only_a_pause_that_was_put_off_is_still_due():
+    interrupted = BackOffInterruptedError(name="orders", key="k", seconds=3.0)
+    interrupted.__cause__ = InterruptedError("stopping")
+    assert still_due(interrupted) == 0.0
+    interrupted.__cause__ = PutOffError()
+    assert still_due(interrupted) == 3.0
+    assert still_due(ValueError()) == 0.0
+
+
+# -- what is told
+
+
+def told(caplog, delays, back_off, **capabilities):
+    caplog.set_level(logging.INFO, "retrykit.messaging")
+    session = Recording(**capabilities)
+    delays.tell("orders", session, back_off)
+    delays.tell("orders", session, back_off)
+    return [(record.levelname, record.getMessage()) for record in caplog.records]
+
+
+@pytest.mark.parametrize(
+    ("way", "capabilities", "words"),
+    [
+        ("hold", {}, "in a session (delay='hold')"),
+        ("hold", {"delayed_redelivery": True}, "where it came from"),
+        ("schedule", {"delayed_copies": True}, "at the broker (delay='schedule')"),
+        ("redeliver", {}, "at the broker (delay='redeliver')"),
+    ],
+)
+def test_where_messages_wait_is_told_once(caplog, way, capabilities, words):
+    records = told(caplog, Delays(way), FixedBackOffPolicy(2.5), **capabilities)
+    assert [level for level, _ in records] == ["INFO"]
+    assert words in records[0][1]
+    assert "for up to 2.5 s" in records[0][1]
+
+
+def test_a_back_off_without_pauses_says_so(caplog):
+    ((level, words),) = told(caplog, Delays(), NoBackOffPolicy())
+    assert (level, "no pauses" in words) == ("INFO", True)
+
+
+class Unknown:
+    """A back-off of a user's own, which does not say how long it can be."""
+
+    def delay(self, context):
+        return 1.0
+
+
+@pytest.mark.parametrize("back_off", [FixedBackOffPolicy(1_801), Unknown()])
+def test_a_pause_that_the_broker_may_not_bear_in_a_session_is_warned_of(caplog, back_off):
+    records = told(caplog, Delays(), back_off, longest_hold=1_800.0)
+    assert [level for level, _ in records] == ["INFO", "WARNING"]
+    assert "1800 s" in records[1][1]
+
+
+def test_a_long_pause_at_the_broker_is_no_reason_to_warn(caplog):
+    records = told(caplog, Delays("schedule"), FixedBackOffPolicy(1_801), longest_hold=1_800.0)
+    assert [level for level, _ in records] == ["INFO"]
+
+
+@pytest.mark.parametrize(
+    ("back_off", "longest"),
+    [
+        (NoBackOffPolicy(), 0),
+        (FixedBackOffPolicy(2), 2),
+        (UniformRandomBackOffPolicy(1, 3), 3),
+        (ExponentialBackOffPolicy(1, 2, 30), 30),
+        (ExponentialBackOffPolicy(1, 2, 30, jitter="full"), 30),
+        (ExponentialBackOffPolicy(1, 2, 30, jitter=0.5), 45),
+        (ExponentialBackOffPolicy(1, 1, 30), 1),
+        (ExponentialBackOffPolicy(1, 1, 30, jitter="decorrelated"), 30),
+        (ScheduleBackOffPolicy((1, 9, 5)), 9),
+        (ErrorHintBackOffPolicy(FixedBackOffPolicy(2), max_interval=60), 60),
+        (ErrorHintBackOffPolicy(FixedBackOffPolicy(90), max_interval=60), 90),
+        (ErrorHintBackOffPolicy(Unknown()), None),
+    ],
+)
+def test_a_back_off_knows_its_longest_pause(back_off, longest):
+    assert back_off.longest == longest
+
+
+# -- in a container
+
+
+def container(broker, **options):
+    template = RetryTemplate(
+        name="orders", retry_policy=SimpleRetryPolicy(max_attempts=2), back_off_policy=FixedBackOffPolicy(0.15)
+    )
+    return ListenerContainer(broker, fail, template=template, recover=park("/queue/parked"), **options)
+
+
+def fail(message):
+    raise ConnectionError(message.id)
+
+
+@pytest.mark.parametrize("value", ["", "wait", None, 3])
+def test_a_way_that_there_is_not_is_refused(value):
+    with pytest.raises((TypeError, ValueError), match="delay"):
+        container(MemoryBroker(QUEUE), delay=value)
+
+
+def test_a_source_that_cannot_keep_copies_back_stops_the_container_before_it_takes_a_message():
+    broker = MemoryBroker(QUEUE)
+    broker.publish("x")
+    stopped = container(broker, delay="schedule")
+    with pytest.raises(DelayUnavailableError, match="schedule"), stopped:
+        stopped.wait(10)
+    assert broker.messages()[0].delivery_count is None
+    assert stopped.counters.received == 0
+
+
+@pytest.mark.parametrize("way", ["hold", "redeliver"])
+def test_a_source_that_keeps_back_what_is_rolled_back_does_so_either_way(way):
+    broker = MemoryBroker(QUEUE)
+    broker.publish("x")
+    with container(broker, delay=way) as running:
+        assert broker.wait_until_empty()
+    assert running.counters.parked == 1
+    assert running.counters.received == 2
