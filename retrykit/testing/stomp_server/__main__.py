@@ -14,7 +14,7 @@ from typing import Any
 
 from retrykit.testing.stomp_server.engine import Engine
 from retrykit.testing.stomp_server.process import PASSWORD_VARIABLE
-from retrykit.testing.stomp_server.profiles import PROFILES, profile_named
+from retrykit.testing.stomp_server.profiles import PROFILES, equipped
 from retrykit.testing.stomp_server.server import checked_login, checked_port
 
 
@@ -27,9 +27,10 @@ def main() -> int:
     try:
         login = checked_login(options.user, password if options.user else None)
         checked_port(options.port)
+        profile = equipped(options.profile, scheduler=not options.no_scheduler, redelivery=options.redelivery)
     except ValueError as error:
         parser.error(str(error))
-    engine = Engine(profile_named(options.profile), options.data, login, keep_flags=options.keep_flags)
+    engine = Engine(profile, options.data, login, keep_flags=options.keep_flags)
     try:
         return asyncio.run(_serve(engine, options))
     except OSError as error:
@@ -50,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--password", help=f"and this password; better given as ${PASSWORD_VARIABLE}")
     parser.add_argument(
         "--keep-flags", action="store_true", help="remember over a restart which messages were delivered"
+    )
+    parser.add_argument("--no-scheduler", action="store_true", help="be an ActiveMQ that heeds no AMQ_SCHEDULED_DELAY")
+    parser.add_argument(
+        "--redelivery",
+        type=float,
+        metavar="SECONDS",
+        help="be an ActiveMQ whose plug-in has NACKed messages come again",
     )
     parser.add_argument(
         "--control",

@@ -7,6 +7,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.journal import Journal
@@ -14,6 +15,7 @@ from retrykit.testing.stomp_server.profiles import Profile
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
 
 PREFIX = "/queue/"
+TEMPORARY = "/remote-temp-queue/"
 _OWN_HEADERS = {
     "receipt",
     "transaction",
@@ -34,6 +36,16 @@ class StompError(Exception):
         super().__init__(message)
         self.detail = message if detail is None else detail
         self.fatal = fatal
+
+
+def _schedule(message: Message, delay: float) -> None:
+    """Note that a message comes later; what expires does so later by as much, as with ActiveMQ."""
+    message.headers["scheduledJobId"] = message.message_id
+    expires = message.headers.get("expires", "0")
+    if expires.isdigit() and int(expires):
+        message.headers["expires"] = str(int(expires) + round(delay * 1000))
+    # The delay counts from the COMMIT where there is one, so until `change` it is a duration.
+    message.due = delay
 
 
 class Broker:
@@ -74,7 +86,7 @@ class Broker:
 
     def queue(self, destination: str) -> Queue:
         """Find or make a queue; StompError for a destination that this test double does not have."""
-        if not destination.removeprefix(PREFIX) or not destination.startswith(PREFIX):
+        if destination == PREFIX or not destination.startswith((PREFIX, TEMPORARY)):
             raise StompError(f"The embedded server has only {PREFIX}NAME, not {destination}")
         if destination not in self.queues:
             self.queues[destination] = Queue(destination)
@@ -90,9 +102,7 @@ class Broker:
         headers = {"expires": "0", "priority": "4", "timestamp": stamp} | headers
         message = self._made(frame, origin, destination, headers)
         if delay > 0:
-            headers["scheduledJobId"] = message.message_id
-            # The delay counts from the COMMIT where there is one, so until `change` it is a duration.
-            message.due = delay
+            _schedule(message, delay)
         return message
 
     def _made(self, frame: Frame, origin: str, destination: str, headers: dict[str, str]) -> Message:
@@ -104,7 +114,7 @@ class Broker:
 
     def _delay(self, headers: dict[str, str]) -> float:
         scheduling = [name for name in headers if name.startswith("AMQ_SCHEDULED_")]
-        if not scheduling:
+        if not scheduling or not self.profile.scheduler or "scheduledJobId" in headers:
             return 0.0
         if scheduling != ["AMQ_SCHEDULED_DELAY"]:
             raise StompError(f"The embedded server knows only AMQ_SCHEDULED_DELAY, not {' '.join(scheduling)}")
@@ -215,6 +225,19 @@ class Broker:
             persistent=True,
         )
         self.change([dead], [message])
+
+    def redeliver(self, message: Message, delay: float) -> None:
+        """Have a message come again after `delay` seconds, as ActiveMQ's plug-in does: the same one, flagged."""
+        headers = message.headers | {"redeliveryDelay": str(round(delay * 1000))}
+        again = replace(message, number=next(self._numbers), headers=headers, redelivered=True)
+        _schedule(again, delay)
+        self.change([again], [message])
+
+    def forget(self, prefix: str) -> None:
+        """Delete queues with what is in them."""
+        for name in [name for name in self.queues if name.startswith(prefix)]:
+            self.change((), [message for _, message in self.queues[name].all_messages()])
+            del self.queues[name]
 
     def forget_flags(self) -> None:
         """Forget which waiting messages were delivered before."""

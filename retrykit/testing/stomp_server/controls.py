@@ -36,6 +36,7 @@ class Controls(ABC):
 
     host: str
     port: int
+    tls: bool = False
     _user: str | None
 
     @abstractmethod
@@ -44,8 +45,8 @@ class Controls(ABC):
 
     @property
     def url(self) -> str:
-        """The address without credentials: `stomp://127.0.0.1:61613`."""
-        return f"stomp://{self.host}:{self.port}"
+        """The address without credentials: `stomp://127.0.0.1:61613`, or `stomp+ssl://…`."""
+        return f"{'stomp+ssl' if self.tls else 'stomp'}://{self.host}:{self.port}"
 
     def depths(self) -> dict[str, int]:
         """Count per destination the messages that are ready or in flight; scheduled ones are not in it."""

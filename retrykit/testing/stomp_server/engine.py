@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -37,7 +38,13 @@ class Engine:
     """
 
     def __init__(
-        self, profile: Profile, data: Path | None, login: tuple[str, str] | None = None, *, keep_flags: bool = False
+        self,
+        profile: Profile,
+        data: Path | None,
+        login: tuple[str, str] | None = None,
+        *,
+        keep_flags: bool = False,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """Prepare; nothing is open yet."""
         self.faults = Faults()
@@ -48,6 +55,7 @@ class Engine:
         self._profile = profile
         self._data = data
         self._keep_flags = keep_flags
+        self._ssl_context = ssl_context
         self._flush_due = False
         self._dirty: list[Connection] = []
         self._sessions = 0
@@ -65,7 +73,9 @@ class Engine:
         kind, _ = _KINDS[self._profile.name]
         self.broker = kind(self._profile, self.journal, survivors, self._call_later, keep_flags=self._keep_flags)
         try:
-            self._server = await self.loop.create_server(lambda: Connection(self), host, port, reuse_address=True)
+            self._server = await self.loop.create_server(
+                lambda: Connection(self), host, port, reuse_address=True, ssl=self._ssl_context
+            )
         except OSError:
             self.journal.close()
             raise

@@ -1,10 +1,10 @@
 """The data file: one line per atomic change, so that a transaction is there as a whole or not at all.
 
 After a first line that names the format, a line is a CRC-32 in hex, a space, and JSON:
-`{"add": [message, …], "remove": [number, …], "flag": [number, …]}`, or `{"queue": name, "arguments": {…}}`, or, as the
-last of all, `{"end": true}`: the server ended in good order. A torn end (the process was killed while writing)
-fails its check and is cut off when the file is opened; what is dead is dropped at the same time by writing the file
-anew. One server at a time may use a file.
+`{"add": [message, …], "remove": [number, …], "flag": [number, …]}`, or `{"queue": name, "arguments": {…}}`, or
+`{"gone": queue}`, or, as the last of all, `{"end": true}`: the server ended in good order. A torn end (the process was
+killed while writing) fails its check and is cut off when the file is opened; what is dead is dropped at the same time
+by writing the file anew. One server at a time may use a file.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Journal:
             self.crashed = "end" not in change
             if "queue" in change:
                 self.queues[change["queue"]] = change["arguments"]
+            self.queues.pop(change.get("gone", ""), None)
             for number in change.get("remove", ()):
                 alive.pop(number, None)
             for number in change.get("flag", ()):
@@ -82,6 +83,11 @@ class Journal:
         """Note that a queue was made."""
         self.queues[name] = arguments
         self._note({"queue": name, "arguments": arguments})
+
+    def forget_queue(self, name: str) -> None:
+        """Note that a queue is gone."""
+        self.queues.pop(name, None)
+        self._note({"gone": name})
 
     def record_end(self) -> None:
         """Note that the server ends in good order."""

@@ -35,6 +35,8 @@ class StompServerProcess(Controls):
         user: str | None = None,
         password: str | None = None,
         keep_flags: bool = False,
+        scheduler: bool = True,
+        redelivery: float | None = None,
     ) -> None:
         """Note the options; the child checks them."""
         self.profile = profile
@@ -44,6 +46,8 @@ class StompServerProcess(Controls):
         self._options += ["--data", str(data)] if data else []
         self._options += ["--user", user] if user else []
         self._options += ["--keep-flags"] if keep_flags else []
+        self._options += [] if scheduler else ["--no-scheduler"]
+        self._options += [] if redelivery is None else ["--redelivery", str(redelivery)]
         self._password = password
         self._child: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +19,12 @@ class Profile:
     prefetch_header: str
     default_prefetch: int
     dead_letters: str | None
+    browses: bool = False
+    """SUBSCRIBE with `browser:true` shows a queue and takes nothing."""
+    scheduler: bool = True
+    """ActiveMQ's: without it AMQ_SCHEDULED_DELAY is a header like others."""
+    redelivery: float | None = None
+    """ActiveMQ's redelivery plug-in: a NACKed message comes again after so many seconds, in place of its death."""
 
 
 PROFILES = {
@@ -28,6 +34,7 @@ PROFILES = {
         prefetch_header="activemq.prefetchSize",
         default_prefetch=1000,
         dead_letters="/queue/ActiveMQ.DLQ",
+        browses=True,
     ),
     "rabbitmq": Profile(
         name="rabbitmq",
@@ -46,3 +53,15 @@ def profile_named(name: str) -> Profile:
     if profile is None:
         raise ValueError(f"profile must be one of {', '.join(PROFILES)}, not {name!r}")
     return profile
+
+
+def equipped(name: str, *, scheduler: bool = True, redelivery: float | None = None) -> Profile:
+    """A profile with what its broker can be run with or without; ValueError for what is not of that kind."""
+    profile = profile_named(name)
+    if (scheduler, redelivery) == (True, None):
+        return profile
+    if name != "activemq":
+        raise ValueError(f"scheduler and redelivery are ActiveMQ's, not {name}'s")
+    if redelivery is not None and not (scheduler and redelivery > 0):
+        raise ValueError(f"redelivery must be a positive number of seconds, with the scheduler, not {redelivery!r}")
+    return replace(profile, scheduler=scheduler, redelivery=redelivery)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import threading
 from collections.abc import Coroutine
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, Self, TypeVar
 from retrykit.testing.stomp_server.controls import Controls
 from retrykit.testing.stomp_server.engine import Engine
 from retrykit.testing.stomp_server.process import StompServerProcess
-from retrykit.testing.stomp_server.profiles import profile_named
+from retrykit.testing.stomp_server.profiles import equipped
 
 ANSWER_SECONDS = 30.0
 MAX_PORT = 65_535
@@ -30,8 +31,10 @@ class StompServer(Controls):
     `profile` is `activemq` or `rabbitmq`. `port` 0 takes any free one, known after the start and kept over restarts.
     `data` is a file that keeps persistent messages; without it they survive a restart of this object only.
     `user` and `password`, given together, are asked of clients. `keep_flags` remembers `redelivered` over a restart,
-    which ActiveMQ does only with `persistJMSRedelivered`. `host` is the loopback address unless told otherwise: there
-    is no TLS.
+    which ActiveMQ does only with `persistJMSRedelivered`. `scheduler=False` is an ActiveMQ that heeds no
+    `AMQ_SCHEDULED_DELAY`; with `redelivery=SECONDS` it has the redelivery plug-in, and a NACKed message comes again.
+    With an `ssl_context` (of a server, with its certificate) it speaks TLS only; a child process cannot be given one.
+    `host` is the loopback address unless told otherwise.
     """
 
     def __init__(
@@ -44,13 +47,22 @@ class StompServer(Controls):
         user: str | None = None,
         password: str | None = None,
         keep_flags: bool = False,
+        scheduler: bool = True,
+        redelivery: float | None = None,
+        ssl_context: ssl.SSLContext | None = None,
     ) -> None:
         """Check the options; nothing runs yet. Raises ValueError."""
-        self.profile = profile_named(profile).name
+        imitated = equipped(profile, scheduler=scheduler, redelivery=redelivery)
+        self.profile = imitated.name
         self.host = host
         self.port = checked_port(port)
+        self.tls = ssl_context is not None
         self._engine = Engine(
-            profile_named(profile), Path(data) if data else None, checked_login(user, password), keep_flags=keep_flags
+            imitated,
+            Path(data) if data else None,
+            checked_login(user, password),
+            keep_flags=keep_flags,
+            ssl_context=ssl_context,
         )
         self._running: _LoopThread | None = None
 

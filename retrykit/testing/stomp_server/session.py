@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from retrykit.testing.stomp_server.broker import Broker, StompError
+from retrykit.testing.stomp_server.broker import TEMPORARY, Broker, StompError
 from retrykit.testing.stomp_server.faults import DroppedError, Faults
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
@@ -60,6 +60,7 @@ class Session:
         self._version: str | None = None
         self._ended = False
         self._subscriptions: dict[str, Subscription] = {}
+        self._browsers: set[str] = set()
         self._transactions: dict[str, Transaction] = {}
         self._pending: dict[str, Delivery] = {}
         self._stale: dict[str, None] = {}
@@ -100,6 +101,7 @@ class Session:
         for transaction in self._transactions.values():
             self._roll_back(transaction)
         self._transactions.clear()
+        self._broker.forget(f"{TEMPORARY}{self._name}:")
 
     def _carry_out(self, frame: Frame) -> None:
         if frame.command in ("CONNECT", "STOMP"):
@@ -177,6 +179,7 @@ class Session:
         if not frame.headers.get("destination"):
             raise StompError("SEND received without a Destination specified!")
         transaction = self._transaction(frame)
+        frame.headers["destination"] = self._named(frame.headers["destination"])
         message = self._broker.new_message(frame, self._name)
         self._broker.counters["sends"] += 1
         if transaction is None:
@@ -196,14 +199,34 @@ class Session:
         if id_ in self._subscriptions:
             # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
             raise StompError(f"The subscription id is in use already: {id_}")
+        if asked := {"selector", "activemq.subscriptionName"} & set(headers):
+            raise StompError(f"The embedded server has no topics, and no selectors: {' '.join(sorted(asked))}")
         queue = self._queue_of(headers)
+        if headers.get("browser") == "true" and self._broker.profile.browses:
+            self._show(id_, queue)
+            return
         mode = headers.get("ack", "auto")
         mode = mode if mode in ACK_MODES else "auto"
         name = self._broker.name_delivery
         self._subscribed(Subscription(id_, queue, mode, self._prefetch(headers), name, self._deliver))
 
+    def _show(self, id_: str, queue: Queue) -> None:
+        """Show all that lies in a queue, in flight or not, as at this moment, and take nothing."""
+        self._browsers.add(id_)
+        lying = [message for state, message in queue.all_messages() if state != "scheduled"]
+        for message in sorted(lying, key=lambda message: message.number):
+            self._outlet.send(Frame("MESSAGE", self._shown(id_, message) | {"ack": message.message_id}, message.body))
+        end = {"subscription": id_, "destination": queue.name, "message-id": "0", "browser": "end"}
+        self._outlet.send(Frame("MESSAGE", end))
+
     def _queue_of(self, headers: dict[str, str]) -> Queue:
-        return self._broker.queue(headers["destination"])
+        return self._broker.queue(self._named(headers["destination"]))
+
+    def _named(self, destination: str) -> str:
+        """The broker's own name of a destination: each connection has its own temporary queues."""
+        if not destination.startswith("/temp-queue/"):
+            return destination
+        return f"{TEMPORARY}{self._name}:{destination.removeprefix('/temp-queue/')}"
 
     def _subscribed(self, subscription: Subscription) -> None:
         self._subscriptions[subscription.id] = subscription
@@ -223,6 +246,9 @@ class Session:
         id_ = headers.get("id", headers.get("destination") if self._version == "1.0" else None)
         if id_ is None:
             raise StompError("UNSUBSCRIBE received without a subscription id!")
+        if id_ in self._browsers:
+            self._browsers.discard(id_)
+            return
         subscription = self._subscriptions.pop(id_, None)
         if subscription is None:
             raise StompError("No subscription matched.")
@@ -238,20 +264,16 @@ class Session:
 
     def _deliver(self, delivery: Delivery) -> None:
         message = delivery.message
-        headers = (
-            {
-                "subscription": delivery.subscription.id,
-                "destination": message.destination,
-                "message-id": delivery.message_id,
-            }
-            | message.headers
-            | self._flag(message)
-        )
+        headers = self._shown(delivery.subscription.id, message) | {"message-id": delivery.message_id}
         if delivery.subscription.mode != "auto":
             self._pending[delivery.ack_id] = delivery
             if self._version == "1.2":
                 headers["ack"] = delivery.ack_id
         self._outlet.send(Frame("MESSAGE", headers, message.body))
+
+    def _shown(self, subscription_id: str, message: Message) -> dict[str, str]:
+        ours = {"subscription": subscription_id, "destination": message.destination, "message-id": message.message_id}
+        return ours | message.headers | self._flag(message)
 
     def _flag(self, message: Message) -> dict[str, str]:
         return {"redelivered": "true"} if message.redelivered else {}
@@ -294,7 +316,11 @@ class Session:
             raise StompError(f"Poison ack cannot be transacted: {delivery.message_id}")
         self._broker.counters["nacks"] += 1
         del self._pending[delivery.ack_id]
-        self._broker.bury(delivery.message)
+        after = self._broker.profile.redelivery
+        if after is None:
+            self._broker.bury(delivery.message)
+        else:
+            self._broker.redeliver(delivery.message, after)
         self._release([delivery])
 
     def _delivery(self, frame: Frame) -> Delivery | None:
