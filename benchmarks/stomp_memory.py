@@ -1,0 +1,128 @@
+"""Does the memory of a consumer grow with the messages that it has consumed? Each is asked in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4_096
+STEPS = 40
+AHEAD = 500
+FAILS_EACH = 100
+"""One message in so many fails at its first delivery, so that histories come and go."""
+
+
+@attrs.frozen
+class Grown:
+    """Bytes that the process had resident: after every fortieth part of the messages."""
+
+    where: str
+    messages: int
+    bytes: list[int]
+
+    @property
+    def growth(self) -> float:
+        """The most that was seen, as a multiple of what there was after a tenth of the messages."""
+        warm = STEPS // 10
+        return max(self.bytes[warm:]) / self.bytes[warm - 1]
+
+
+def missing() -> str | None:
+    return None if Path("/proc/self/statm").exists() else "there is no /proc/self/statm to read it from"
+
+
+def measured(where: str, arguments: Sequence[Any], messages: int) -> Grown:
+    """Run `consume` in a new interpreter; this one's modules and garbage are not what is asked about."""
+    paths = [str(ROOT), str(ROOT / "benchmarks")]
+    call = f"stomp_memory.consume({[*arguments]!r}, {messages})"
+    code = f"import sys; sys.path.extend({paths!r}); import stomp_memory; {call}"
+    # Safe path: in the folder of the benchmarks there is one that is called as stomp.py is.
+    run = subprocess.run([sys.executable, "-P", "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    return Grown(where, messages, json.loads(run.stdout))
+
+
+# ---- in the process that is measured
+
+
+def consume(where: Sequence[Any], messages: int) -> None:
+    """Consume so many messages and print what was resident after each step.
+
+    `where`: "memory", or the profile, host, port and URL of a broker.
+    """
+    import logging
+
+    logging.getLogger().addHandler(logging.NullHandler())
+    broker, publisher = _memory() if where[0] == "memory" else _stomp(*where)
+    with publisher as publish:
+        print(json.dumps(_consumed(broker, publish, messages)))
+
+
+def _consumed(broker: Any, publish: Callable[[int], None], messages: int) -> list[int]:
+    from retrykit import RetryTemplate
+    from retrykit.messaging import ListenerContainer
+
+    handled = threading.Semaphore(AHEAD)
+    numbers = iter(range(messages * 2))
+
+    def handle(message: Any) -> None:
+        if next(numbers) % FAILS_EACH == 0 and not message.redelivered:
+            raise ConnectionError("the first delivery of this one fails")
+        handled.release()
+
+    resident = []
+    with ListenerContainer(broker, handle, template=RetryTemplate(name="orders")):
+        for step in range(STEPS):
+            for number in range(messages * step // STEPS, messages * (step + 1) // STEPS):
+                assert handled.acquire(timeout=60), "no message was handled for a minute"
+                publish(number)
+            resident.append(_resident())
+        for _ in range(AHEAD):
+            assert handled.acquire(timeout=60), "no message was handled for a minute"
+    return resident
+
+
+def _resident() -> int:
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * PAGE
+
+
+def _memory() -> tuple[Any, Any]:
+    from retrykit.messaging.memory import MemoryBroker
+
+    broker = MemoryBroker("/queue/memory")
+
+    @contextmanager
+    def publisher() -> Iterator[Callable[[int], None]]:
+        yield lambda number: broker.publish(f"order {number}".ljust(256), id=f"m-{number}") and None
+
+    return broker, publisher()
+
+
+def _stomp(kind: str, host: str, port: int, url: str) -> tuple[Any, Any]:
+    from retrykit.messaging.stomp import StompBroker
+    from tests.servers import Wire
+
+    destination = "/queue/memory"
+
+    @contextmanager
+    def publisher() -> Iterator[Callable[[int], None]]:
+        # It has no credentials: the brokers of tests let everybody in.
+        with Wire(host, port, virtual_host=None if kind == "rabbitmq" else "localhost") as wire:
+            yield lambda number: wire.send(
+                "SEND",
+                f"order {number}".ljust(256).encode(),
+                destination=destination,
+                persistent="true",
+                amqp_message_id=f"m-{number}",
+            )
+
+    return StompBroker(url, destination=destination, profile=kind), publisher()
