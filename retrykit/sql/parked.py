@@ -12,11 +12,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Final
 
 import attrs
 from sqlalchemy import Connection, Engine, Select, delete, insert, select
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util.concurrency import in_greenlet
 
 from retrykit.check import shown, wrong_type, wrong_value
 from retrykit.context import RetryContext
@@ -25,7 +28,7 @@ from retrykit.message import Message
 from retrykit.sql.rows import checked, storable
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_parked
-from retrykit.sql.transaction import connection_in
+from retrykit.sql.transaction import connection_in, is_asynchronous
 
 PAGE: Final = 200
 NAME: Final = 255
@@ -107,11 +110,13 @@ def park_in(
     return int(made.scalar_one())
 
 
-def park_in_transaction(message: Message, context: RetryContext) -> int:
-    """A recoverer: park the message, with what its context knows, in `context.transaction`.
+def park_in_transaction(message: Message, context: RetryContext) -> Any:
+    """A recoverer: park the message, with what its context knows, in `context.transaction`; the number it got.
 
     `ListenerContainer(…, recover=park_in_transaction)`.
         The tables must be in that database: a `SqlRetryContextCache` makes them, or `create_tables`.
+
+    With an AsyncSession or AsyncConnection, as the transactions of an `AsyncRetryTemplate` give, it has to be awaited.
     """
     if context.transaction is None:
         raise TypeError(
@@ -119,7 +124,8 @@ def park_in_transaction(message: Message, context: RetryContext) -> int:
             "such as Session.begin"
         )
     key = message.key if context.key is None else context.key
-    return park_in(
+    park = partial(
+        park_in,
         context.transaction,
         message.body,
         name=context.name,
@@ -134,6 +140,8 @@ def park_in_transaction(message: Message, context: RetryContext) -> int:
         first_failed_at=context.first_failed_at,
         last_failed_at=context.last_failed_at,
     )
+    # Inside of `run_sync` the blocking call is the right one.
+    return greenlet_spawn(park) if is_asynchronous(context.transaction) and not in_greenlet() else park()
 
 
 def parked_items(

@@ -42,6 +42,11 @@ def unwrapped(transaction: object) -> Session | Connection | None:
     return _beneath(transaction)
 
 
+def is_asynchronous(transaction: object) -> bool:
+    """Whether it is an AsyncSession or AsyncConnection, or what stands for one."""
+    return _beneath(transaction) is not None
+
+
 def _beneath(transaction: Any) -> Session | Connection | None:
     """Of an AsyncSession, AsyncConnection, their transactions and scopes: what runs their statements."""
     asynchronous = sys.modules.get("sqlalchemy.ext.asyncio")
