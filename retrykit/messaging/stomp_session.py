@@ -14,15 +14,20 @@ import attrs
 
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
-from retrykit.message import Message
+from retrykit.message import EXPIRES_AT, Message
 from retrykit.messaging.broker import Capabilities
+from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
 from retrykit.messaging.identity import by_content, by_header
 from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import ID
+from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, lack_of
+from retrykit.messaging.stomp_frames import check_headers
+from retrykit.messaging.subscription import check_supported, headers_for, is_lost_when_given_back, subscription_id
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp import StompBroker, Wire
+    from retrykit.messaging.stomp import StompBroker
+    from retrykit.messaging.stomp_wire import Wire
 
 GOODBYE_SECONDS: Final = 2.0
 THE_COMMIT: Final = "the commit"
@@ -53,6 +58,7 @@ class StompSession:
         self._transactions = itertools.count(1)
         self._sends: list[str] = []
         self._in_hand: set[str] = set()
+        self._kept: Message | None = None
         self._stale = 0
 
     def open(self, *, consume: bool) -> None:
@@ -61,6 +67,7 @@ class StompSession:
         self._profile = self._broker.profile or profile_for(server)
         self._wire.not_refusals = self._profile.not_refusals
         if consume:
+            check_supported(self._broker, self._profile)
             self._subscribe()
             try:
                 self._wire.settle(self._broker.receipt_timeout)
@@ -99,6 +106,9 @@ class StompSession:
         while not self._wire.interrupted:
             if self._wire.lost is not None:
                 raise self._wire.error()
+            if self._kept is not None:
+                kept, self._kept = self._kept, None
+                return kept
             try:
                 frame = self._wire.frames.get(timeout=None if limit is None else max(0.0, limit - time.monotonic()))
             except Empty:
@@ -113,24 +123,31 @@ class StompSession:
     def _message(self, frame: Any) -> Message:
         headers = frame.headers
         destination = self._destination(headers)
-        identify = self._broker.identify or self._profile.identify
-        stable = identify(headers, frame.body)
-        if not stable:
-            remedy = f"it has no header {identify}" if isinstance(identify, by_header) else f"{identify!r} found none"
-            remedy = self._profile.remedy if self._broker.identify is None else remedy
-            raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
+        origin = origin_of(headers, destination)
+        stable = self._identified(headers, frame.body, destination) if origin is None else origin.id
         ack = headers.get("ack", "")
         self._in_hand.add(ack)
         return Message(
             destination=destination,
             body=frame.body,
-            headers=headers,
+            headers=headers if origin is None else as_original(headers, origin),
             id=stable,
             key=(destination, stable),
-            redelivered=headers.get("redelivered") == "true",
+            # A copy is sent after a failed attempt only. What a redelivery policy of the broker brings says so too.
+            redelivered=origin is not None or headers.get("redelivered") == "true" or "redeliveryDelay" in headers,
             delivery_count=_again(headers) + 1 if self._counts else None,
             handle=_Handle(self._wire, headers["subscription"], ack),
         )
+
+    def _identified(self, headers: Mapping[str, str], body: bytes, destination: str) -> str:
+        """By what the message is known at its next delivery."""
+        identify = self._broker.identify or self._profile.identify
+        stable = identify(headers, body)
+        if not stable:
+            remedy = f"it has no header {identify}" if isinstance(identify, by_header) else f"{identify!r} found none"
+            remedy = self._profile.remedy if self._broker.identify is None else remedy
+            raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
+        return stable
 
     def _destination(self, headers: Mapping[str, str]) -> str:
         subscribed = self._broker.destination
@@ -143,20 +160,37 @@ class StompSession:
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Send in the transaction; the receipt is waited for by `flush` or `commit`.
 
-        Persistent unless the headers say otherwise, and with a stable id.
+        Persistent unless the headers say otherwise, and with a stable id. `ValueError` for what cannot be said to this
+        kind of broker.
         """
-        marks = self._profile.text_headers if _is_text(headers) else {}
+        check_headers({"destination": destination, **headers})
+        special = self._name(headers) | self._expiry(headers)
+        marks = self._profile.text_headers if _is_text(headers, body) else {}
         ours = {"destination": destination, "transaction": self._begun()}
         if not marks or b"\0" in body:
             ours["content-length"] = str(len(body))
         declared = self._broker.declare if destination.startswith(_QUEUE) else {}
-        full = {"persistent": "true", **declared, **headers, **self._name(headers), **marks, **ours}
+        full = {"persistent": "true", **declared, **headers, **special, **marks, **ours}
         self._sends.append(self._wire.put_confirmed("SEND", full, body, f"a message to {destination!r}"))
 
     def _name(self, headers: Mapping[str, str]) -> dict[str, str]:
         """The id of what is sent, where it is not the broker's to give."""
         name = self._profile.id_of_sends
         return {} if name is None or headers.get(name) else {name: headers.get(ID) or uuid.uuid4().hex}
+
+    def _expiry(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """When the message is to be dropped, in the broker's own words."""
+        at = headers.get(EXPIRES_AT)
+        if at is None:
+            return {}
+        match self._profile.expiry:
+            case "expires":
+                return {"expires": at}
+            case "expiration":
+                return {"expiration": str(max(0, int(at) - time.time_ns() // 1_000_000))}
+            case _:
+                kind = self._profile.name
+                raise ValueError(f"expires_in: how brokers of the kind {kind!r} let messages expire is not known")
 
     def flush(self) -> None:
         """Wait for the receipts of the sends, or, where those come after the commit only, until they were looked at.
@@ -225,18 +259,53 @@ class StompSession:
             self._give_back(message)
 
     def _give_back(self, message: Message) -> None:
+        if is_lost_when_given_back(self._broker, self._profile):
+            # It stays in hand, and is the next to be received.
+            self._kept = attrs.evolve(message, redelivered=True) if self._is_own(self._handle(message)) else None
+            return
         match self._profile.give_back:
             case "resubscribe":
                 self._wire.put("UNSUBSCRIBE", {"id": self._subscription})
                 self._subscribe()
             case "nack":
-                handle = self._handle(message)
-                if self._is_own(handle):
-                    self._in_hand.discard(handle.ack)
-                    self._wire.put("NACK", {"id": handle.ack})
+                self._nack(message)
             case _:
                 self._wire.lose("given up, to give a message back")
                 self._wire.hang_up()
+
+    def _nack(self, message: Message) -> None:
+        handle = self._handle(message)
+        if self._is_own(handle):
+            self._in_hand.discard(handle.ack)
+            self._wire.put("NACK", {"id": handle.ack})
+
+    # -- messages that are to come later (see `retrykit.messaging.delays.Postponing`)
+
+    def lacks(self, way: Way) -> str:
+        """What the broker lacks for this way; asks it on this connection."""
+        asked = lambda: delays_are_ignored(self._wire, self._broker.receipt_timeout)  # noqa: E731
+        return lack_of(self._profile, self._broker.destination, way, asked)
+
+    def put_off(self, message: Message, delay: float) -> None:
+        """A confirmed copy first, then the acknowledgement."""
+        self._own(message)
+        try:
+            headers = copy_headers(self._profile, message, delay)
+        except ValueError as fault:
+            raise BrokerRefusedError(broker=self._broker.name, what="a copy", reason=str(fault)) from fault
+        self._wire.put_confirmed("SEND", headers, message.body, f"a copy to {headers['destination']!r}")
+        try:
+            self._wire.settle(self._broker.receipt_timeout)
+        except BrokerRefusedError:
+            raise
+        except BrokerError as error:
+            raise CommitInDoubtError from error
+        self.commit(message)
+
+    def redeliver(self, message: Message) -> None:
+        """NACK, outside of any transaction."""
+        self.rollback()
+        self._nack(message)
 
     def _begun(self) -> str:
         """The open transaction; begun when it is first needed."""
@@ -262,12 +331,11 @@ class StompSession:
         return handle
 
     def _subscribe(self) -> None:
-        self._subscription = f"s-{next(self._subscriptions)}"
+        own = subscription_id(self._broker, self._profile)
+        self._subscription = f"s-{next(self._subscriptions)}" if own is None else own
         self._in_hand.clear()
-        prefetch = self._profile.prefetch_header
         ours = {"id": self._subscription, "destination": self._broker.destination, "ack": "client-individual"}
-        ours |= {prefetch: str(self._broker.prefetch)} if prefetch else {}
-        self._wire.put_confirmed("SUBSCRIBE", {**self._broker.declare, **ours})
+        self._wire.put_confirmed("SUBSCRIBE", {**headers_for(self._broker, self._profile), **ours})
 
     # -- waiting and leaving
 
@@ -293,5 +361,14 @@ def _again(headers: Mapping[str, str]) -> int:
     return int(count) if count.isascii() and count.isdigit() else 0
 
 
-def _is_text(headers: Mapping[str, str]) -> bool:
-    return headers.get("content-type", "").lower().startswith(_TEXTUAL)
+def _is_text(headers: Mapping[str, str], body: bytes) -> bool:
+    """Whether the body can be called text, which peers are given decoded, as UTF-8."""
+    kind = headers.get("content-type", "").lower()
+    if not kind.startswith(_TEXTUAL):
+        return False
+    try:
+        body.decode()
+    except UnicodeDecodeError:
+        return False
+    _, named, charset = kind.replace(" ", "").partition("charset=")
+    return not named or charset.strip('"').startswith(("utf-8", "utf8", "us-ascii"))

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import ssl
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 from stomp.utils import Frame
 
-from retrykit.messaging import by_content, by_header
+from retrykit.messaging import ListenerContainer, by_content, by_header
 from retrykit.messaging.address import Address, parse_address, redacted
 from retrykit.messaging.errors import BrokerRefusedError, BrokerUnavailableError
 from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
-from retrykit.messaging.stomp import StompBroker, Wire
+from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp_session import StompSession
+from retrykit.messaging.stomp_wire import Call, Wire
+from retrykit.template import RetryTemplate
 
 
 @pytest.mark.parametrize(
@@ -40,7 +44,7 @@ def test_a_url_that_makes_no_sense_is_refused_by_name(url):
 
 def test_a_password_is_never_shown():
     broker = StompBroker("stomp://me:secret@host", destination="/queue/a")
-    assert "secret" not in f"{broker!r} {broker.name} {broker.address!r}"
+    assert "secret" not in f"{broker!r} {broker.name} {broker.servers!r}"
 
 
 @pytest.mark.parametrize(
@@ -150,7 +154,7 @@ def unused_port():
 
 
 def test_a_broker_that_refused_a_frame_and_hung_up_is_heard_before_the_next_is_given_up(monkeypatch):
-    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), None)
+    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
     last_words = threading.Timer(0.1, wire.on_error, [Frame("ERROR", {"message": "no such exchange"}, b"")])
 
     def write(command, headers, body):
@@ -184,3 +188,57 @@ def test_only_ids_that_the_broker_gives_need_no_look_up_of_first_deliveries():
         can = StompSession(broker, None).capabilities
         assert can.flags_while_connected is (identify is None)
         assert can.stable_ids is (identify is None or isinstance(identify, by_content))
+
+
+async def later():
+    return "me", "secret"
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "names"),
+    [
+        ("stomp://host", {"credentials": ("me", "secret")}, "credentials"),
+        ("stomp://host", {"credentials": later}, "credentials.*plain function"),
+        ("stomp://me:secret@host", {"credentials": lambda: ("me", "secret")}, "credentials: are given twice"),
+        ("failover:(stomp://a,stomp://me@b)", {"credentials": lambda: ("me", "secret")}, "credentials.*twice"),
+        ("stomp+ssl://host", {"ssl_context": True}, "ssl_context"),
+        ("stomp://host", {"ssl_context": ssl.create_default_context()}, r"ssl_context.*stomp\+ssl"),
+        ("stomp://host/queue/a", {"durable": "audit", "client_id": "me"}, "durable.*queue"),
+        ("stomp://host/topic/a", {"durable": "audit"}, "client_id"),
+        ("stomp://host/topic/a", {"durable": "audit", "profile": "activemq"}, "client_id"),
+        ("stomp://host/topic/a", {"durable": "", "client_id": "me"}, "durable"),
+        ("stomp://host/topic/a", {"durable": "audit", "client_id": "a\nb"}, "client_id"),
+        ("stomp://host/topic/a", {"durable": "audit", "client_id": "me", "profile": "generic"}, "durable.*subscribe="),
+        ("stomp://host/queue/a", {"selector": "colour = 'red'", "profile": "rabbitmq"}, "selector.*rabbitmq"),
+        ("stomp://host/queue/a", {"selector": 7}, "selector"),
+        ("stomp://host/queue/a", {"selector": " "}, "selector"),
+        ("stomp://host/queue/a", {"subscribe": {"id": "1"}}, "subscribe: 'id' is reserved"),
+        ("stomp://host/queue/a", {"subscribe": {"ack": "auto"}}, "subscribe: 'ack' is reserved"),
+        ("stomp://host/queue/a", {"subscribe": {"prefetch-count": "1"}}, "subscribe: .*prefetch="),
+        ("stomp://host/queue/a", {"subscribe": {"activemq.prefetchSize": "1"}}, "subscribe: .*prefetch="),
+        ("stomp://host/queue/a", {"subscribe": {"destination": "/queue/b"}}, "subscribe: .*destination="),
+        ("stomp://host/queue/a", {"subscribe": {"receipt": "1"}}, "subscribe: 'receipt' is reserved"),
+        ("stomp://host/queue/a", {"subscribe": {"browser": True}}, "subscribe"),
+    ],
+)
+def test_options_that_contradict_each_other_or_the_broker_are_refused(url, options, names):
+    with pytest.raises((ValueError, TypeError), match=names) as refused:
+        StompBroker(url, **options)
+    assert "secret" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "at_most"),
+    [
+        ("stomp://host/queue/a", {}, None),
+        ("stomp://host/topic/a", {}, 1),
+        ("stomp://host/topic/a", {"durable": "audit", "client_id": "me"}, 1),
+        ("stomp://host/topic/a", {"durable": "audit", "profile": "rabbitmq"}, None),
+        ("stomp://host/exchange/a", {"profile": "rabbitmq"}, 1),
+    ],
+)
+def test_several_workers_are_refused_where_each_would_get_every_message(url, options, at_most):
+    broker = StompBroker(url, **options)
+    assert broker.sessions_at_most == at_most
+    with nullcontext() if at_most is None else pytest.raises(ValueError, match=r"concurrency.*at most 1.*/a"):
+        ListenerContainer(broker, print, template=RetryTemplate(name="orders"), concurrency=2)

@@ -1,0 +1,325 @@
+"""One STOMP connection, on stomp.py 9: `Wire`.
+
+stomp.py runs a thread that reads frames and calls listeners; a listener that raises closes the connection without a
+word, one that waits holds up heart-beats. So here the callbacks put what came into queues and set flags, nothing else,
+and everything is decided by the worker. A connection is used once: no callback reconnects, and frames of another
+generation have nowhere to arrive.
+
+stomp.py's own sockets are not used: its TLS connections do not notice that the other side has closed, and turn in
+circles until a heart-beat is missed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import ssl
+import threading
+from collections.abc import Iterable, Mapping
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any, Final
+
+import attrs
+
+from retrykit.messaging.address import Address
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
+from retrykit.messaging.sockets import acknowledge_at_once, explained, open_socket
+from retrykit.messaging.stomp_frames import FrameCutter, escaped
+from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT
+
+if TYPE_CHECKING:
+    from retrykit.messaging.stomp import StompBroker
+
+try:
+    from stomp.connect import BaseConnection
+    from stomp.exception import StompException
+    from stomp.listener import ConnectionListener
+    from stomp.protocol import Protocol12
+    from stomp.transport import Transport
+    from stomp.utils import Frame, convert_frame, pack
+except ModuleNotFoundError as missing:
+    if (missing.name or "").partition(".")[0] != "stomp":
+        raise
+    raise ImportError('STOMP brokers need stomp.py: pip install "retrykit[stomp]"', name="stomp") from missing
+
+_MAX_ERROR: Final = 500
+_CHUNK: Final = 65_536
+LAST_WORDS_SECONDS: Final = 1.0
+
+
+@attrs.frozen
+class Call:
+    """Whom to connect to, as whom."""
+
+    address: Address
+    login: str | None = None
+    passcode: str | None = attrs.field(default=None, repr=False)
+    virtual_host: str | None = None
+    client_id: str | None = None
+    context: ssl.SSLContext | None = None
+    """How to encrypt; None: not at all."""
+
+
+class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
+    """stomp.py's transport over a socket of our own, read frame by frame."""
+
+    def __init__(self, broker: StompBroker, call: Call) -> None:
+        super().__init__([(call.address.host, call.address.port)], auto_decode=False)
+        self._broker = broker
+        self._call = call
+        self._frames = FrameCutter()
+        self.failure: OSError | None = None
+
+    def attempt_connection(self) -> None:
+        """Once, to one address; whoever asked decides what is tried next."""
+        address, broker = self._call.address, self._broker
+        self.socket = open_socket(
+            address,
+            connect_timeout=broker.connect_timeout,
+            send_timeout=broker.send_timeout,
+            context=self._call.context,
+        )
+        self.current_host_and_port = (address.host, address.port)
+
+    def receive(self) -> bytes:
+        """One frame or heart-beat; b"" at the end."""
+        while (piece := self._frames.next()) is None:
+            live = self.socket
+            if live is None:
+                return b""
+            try:
+                data: bytes = live.recv(_CHUNK)
+            except OSError as error:
+                self.failure = error
+                return b""
+            if not data:
+                return b""
+            acknowledge_at_once(live)
+            self._frames.feed(data)
+        return piece
+
+
+class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py has no types
+    """STOMP 1.2 over that transport. Frames go out through `send_frame`, which escapes the values of headers."""
+
+    def __init__(self, broker: StompBroker, call: Call) -> None:
+        beat = int(broker.heart_beat * 1000)
+        transport = _Transport(broker, call)
+        BaseConnection.__init__(self, transport)
+        Protocol12.__init__(
+            self,
+            transport,
+            heartbeats=(beat, beat),
+            auto_content_length=False,
+            # A broker that beats only if the last interval was silent is up to two intervals late, in good health.
+            heart_beat_receive_scale=2.5,
+        )
+
+    def login(self, call: Call) -> None:
+        """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
+        headers = {
+            "accept-version": self.version,
+            "host": call.virtual_host,
+            "heart-beat": ",".join(map(str, self.heartbeats)),
+            "login": call.login,
+            "passcode": call.passcode,
+            "client-id": call.client_id,
+        }
+        self.transport.send(pack(convert_frame(Frame("CONNECT", headers))))
+
+
+class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
+    """One connection: sends frames, keeps what comes until the worker asks.
+
+    Its `on_…` methods run on stomp.py's thread.
+    """
+
+    def __init__(self, broker: StompBroker, call: Call) -> None:
+        self.broker = broker
+        self.name = call.address.name + broker.destination
+        self.not_refusals: tuple[str, ...] = ()
+        self._call = call
+        self.lost: str | None = None
+        self.interrupted = False
+        self.server: str | None = None
+        self.frames: SimpleQueue[Any] = SimpleQueue()
+        self._changed = threading.Condition()
+        # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
+        self._awaited: dict[str, str] = {}
+        self._refused = ""
+        self._numbers = itertools.count(1)
+        self._leaving = False
+        self._closed = False
+        self._connection = _Connection(broker, call)
+        self._connection.set_listener("retrykit", self)
+
+    # -- called by stomp.py's threads
+
+    def on_connected(self, frame: Any) -> None:
+        """Logged in: the server's name for itself is known."""
+        with self._changed:
+            self.server = frame.headers.get("server", "")
+            self._changed.notify_all()
+
+    def on_message(self, frame: Any) -> None:
+        """A delivery: for the worker to look at."""
+        self.frames.put(frame)
+
+    def on_receipt(self, frame: Any) -> None:
+        """One confirmation less to wait for.
+
+        After an ERROR it confirms nothing: RabbitMQ refuses a SUBSCRIBE, and then sends its receipt.
+        """
+        with self._changed:
+            if self.lost is None:
+                self._awaited.pop(frame.headers.get("receipt-id", ""), None)
+            self._changed.notify_all()
+
+    def on_error(self, frame: Any) -> None:
+        """The broker refused something: after that nothing on this connection can be relied on."""
+        detail = frame.body[:_MAX_ERROR].decode("utf-8", "replace") if isinstance(frame.body, bytes) else ""
+        message = frame.headers.get("message", "")
+        with self._changed:
+            if not message.startswith(self.not_refusals):
+                self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
+        self.lose(f"the broker sent ERROR: {message} {' '.join(detail.split())}".rstrip())
+
+    def _meant(self, receipt: str | None) -> str:
+        """What an ERROR refuses; "" when that is not sure.
+
+        Brokers that cannot read a frame (it has too long a header, say) cannot name its receipt, and RabbitMQ never
+        does: then it is the first one that is not confirmed, unless a COMMIT, of which nothing is known, is under way.
+        """
+        if receipt is not None:
+            return self._awaited.get(receipt, "")
+        return "" if THE_COMMIT in self._awaited.values() else next(iter(self._awaited.values()), "")
+
+    def on_disconnected(self) -> None:
+        """The socket is closed, by whomever."""
+        failure = self._connection.transport.failure
+        self._server_lost("the connection was closed" + (f": {explained(failure)}" if failure is not None else ""))
+
+    def on_heartbeat_timeout(self) -> None:
+        """The broker has been silent for too long."""
+        self._server_lost("no heart-beat came in time")
+
+    def _server_lost(self, reason: str) -> None:
+        """The server is gone, or might as well be: the next connection tries another one first."""
+        with self._changed:
+            news = self.lost is None and self.server is not None and not self._leaving
+        self.lose(reason)
+        if news:
+            self.broker.rota.lost(self._call.address)
+
+    def lose(self, reason: str) -> None:
+        """Note that the connection is of no more use, and wake everybody.
+
+        Closes nothing: this may be stomp.py's own thread.
+        """
+        with self._changed:
+            self.lost = self.lost or reason
+            self._changed.notify_all()
+        self.frames.put(None)
+
+    # -- called by the session
+
+    def open(self) -> str:
+        """Connect and log in; gives the server's name for itself."""
+        try:
+            self._connection.transport.start()
+            self._connection.login(self._call)
+        except (OSError, StompException) as error:
+            raise self._unavailable(explained(error)) from error
+        with self._changed:
+            self._changed.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
+        if self.lost or self.server is None:
+            raise self._unavailable(self.lost or f"it did not answer in {self.broker.connect_timeout:g} s")
+        return self.server
+
+    def put(self, command: str, headers: Mapping[str, Any], body: bytes = b"") -> None:
+        """Send a frame; a failure shows as a lost connection."""
+        if self.lost is not None:
+            return
+        self._leaving = command == "DISCONNECT"
+        try:
+            # stomp.py escapes values, not names.
+            self._connection.send_frame(command, {escaped(name): value for name, value in headers.items()}, body)
+        except (OSError, StompException) as error:
+            # Half a frame may be out: nothing that follows would be understood. But a broker that refused an earlier
+            # frame has hung up after its ERROR, which is still to be read.
+            with self._changed:
+                self._changed.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
+            self._server_lost(f"{command} could not be sent: {error!r}")
+
+    def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:
+        """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
+        receipt = f"r-{next(self._numbers)}"
+        with self._changed:
+            self._awaited[receipt] = what
+        self.put(command, {**headers, "receipt": receipt}, body)
+        return receipt
+
+    def forget(self, receipts: Iterable[str]) -> None:
+        """Wait no more for these: what they would confirm was undone."""
+        with self._changed:
+            for receipt in receipts:
+                self._awaited.pop(receipt, None)
+
+    def settle(self, timeout: float, receipt: str | None = None) -> None:
+        """Wait for every receipt that is due, or for one.
+
+        `ConnectionLostError` if the connection, or the patience, ends before; `BrokerRefusedError` if it ends because
+        the broker refused a part of the open transaction.
+        """
+
+        def confirmed() -> bool:
+            return receipt not in self._awaited if receipt is not None else not self._awaited
+
+        with self._changed:
+            self._changed.wait_for(lambda: confirmed() or self.lost, timeout)
+            done = confirmed()
+        if not done:
+            self._server_lost(f"no receipt came in {timeout:g} s")
+            raise self.failure()
+
+    def failure(self) -> BrokerError:
+        """Why the open transaction came to nothing."""
+        with self._changed:
+            what, self._refused = self._refused, ""
+        # Said once: what is tried on this connection afterwards was not refused, it never arrived.
+        return BrokerRefusedError(broker=self.name, what=what, reason=self.lost) if what else self.error()
+
+    def pause(self, length: float) -> bool:
+        """Wait; False when interrupted or lost."""
+        with self._changed:
+            # The longest wait that there is: longer ones are an error.
+            limit = min(length, threading.TIMEOUT_MAX)
+            return not self._changed.wait_for(lambda: self.interrupted or self.lost, limit)
+
+    def interrupt(self) -> None:
+        """End all waiting for deliveries and in pauses."""
+        with self._changed:
+            self.interrupted = True
+            self._changed.notify_all()
+        self.frames.put(None)
+
+    def hang_up(self) -> None:
+        """Close the socket and see stomp.py's thread off. Never called from it."""
+        self.lose("closed")
+        with self._changed:
+            closed, self._closed = self._closed, True
+        if closed:
+            return
+        transport = self._connection.transport
+        # stomp.py's thread lets go of the socket at the same moment when the other side hangs up.
+        with contextlib.suppress(AttributeError, OSError):
+            transport.disconnect_socket()
+        if transport.io_thread is not None:
+            transport.io_thread.join(GOODBYE_SECONDS)
+
+    def error(self) -> ConnectionLostError:
+        """Why the connection is of no use."""
+        return ConnectionLostError(broker=self.name, reason=self.lost)
+
+    def _unavailable(self, reason: str) -> BrokerUnavailableError:
+        return BrokerUnavailableError(broker=self.name, reason=reason)

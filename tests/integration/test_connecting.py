@@ -1,0 +1,324 @@
+"""Connections as production has them: encrypted, to one of several servers, with secrets that change."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import ssl
+import threading
+import time
+import uuid
+from contextlib import closing
+
+import pytest
+
+from retrykit.backoff import FixedBackOffPolicy
+from retrykit.messaging import BrokerUnavailableError, ConnectionLostError, ListenerContainer, Publisher
+from retrykit.messaging.stomp import StompBroker
+from retrykit.template import RetryTemplate
+from retrykit.testing import StompServer
+from tests.servers import Authority
+
+PATIENCE = 60.0
+
+
+def until(condition):
+    deadline = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.01)
+
+
+@pytest.fixture
+def queue():
+    return f"/queue/orders.{uuid.uuid4().hex[:12]}"
+
+
+# -- encrypted
+
+
+@pytest.fixture(scope="module")
+def embedded_tls():
+    authority = Authority()
+    with StompServer(ssl_context=authority.server_context()) as server:
+        server.authority, server.tls_port = authority, server.port
+        yield server
+
+
+@pytest.fixture(params=["embedded_tls", "activemq", "rabbitmq"])
+def encrypted(request):
+    return request.getfixturevalue(request.param)
+
+
+def over_tls(server, host="127.0.0.1"):
+    credentials = server.url.partition("://")[2].rpartition("@")[0]
+    return f"stomp+ssl://{credentials}{'@' if credentials else ''}{host}:{server.tls_port}"
+
+
+def trusting(server):
+    return server.authority.client_context()
+
+
+def test_messages_of_all_sizes_come_over_tls(encrypted, queue):
+    bodies = [b"", b"x", bytes(range(256)) * 4, bytes(2_000_000)]
+    broker = StompBroker(over_tls(encrypted), destination=queue, ssl_context=trusting(encrypted), prefetch=4)
+    with closing(broker.connect()) as session:
+        for body in bodies:
+            session.send(queue, body, {})
+        session.commit()
+        for body in bodies:
+            message = session.receive(PATIENCE)
+            assert message.body == body
+            session.commit(message)
+
+
+def test_an_authority_that_is_not_trusted_is_refused(encrypted, queue):
+    for context in (Authority().client_context(), None):
+        broker = StompBroker(over_tls(encrypted), destination=queue, ssl_context=context)
+        with pytest.raises(
+            BrokerUnavailableError, match=r"certificate was not accepted: .*(issuer|self-signed).*ssl_context"
+        ) as refused:
+            broker.connect()
+        assert isinstance(refused.value.__cause__, ssl.SSLCertVerificationError)
+
+
+def test_a_certificate_for_another_host_is_refused(encrypted, queue):
+    broker = StompBroker(over_tls(encrypted, "localhost"), destination=queue, ssl_context=trusting(encrypted))
+    with pytest.raises(BrokerUnavailableError, match=r"certificate was not accepted: .*localhost"):
+        broker.connect()
+
+
+def test_what_a_context_does_not_check_is_logged(embedded_tls, queue, caplog):
+    context = trusting(embedded_tls)
+    context.check_hostname = False
+    with closing(StompBroker(over_tls(embedded_tls, "localhost"), destination=queue, ssl_context=context).connect()):
+        assert "does not have the name in the certificate of the server checked" in caplog.text
+    context.verify_mode = ssl.CERT_NONE
+    with closing(StompBroker(over_tls(embedded_tls), destination=queue, ssl_context=context).connect()):
+        assert "does not have the certificate of the server checked" in caplog.text
+
+
+def test_a_server_without_tls_is_told_as_such(queue):
+    with StompServer() as plain, pytest.raises(BrokerUnavailableError, match="in time in TLS"):
+        StompBroker(plain.url.replace("stomp:", "stomps:"), destination=queue, connect_timeout=0.3).connect()
+
+
+def test_a_server_with_tls_only_is_not_spoken_to_without(embedded_tls, queue):
+    url = f"stomp://127.0.0.1:{embedded_tls.port}"
+    with pytest.raises(BrokerUnavailableError, match="closed"):
+        StompBroker(url, destination=queue, connect_timeout=5).connect()
+
+
+def test_a_handshake_that_never_ends_is_given_up_in_time(queue):
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        url = f"stomp+ssl://127.0.0.1:{listening.getsockname()[1]}"
+        began = time.monotonic()
+        with pytest.raises(BrokerUnavailableError, match="in time"):
+            StompBroker(url, destination=queue, connect_timeout=0.2).connect()
+        assert time.monotonic() - began < 5
+
+
+def test_a_tls_connection_that_the_server_closes_is_lost_at_once(embedded_tls, queue):
+    broker = StompBroker(over_tls(embedded_tls), destination=queue, ssl_context=trusting(embedded_tls))
+    with closing(broker.connect()) as session:
+        began = time.monotonic()
+        threading.Timer(0.1, embedded_tls.drop_connections).start()
+        with pytest.raises(ConnectionLostError, match="closed"):
+            session.receive(PATIENCE)
+        # Well before any heart-beat is missed.
+        assert time.monotonic() - began < 5
+
+
+def test_an_idle_tls_connection_costs_no_time(embedded_tls, queue):
+    broker = StompBroker(over_tls(embedded_tls), destination=queue, ssl_context=trusting(embedded_tls))
+    with closing(broker.connect()) as session:
+        before = time.process_time()
+        session.receive(0.5)
+        assert time.process_time() - before < 0.25
+
+
+def test_a_reader_that_waits_keeps_no_writer_out(embedded_tls, queue):
+    broker = StompBroker(over_tls(embedded_tls), destination=queue, ssl_context=trusting(embedded_tls), heart_beat=0.2)
+    with closing(broker.connect()) as session:
+        # Heart-beats go out and come in from threads of their own while large bodies do both.
+        for number in range(20):
+            session.send(queue, bytes([number]) * 300_000, {})
+            session.commit()
+            message = session.receive(PATIENCE)
+            assert message.body == bytes([number]) * 300_000
+            session.commit(message)
+
+
+def test_a_container_consumes_over_tls(embedded_tls, queue):
+    embedded_tls.publish(queue, b"1")
+    broker = StompBroker(over_tls(embedded_tls), destination=queue, ssl_context=trusting(embedded_tls))
+    handled = []
+    with ListenerContainer(broker, handled.append, template=RetryTemplate(name="orders")) as container:
+        until(lambda: container.counters.acknowledged == 1)
+        embedded_tls.drop_connections()
+        embedded_tls.publish(queue, b"2")
+        until(lambda: container.counters.acknowledged == 2)
+    assert [message.body for message in handled] == [b"1", b"2"]
+
+
+# -- several servers
+
+
+@pytest.fixture
+def pair():
+    with StompServer(user="me", password="one") as one, StompServer(user="me", password="two") as other:
+        yield one, other
+
+
+def failover(pair, options="?randomize=false"):
+    one, other = pair
+    addresses = f"stomp://me:one@127.0.0.1:{one.port},stomp://me:two@127.0.0.1:{other.port}"
+    return f"failover:({addresses}){options}"
+
+
+def open_connections(pair):
+    return tuple(server.counters()["open_connections"] for server in pair)
+
+
+def test_consumers_go_on_with_the_next_server_when_theirs_is_killed(pair, queue):
+    one, other = pair
+    handled = []
+    container = ListenerContainer(
+        StompBroker(failover(pair), destination=queue),
+        lambda message: handled.append(message.body),
+        template=RetryTemplate(name="orders"),
+        concurrency=2,
+        reconnect=FixedBackOffPolicy(0.02),
+    )
+    one.publish(queue, b"1")
+    other.publish(queue, b"2")
+    with container:
+        until(lambda: handled == [b"1"])
+        until(lambda: open_connections(pair) == (2, 0))
+        one.kill()
+        until(lambda: handled == [b"1", b"2"])
+        until(lambda: other.counters()["open_connections"] == 2)
+        # Nobody goes back by himself; when the second one is lost, the first is there again.
+        one.start()
+        one.publish(queue, b"3")
+        other.kill()
+        until(lambda: handled == [b"1", b"2", b"3"])
+
+
+def test_a_server_that_was_lost_is_not_asked_first(pair, queue):
+    broker = StompBroker(failover(pair), destination=queue)
+    with closing(broker.connect()) as session:
+        assert open_connections(pair) == (1, 0)
+        pair[0].drop_connections()
+        with pytest.raises(ConnectionLostError, match=rf"stomp://127\.0\.0\.1:{pair[0].port}/queue"):
+            session.receive(PATIENCE)
+    with closing(broker.connect()):
+        assert open_connections(pair) == (0, 1)
+
+
+def test_a_session_that_is_closed_here_is_not_lost(pair, queue):
+    broker = StompBroker(failover(pair), destination=queue)
+    for _ in range(3):
+        with closing(broker.connect()):
+            assert open_connections(pair) == (1, 0)
+        until(lambda: open_connections(pair) == (0, 0))
+
+
+def test_if_no_server_is_there_the_error_names_each_with_its_reason(pair, queue):
+    one, other = pair
+    url = failover(pair).replace("me:two", "me:wrong")
+    one.stop()
+    with pytest.raises(BrokerUnavailableError) as nobody:
+        StompBroker(url, destination=queue).connect()
+    text = str(nobody.value)
+    assert f"stomp://127.0.0.1:{one.port}: [Errno" in text
+    assert f"stomp://127.0.0.1:{other.port}: the broker sent ERROR: User name or password is invalid." in text
+    assert "wrong" not in text
+    assert "me:" not in text
+
+
+def test_in_any_order_all_servers_are_used(pair, queue):
+    broker = StompBroker(failover(pair, ""), destination=queue)
+    sessions = [broker.connect() for _ in range(30)]
+    one, other = open_connections(pair)
+    for session in sessions:
+        session.close()
+    assert one + other == 30
+    assert one
+    assert other
+
+
+def test_a_publisher_goes_on_with_the_next_server(pair, queue):
+    with Publisher(StompBroker(failover(pair))) as publisher:
+        publisher.send(queue, b"1")
+        pair[0].kill()
+        publisher.send(queue, b"2")
+    assert [message.body for message in pair[1].messages(queue)] == [b"2"]
+
+
+# -- secrets that change
+
+
+def test_credentials_are_asked_for_at_each_connection(queue):
+    secrets = iter([("me", "old"), ("me", "new")])
+    with StompServer(user="me", password="new") as server:
+        broker = StompBroker(server.url, destination=queue, credentials=lambda: next(secrets))
+        with pytest.raises(BrokerUnavailableError, match="password is invalid"):
+            broker.connect()
+        with closing(broker.connect()) as session:
+            assert session.receive(0.01) is None
+
+
+def test_a_container_connects_with_the_secret_of_the_hour(queue):
+    secret = ["new"]
+    with StompServer(user="me", password="new") as server:
+        broker = StompBroker(server.url, destination=queue, credentials=lambda: ("me", secret[0]))
+        handled = []
+        container = ListenerContainer(
+            broker, handled.append, template=RetryTemplate(name="orders"), reconnect=FixedBackOffPolicy(0.02)
+        )
+        with container:
+            until(lambda: server.counters()["open_connections"] == 1)
+            secret[0] = "old"
+            server.drop_connections()
+            until(lambda: server.counters().get("errors", 0) >= 2)
+            secret[0] = "new"
+            server.publish(queue, b"x")
+            until(lambda: len(handled) == 1)
+
+
+def vault_is_sealed():
+    raise PermissionError("sealed")
+
+
+@pytest.mark.parametrize(
+    ("credentials", "reason"),
+    [
+        (vault_is_sealed, "raised builtins.PermissionError"),
+        ("sesame", "gave a str"),
+        (("me", None), "gave a tuple"),
+        (("me", b"sesame"), "gave a tuple"),
+        (("me", "sesame", "open"), "gave a tuple"),
+        (("me", "sesame\nhost:other"), "gave a line break"),
+    ],
+)
+def test_credentials_that_cannot_be_had_are_told_without_them(credentials, reason, queue, caplog):
+    caplog.set_level(logging.DEBUG)
+    asked = credentials if callable(credentials) else lambda: credentials
+    broker = StompBroker("stomp://127.0.0.1:1", destination=queue, credentials=asked)
+    with pytest.raises(BrokerUnavailableError, match=rf"credentials\(\) {reason}") as unavailable:
+        broker.connect()
+    assert isinstance(unavailable.value.__cause__, PermissionError) is (credentials is vault_is_sealed)
+    assert "sesame" not in f"{unavailable.value}{broker!r}{caplog.text}"
+
+
+def test_nothing_that_was_asked_for_is_logged(queue, caplog):
+    caplog.set_level(logging.DEBUG)
+    with StompServer(user="me", password="open sesame") as server:
+        broker = StompBroker(server.url, destination=queue, credentials=lambda: ("me", "open sesame"))
+        with closing(broker.connect()) as session:
+            session.receive(0.01)
+    assert "sesame" not in caplog.text + repr(broker)
