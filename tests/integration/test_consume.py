@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("click")
 
+from retrykit.sql import SqlRetryContextCache
 from retrykit.testing import StompServer
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,30 @@ def handle(message):
     threading.Event().wait(0.01)
 """
 
+LATER = """
+import asyncio
+import os
+
+from retrykit import AsyncRetryTemplate, SimpleRetryPolicy
+from retrykit.messaging import Consumers, park
+from retrykit.sql import AsyncSqlRetryContextCache
+
+cache = AsyncSqlRetryContextCache("sqlite+aiosqlite:///later.db")
+template = AsyncRetryTemplate(name="later", retry_policy=SimpleRetryPolicy(max_attempts=2), context_cache=cache)
+consumers = Consumers(
+    os.environ["SHOP_BROKER"], template=template, journal="always", concurrency=2, lifespan=lambda: cache
+)
+
+
+@consumers.consumer("/queue/orders", recover=park("/queue/orders.parked"))
+async def handle(message):
+    with open("handled", "ab", 0) as file:
+        file.write(f"{os.getpid()} {message.text}\\n".encode())
+    if message.text == "bad":
+        raise ValueError("no")
+    await asyncio.sleep(60 if message.text == "hang" else 0.01)
+"""
+
 
 @pytest.fixture
 def server():
@@ -62,6 +87,7 @@ def server():
 def service(tmp_path, server):
     """Start the command in the application's folder; whatever is left of it is killed."""
     (tmp_path / "shop.py").write_text(APPLICATION)
+    (tmp_path / "later.py").write_text(LATER)
     services = []
 
     def start(*options, target="shop:consumers", broker=None):
@@ -242,6 +268,21 @@ def test_what_hangs_is_given_back_when_the_grace_is_over(tmp_path, server, servi
     assert running.stop() == 1
     assert running.logged("stopping at once")
     wait_for(lambda: server.depth(ORDERS) == 1)
+
+
+@pytest.mark.parametrize("options", [(), ("--processes", "1")])
+def test_coroutines_that_hang_are_cancelled_and_put_everything_straight(tmp_path, server, service, options):
+    publish(server, "bad", "hang", "good")
+    running = service("--grace", "0.2s", "--health", "0", *options, target="later:consumers")
+    wait_for(lambda: running.ask("counters")[1]["total"]["acknowledged"] == 1 and server.depth(PARKED) == 1)
+    wait_for(lambda: handled(tmp_path) == {"bad": 2, "hang": 1, "good": 1})
+    assert running.stop() == 1
+    assert running.logged("goes back without a new attempt: it was cancelled")
+    assert [message.body for message in server.messages(ORDERS)] == [b"hang"]
+    # Before its attempt "it is running" was stored: with a clean end that is withdrawn, and counts as no crash.
+    with SqlRetryContextCache(f"sqlite:///{tmp_path}/later.db") as cache:
+        assert list(cache.items()) == []
+    assert running.output == []
 
 
 def test_a_container_that_gives_up_ends_the_process_with_the_reason(service):
