@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from inspect import isawaitable
+from inspect import isawaitable, iscoroutinefunction
 from time import monotonic
 from types import CoroutineType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
@@ -67,6 +67,13 @@ def _check_listeners(instance: Any, field: Any, listeners: Any) -> None:
         has(*LISTENER_METHODS)(instance, field, listener)
 
 
+def _is_cache_for(template: Any, field: Any, cache: Any) -> None:
+    is_cache(template, field, cache)
+    if not template.asynchronous and iscoroutinefunction(cache.load):
+        wanted = "a cache whose verbs need no await (AsyncRetryTemplate takes both)"
+        raise wrong_type(field.name, wanted, cache)
+
+
 @attrs.frozen(kw_only=True, eq=False, repr=False)
 class _Template(Value):
     """What both templates are made of."""
@@ -74,7 +81,7 @@ class _Template(Value):
     name: str = attrs.field(default="retry", validator=_check_name)
     retry_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
     back_off_policy: BackOffPolicy = attrs.field(factory=NoBackOffPolicy, validator=is_back_off)
-    context_cache: Any = attrs.field(factory=MapRetryContextCache, validator=is_cache, eq=identity)
+    context_cache: Any = attrs.field(factory=MapRetryContextCache, validator=_is_cache_for, eq=identity)
     listeners: tuple[RetryListener, ...] = attrs.field(default=(), converter=_listeners, validator=_check_listeners)
     clock: Clock = attrs.field(default=SYSTEM_CLOCK, validator=has("time", "monotonic", "sleep", "async_sleep"))
     throw_last: bool = attrs.field(default=False, validator=one_of(True, False))

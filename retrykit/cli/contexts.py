@@ -168,8 +168,8 @@ def _facts(screen: Screen, summary: HistorySummary) -> Iterator[tuple[str, Cell]
 
 
 def _count(summary: HistorySummary) -> str:
-    extra = {"crashes": summary.crashes, "failed recoveries": summary.recovery_failures}
-    told = [f"{count} {what}" for what, count in extra.items() if count]
+    extra = (("crash", "crashes", summary.crashes), ("failed recovery", "failed recoveries", summary.recovery_failures))
+    told = [f"{count} {one if count == 1 else many}" for one, many, count in extra if count]
     return f"{summary.retry_count}" + (f" ({', '.join(told)})" if told else "")
 
 
@@ -264,10 +264,10 @@ def forget(*, url: str, yes: bool, **which: Any) -> None:
 @filters
 @click.option(
     "--output",
-    type=click.File("w", encoding="utf-8", lazy=True),
+    type=click.File("x", encoding="utf-8", lazy=True),
     default="-",
     metavar="FILE",
-    help="Where to. [default: standard output]",
+    help="Where to; a file that is not there yet. [default: standard output]",
 )
 def export(*, url: str, output: TextIO, **options: Any) -> None:
     """Write histories as JSON lines.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-from retrykit.cli.stores import Store, StoreError, opened
+from retrykit.cli.stores import Store, StoreError, StoreMissingError, opened
 from retrykit.cli.words import as_instant, as_key, safe
 from retrykit.errors import RetryError
 from retrykit.histories import Item
@@ -91,7 +91,7 @@ def told(hint: str = "--store") -> Iterator[None]:
     """Errors of the library as one line for people."""
     try:
         yield
+    except (StoreMissingError, RetryError) as error:
+        raise click.ClickException(safe(str(error))) from error
     except StoreError as error:
         raise click.BadParameter(safe(str(error)), param_hint=hint) from error
-    except RetryError as error:
-        raise click.ClickException(safe(str(error))) from error

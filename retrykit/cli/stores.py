@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -11,7 +12,6 @@ from urllib.parse import parse_qsl, urlencode
 
 import attrs
 
-from retrykit.errors import RetryError
 from retrykit.histories import Histories
 
 if TYPE_CHECKING:
@@ -26,7 +26,11 @@ _REDIS: Final = frozenset({"redis", "rediss", "valkey", "valkeys", "unix"})
 
 
 class StoreError(Exception):
-    """A URL of no store that can be opened; the text says why, without a password."""
+    """A URL of no store that can be; the text says why, without a password."""
+
+
+class StoreMissingError(StoreError):
+    """There is no store at a URL that could be one of a store."""
 
 
 @attrs.frozen
@@ -49,14 +53,15 @@ class Store:
 def opened(url: str) -> Iterator[Store]:
     """The store at a URL, closed at the end.
 
-    `StoreError` for one that is not there, or whose driver is not installed.
+    `StoreError` for a URL of no store, `StoreMissingError` for one that is not there, or whose driver is not installed;
+    `RetryError` for one that cannot be used.
     """
     try:
         cache = _cache_at(url)
     except ImportError as error:
         # Its words say what to install.
-        raise StoreError(str(error)) from error
-    except (ValueError, RetryError) as error:
+        raise StoreMissingError(str(error)) from error
+    except ValueError as error:
         raise StoreError(str(error)) from error
     with closing(cache):
         yield Store(cache, Histories(cache))
@@ -98,6 +103,8 @@ def _sql_at(url: str) -> Any:
 def _redis_at(url: str) -> Any:
     from retrykit.redis import RedisRetryContextCache
 
+    # What the server's settings mean is for the program to hear that keeps histories there, not for every command.
+    logging.getLogger("retrykit.redis").setLevel(logging.ERROR)
     # Of its options one is the cache's own, the others are redis-py's.
     bare, _, query = url.partition("?")
     options = parse_qsl(query)
@@ -115,11 +122,11 @@ def _check_file(place: URL) -> None:
     name = (place.database or "").removeprefix("file:").partition("?")[0]
     path = Path(name).absolute()
     if not path.is_file():
-        raise StoreError(f"there is no file {path}")
+        raise StoreMissingError(f"there is no file {path}")
     try:
         with closing(sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)) as connection:
             found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'rk_schema'").fetchone()
     except sqlite3.Error as error:
-        raise StoreError(f"{path} cannot be read as a SQLite database: {error}") from error
+        raise StoreMissingError(f"{path} cannot be read as a SQLite database: {error}") from error
     if found is None:
-        raise StoreError(f"there are no tables of retrykit in {path}")
+        raise StoreMissingError(f"there are no tables of retrykit in {path}")

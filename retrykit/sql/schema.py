@@ -56,11 +56,19 @@ def check_version(bind: Engine | Connection) -> Mapping[str, int]:
     found = rows.get("version")
     if found == SCHEMA_VERSION:
         return rows
-    command = f"run: retrykit db upgrade --store {shown_url(bind.engine.url)}"
+    command = _command(bind.engine.url)
     advice = command if found is None or found < SCHEMA_VERSION else "upgrade retrykit"
     what = "the tables are not there" if found is None else f"the tables have schema version {found}"
     msg = f"{what}; this retrykit works with version {SCHEMA_VERSION}: {advice}"
     raise ContextCacheError(msg, found=found, expected=SCHEMA_VERSION)
+
+
+def _command(url: URL) -> str:
+    """What brings the tables to this version; a command without its password would be of no use."""
+    command = "run: retrykit db upgrade"
+    if url.password is None:
+        return f"{command} --store {shown_url(url)}"
+    return f"{command}, with the URL of {shown_url(url)} in RETRYKIT_STORE"
 
 
 def version_at(url: URL) -> int:

@@ -238,26 +238,36 @@ def test_interrupted_prune_says_what_it_has_done(run, template, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("store", "told"),
+    ("store", "told", "status"),
     [
-        ("sqlite:///{}/typo.db", "there is no file"),
-        ("sqlite:///file:{}/typo.db?uri=true", "there is no file"),
-        ("sqlite:///{}/other.db", "there are no tables of retrykit in"),
-        ("sqlite:///{}/text.txt", "cannot be read as a SQLite database"),
-        ("sqlite://", "a database in memory is nobody else's"),
-        ("orders.db", "the URL of a store is sqlite:///FILE"),
-        ("oracle://user:secret@host/db", "the URL of a store is sqlite:///FILE"),
-        ("postgresql://user:***@host/db", "this URL was printed without its password"),
+        ("sqlite:///{}/typo.db", "there is no file", 1),
+        ("sqlite:///file:{}/typo.db?uri=true", "there is no file", 1),
+        ("sqlite:///{}/other.db", "there are no tables of retrykit in", 1),
+        ("sqlite:///{}/text.txt", "cannot be read as a SQLite database", 1),
+        ("sqlite://", "a database in memory is nobody else's", 2),
+        ("orders.db", "the URL of a store is sqlite:///FILE", 2),
+        ("oracle://user:secret@host/db", "the URL of a store is sqlite:///FILE", 2),
+        ("postgresql://user:***@host/db", "this URL was printed without its password", 2),
     ],
 )
-def test_store_that_is_not_there_is_not_made(run, tmp_path, store, told):
+def test_store_that_is_not_there_is_not_made(run, tmp_path, store, told, status):  # noqa: PLR0917 - parametrized
     sqlite3.connect(tmp_path / "other.db").execute("CREATE TABLE mine (x)").connection.close()
     (tmp_path / "text.txt").write_text("nothing but text, and enough of it to be no database")
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir() if "orders" not in file.name}
-    found = run("list", store=store.format(tmp_path), status=2)
+    found = run("list", store=store.format(tmp_path), status=status)
     assert told in found.stderr
     assert "secret" not in found.output
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir() if "orders" not in file.name} == before
+
+
+def test_histories_are_exported_to_a_new_file_only(run, template, tmp_path):
+    fail(template)
+    file = tmp_path / "histories.jsonl"
+    run("export", "--output", str(file))
+    written = file.read_text()
+    assert json.loads(written)["retry_count"] == 1
+    assert "File exists" in run("export", "--output", str(file), status=1).stderr
+    assert file.read_text() == written
 
 
 def test_urls_with_asynchronous_drivers_are_opened_with_blocking_ones(run, template, url):
@@ -283,7 +293,7 @@ def test_driver_is_one_for_blocking_calls(url, taken):
 
 def test_driver_that_is_not_installed_is_named_with_its_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "psycopg", None)
-    found = run("list", store="postgresql://user:secret@localhost:1/db", status=2)
+    found = run("list", store="postgresql://user:secret@localhost:1/db", status=1)
     assert 'pip install "retrykit[postgresql]"' in found.stderr
     assert "secret" not in found.output
 

@@ -80,7 +80,8 @@ def test_tables_of_version_1_are_reported_and_upgraded(url):
     make_version_1(url)
     told = run("current", "--store", url, status=1)
     assert "the tables have schema version 1" in told
-    assert f"run: retrykit db upgrade --store {shown_url(make_url(url))}" in told
+    assert "run: retrykit db upgrade" in told
+    assert shown_url(make_url(url)) in told
     assert f"schema version 1 is now {SCHEMA_VERSION}" in run("upgrade", "--store", url)
     assert version(url) == SCHEMA_VERSION
 
@@ -91,7 +92,7 @@ def test_tables_that_are_absent_are_reported_with_the_command(url):
             connection.execute("CREATE TABLE own (id INTEGER)")
     told = run("current", "--store", url, status=1)
     assert "the tables are not there" in told
-    assert "run: retrykit db upgrade --store " in told
+    assert "run: retrykit db upgrade" in told
 
 
 def test_tables_newer_than_this_retrykit_are_left_alone(url):
@@ -146,7 +147,7 @@ def test_sql_is_written_for_the_database_of_the_url_without_a_word_to_it():
 
 
 def test_sql_from_or_to_a_version_that_is_not_there_is_refused():
-    told = run("sql", "--store", "sqlite://", "--to", "3", status=2)
+    told = run("sql", "--store", "sqlite://", "--to", str(SCHEMA_VERSION + 1), status=2)
     assert f"--from and --to are versions from 0 to {SCHEMA_VERSION}" in told
 
 

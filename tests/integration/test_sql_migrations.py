@@ -21,7 +21,16 @@ from sqlalchemy import create_engine, event, inspect, make_url, select, text
 from sqlalchemy.pool import NullPool
 
 from retrykit.errors import ContextCacheError
-from retrykit.sql import SCHEMA_VERSION, check_version, create_tables, metadata, migrations_path, rk_context, rk_parked
+from retrykit.sql import (
+    SCHEMA_VERSION,
+    check_version,
+    create_tables,
+    metadata,
+    migrations_path,
+    rk_context,
+    rk_job,
+    rk_parked,
+)
 from retrykit.sql import schema as schema_module
 from retrykit.sql.migrate import Upgrade, upgrade_sql, upgrade_tables
 from retrykit.sql.schema import exclusive, open_tables, read_schema
@@ -211,7 +220,7 @@ def test_tables_that_migrations_make_are_the_tables_that_create_tables_makes(eng
     assert 0 <= rows["identity"] < 2**63
 
 
-def test_tables_of_version_1_get_every_row_and_the_very_schema_of_version_2(version_1, wanted):
+def test_tables_of_version_1_get_every_row_and_the_very_schema_of_today(version_1, wanted):
     before = content(version_1)
     assert len(before["rk_context"]) == 59
     assert upgrade_tables(version_1) == Upgrade(1, SCHEMA_VERSION)
@@ -258,7 +267,7 @@ def test_tables_that_create_tables_made_are_recognized_and_stamped(engine):
     create_tables(engine)
     identity = read_schema(engine)["identity"]
     assert upgrade_tables(engine) == Upgrade(SCHEMA_VERSION, SCHEMA_VERSION)
-    assert stamped(engine) == ["rk_0002"]
+    assert stamped(engine) == [f"rk_{SCHEMA_VERSION:04}"]
     assert read_schema(engine)["identity"] == identity
 
 
@@ -267,13 +276,13 @@ def test_what_alembic_s_own_table_says_does_not_count(version_1, wanted):
     run_script(version_1, "INSERT INTO rk_alembic_version VALUES ('rk_0002');\n")
     assert upgrade_tables(version_1) == Upgrade(1, SCHEMA_VERSION)
     assert schema(version_1) == wanted
-    assert stamped(version_1) == ["rk_0002"]
+    assert stamped(version_1) == [f"rk_{SCHEMA_VERSION:04}"]
 
 
 def test_tables_newer_than_this_retrykit_are_left_alone(engine):
     create_tables(engine)
     run_script(engine, "UPDATE rk_schema SET value = 99 WHERE name = 'version';\n")
-    with pytest.raises(ContextCacheError, match="schema version 99; this retrykit knows 2: upgrade retrykit"):
+    with pytest.raises(ContextCacheError, match="schema version 99; this retrykit knows 3: upgrade retrykit"):
         upgrade_tables(engine)
     assert read_schema(engine)["version"] == 99
     assert "rk_alembic_version" not in inspect(engine).get_table_names()
@@ -306,7 +315,7 @@ def test_written_sql_does_what_the_upgrade_does(engine, wanted):
     run_script(engine, upgrade_sql(engine.dialect.name))
     assert schema(engine) == wanted
     assert check_version(engine)
-    assert stamped(engine) == ["rk_0002"]
+    assert stamped(engine) == [f"rk_{SCHEMA_VERSION:04}"]
 
 
 def test_written_sql_leads_from_version_to_version_and_back_with_every_row(version_1, wanted):
@@ -314,10 +323,10 @@ def test_written_sql_leads_from_version_to_version_and_back_with_every_row(versi
     before, old = content(version_1), schema(version_1)
     run_script(version_1, upgrade_sql(dialect, start=1))
     assert (content(version_1), schema(version_1)) == (before, wanted)
-    run_script(version_1, upgrade_sql(dialect, start=2, end=1))
+    run_script(version_1, upgrade_sql(dialect, start=SCHEMA_VERSION, end=1))
     assert (content(version_1), schema(version_1)) == (before, old)
     assert read_schema(version_1).keys() == {"version", "contexts"}
-    assert upgrade_tables(version_1) == Upgrade(1, 2)
+    assert upgrade_tables(version_1) == Upgrade(1, SCHEMA_VERSION)
     assert (content(version_1), schema(version_1)) == (before, wanted)
 
 
@@ -352,7 +361,7 @@ def test_of_upgrades_at_once_one_does_it_and_the_others_find_it_done(url, versio
         ]
         assert [worker.stdout.readline() for worker in workers] == ["ready\n"] * 3
     found = sorted(worker.communicate(timeout=60)[0].strip() for worker in workers)
-    assert found == ["1", "2", "2"]
+    assert found == ["1", *[str(SCHEMA_VERSION)] * 2]
     assert (content(version_1), schema(version_1)) == (before, wanted)
 
 
@@ -446,13 +455,14 @@ def test_absent_tables_on_a_server_are_an_error_with_the_command_and_no_secret(u
         open_tables(other)
     told = str(caught.value)
     shown = f"{place.drivername}://{place.username}:***@{place.host}:{place.port}/{place.database}"
-    assert told.endswith(f"run: retrykit db upgrade --store {shown}")
+    # A command with a URL without its password would be refused.
+    assert told.endswith(f"run: retrykit db upgrade, with the URL of {shown} in RETRYKIT_STORE")
     assert place.password not in told
     assert inspect(engine).get_table_names() == []
 
 
 def test_tables_of_version_1_are_an_error_with_the_command(version_1):
-    with pytest.raises(ContextCacheError, match=r"schema version 1; .*: run: retrykit db upgrade --store "):
+    with pytest.raises(ContextCacheError, match=r"schema version 1; .*: run: retrykit db upgrade"):
         open_tables(version_1)
 
 
@@ -535,6 +545,22 @@ def test_tables_with_rows_are_not_dropped_by_a_downgrade(application, version_1)
     command.downgrade(application, "retrykit@base")
     assert not any(name.startswith("rk_") for name in inspect(version_1).get_table_names())
     assert upgrade_tables(version_1) == Upgrade(0, SCHEMA_VERSION)
+
+
+def test_jobs_are_not_dropped_by_a_downgrade(application, engine):
+    command.upgrade(application, "heads")
+    new = {"instance": "0" * 64, "name": "load", "parameters": "{}", "status": "new", "counts": "{}"}
+    numbers = dict.fromkeys(("runs", "revision", "fence", "started_at", "updated_at"), 0)
+    with engine.begin() as connection:
+        connection.execute(rk_job.insert(), new | numbers)
+    with pytest.raises(ContextCacheError, match="rk_job is not empty, and its rows would be gone with it"):
+        command.downgrade(application, "retrykit@rk_0002")
+    assert read_schema(engine)["version"] == SCHEMA_VERSION
+    with engine.begin() as connection:
+        connection.execute(rk_job.delete())
+    command.downgrade(application, "retrykit@rk_0002")
+    assert read_schema(engine)["version"] == 2
+    assert "rk_job" not in inspect(engine).get_table_names()
 
 
 def test_migrations_path_is_the_folder_of_the_scripts_and_each_has_a_label_or_a_parent():

@@ -651,10 +651,9 @@ async def _outcome(awaitable):
         return error
 
 
-def test_an_asynchronous_store_of_a_sync_template_is_refused_in_the_log(caplog):
-    with caplog.at_level(logging.ERROR, "retrykit"):
-        assert deliver(Sync, RetryTemplate(context_cache=AsyncCache()), Fails()) == "done"
-    assert "is asynchronous: use AsyncRetryTemplate" in caplog.text
+def test_an_asynchronous_store_is_refused_by_a_sync_template():
+    with pytest.raises(TypeError, match=r"context_cache: .*AsyncRetryTemplate takes both.*AsyncCache"):
+        RetryTemplate(context_cache=AsyncCache())
 
 
 # -- operators
