@@ -8,6 +8,7 @@ import logging
 import sys
 import tempfile
 import types
+import unittest
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class PageTest(pytest.Item):
         with _module(self.document) as module, tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
             self.document.namespace = module.__dict__
             for example in self.document.examples():
-                example.evaluate()
+                # A block may be left out; its page goes on.
+                with contextlib.suppress(unittest.SkipTest):
+                    example.evaluate()
 
     def _traceback_filter(self, excinfo: pytest.ExceptionInfo[BaseException]) -> Traceback:
         # From the block that failed on; what ran it is of no interest.
