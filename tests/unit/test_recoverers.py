@@ -64,6 +64,7 @@ def test_a_parked_message_tells_its_history():
     assert ours == {
         "retrykit-id": "ID:1",
         "retrykit-destination": "/queue/a",
+        "retrykit-name": "orders",
         "retrykit-key": '["/queue/a", "ID:1"]',
         "retrykit-attempts": "3",
         "retrykit-first-failed-at": "2023-11-14T22:13:20.250+00:00",

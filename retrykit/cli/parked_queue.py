@@ -1,0 +1,176 @@
+"""`retrykit parked … --destination`: what was put aside in a queue of a broker, for operators."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TextIO
+
+import attrs
+import click
+
+from retrykit.cli.brokers import broker_at
+from retrykit.cli.options import told
+from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, row_of, to_json
+from retrykit.cli.screen import Screen, confirm, say_json
+from retrykit.cli.stores import Store, opened
+from retrykit.cli.words import safe
+from retrykit.errors import CommitInDoubtError, RetryError
+
+if TYPE_CHECKING:
+    from retrykit.messaging.parked import Hands, InHand, ParkedMessage
+
+LISTED: Final = 50
+HELD: Final = 1_000
+_MOST: Final = 65_000  # RabbitMQ counts what is on its way in 16 bits
+
+
+@attrs.frozen(kw_only=True)
+class Place:
+    """A queue of a broker; `limit`: so many messages are looked at. `declare`: headers for what is sent to queues."""
+
+    broker_url: str
+    destination: str
+    limit: int | None = None
+    declare: dict[str, str] = attrs.field(factory=dict)
+
+    def broker(self) -> Any:
+        """What connects to it."""
+        return broker_at(self.broker_url, self.destination, self.declare)
+
+    def bound(self, default: int) -> int:
+        """How many messages are looked at."""
+        return min(self.limit or default, _MOST)
+
+
+def _screen() -> Screen:
+    return Screen.here(datetime.now(UTC).timestamp())
+
+
+def list_messages(place: Place, which: Which, *, as_json: bool) -> None:
+    """`parked list`."""
+    found, full = _browsed(place, LISTED)
+    items = [item for item in found if which.fits(item)]
+    screen = _screen()
+    if as_json:
+        say_json({"parked": [to_json(item, body=False) for item in items], "next": None})
+    elif items or screen.console is None:
+        screen.table(TITLES, map(row_of, items))
+    else:
+        screen.line("nothing is parked")
+    if full:
+        click.echo(f"there may be more than the first {place.bound(LISTED)}: --limit", err=True)
+
+
+def _browsed(place: Place, default: int) -> tuple[list[ParkedMessage], bool]:
+    broker = place.broker()
+    from retrykit.messaging.parked import browse
+
+    with told("--broker"):
+        found = browse(broker, place.bound(default))
+    return found, len(found) == place.bound(default)
+
+
+def show_message(place: Place, id_: str, *, as_json: bool, body: Path | None) -> None:
+    """`parked show`."""
+    found, _ = _browsed(place, HELD)
+    item = next((item for item in found if item.id == id_), None)
+    if item is None:
+        raise _missing(place, id_)
+    if body is not None:
+        body.write_bytes(item.payload)
+    if as_json:
+        say_json(to_json(item))
+    else:
+        _screen().facts(facts_of(item))
+
+
+def _missing(place: Place, id_: str) -> click.ClickException:
+    looked = f"the first {place.bound(HELD)} messages of {place.destination}"
+    return click.ClickException(f"no message {safe(id_)} is among {looked}")
+
+
+# -- sending back and discarding
+
+
+@contextmanager
+def _held(place: Place, ids: Sequence[str], which: Which, *, everything: bool) -> Iterator[tuple[Hands, list[InHand]]]:
+    """The connection, and the messages that are meant: of those named, or of those that the filter finds."""
+    which.must_be_said(ids, everything=everything)
+    broker = place.broker()
+    from retrykit.messaging.parked import taken
+
+    with told("--broker"), taken(broker, place.bound(HELD)) as hands:
+        yield hands, _meant(place, hands, ids, which)
+
+
+def _meant(place: Place, hands: Hands, ids: Sequence[str], which: Which) -> list[InHand]:
+    if not ids:
+        found = [one for one in hands.found if which.fits(one.item)]
+        if not found:
+            raise click.ClickException("no such message is parked")
+        return found
+    known = {one.item.id for one in hands.found}
+    for id_ in ids:
+        if id_ not in known:
+            raise _missing(place, id_)
+    return [one for one in hands.found if one.item.id in set(ids)]
+
+
+def requeue_messages(
+    place: Place,
+    ids: Sequence[str],
+    which: Which,
+    *,
+    everything: bool,
+    to: str | None,
+    contexts_url: str | None,
+    yes: bool,
+) -> None:
+    """`parked requeue`."""
+    histories = nullcontext(None) if contexts_url is None else opened(contexts_url)
+    with told("--contexts"), histories as store, _held(place, ids, which, everything=everything) as (hands, meant):
+        confirm(f"Send {counted(meant)} back to {safe(to) if to else 'where they came from'}?", yes=yes)
+        _each(meant, "sent back", lambda one: _send_back(hands, one, to, store))
+
+
+def _send_back(hands: Hands, one: InHand, to: str | None, store: Store | None) -> None:
+    if store is not None and one.item.key is not None:
+        # First: the copy may be delivered the moment it is sent.
+        store.histories.forget(one.item.key)
+    hands.send_back(one, to)
+
+
+def discard_messages(
+    place: Place, ids: Sequence[str], which: Which, *, everything: bool, output: TextIO | None, yes: bool
+) -> None:
+    """`parked discard`."""
+    with _held(place, ids, which, everything=everything) as (hands, meant):
+        items = [one.item for one in meant]
+        if output is None:
+            _screen().table(TITLES, map(row_of, items))
+        else:
+            export(items, output)
+        confirm(f"Discard {counted(meant)} for good?", yes=yes)
+        _each(meant, "discarded", hands.drop)
+
+
+def _each(meant: Sequence[InHand], what: str, act: Any) -> None:
+    """Do it with one after the other; the first that fails ends the command."""
+    screen, done = _screen(), 0
+    try:
+        with screen.progress() as say:
+            for one in meant:
+                act(one)
+                done += 1
+                say(f"{done} of {len(meant)} {what}")
+    except (CommitInDoubtError, KeyboardInterrupt) as error:
+        why = safe(repr(error.__cause__ or error))
+        msg = f"message {safe(one.item.id)} may have been {what} or not: the broker has not confirmed it"
+        raise click.ClickException(f"{msg} ({why}); {done} {what} before") from error
+    except (RetryError, ValueError) as error:
+        msg = f"message {safe(one.item.id)} is still parked: {safe(str(error))}"
+        raise click.ClickException(f"{msg}; {done} {what} before") from error
+    click.echo(f"{what}: {done}")
