@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 import uuid
 
@@ -9,6 +10,7 @@ import pytest
 
 from retrykit.testing import StompServer
 from tests.servers import StompErrorFrame, Wire
+from tests.servers.activemq import ActiveMq, activemq_missing
 
 DEAD_LETTERS = "/queue/ActiveMQ.DLQ"
 
@@ -698,6 +700,78 @@ def test_a_delay_that_is_no_number_ends_the_connection(wire, queue):
     headers = {"destination": queue, "persistent": "true", "AMQ_SCHEDULED_DELAY": "soon"}
     wire.frame("SEND", headers)
     assert wire.closed()
+
+
+def test_what_the_scheduler_has_sent_once_is_not_kept_back_again(wire, queue):
+    wire.subscribe(queue)
+    scheduled(wire, queue, b"again", 60_000, scheduledJobId="ID:1")
+    assert wire.message().headers["AMQ_SCHEDULED_DELAY"] == "60000"
+
+
+def test_the_time_of_waiting_is_added_to_the_time_of_expiry(wire, queue):
+    wire.subscribe(queue)
+    expires = round(time.time() * 1000) + 60_000
+    scheduled(wire, queue, b"later", 300, expires=str(expires))
+    later = int(wire.message()["expires"])
+    assert 300 <= later - expires <= 1_300
+
+
+def test_a_temporary_queue_belongs_to_its_connection(open_wire):
+    one, other = open_wire(), open_wire()
+    one.subscribe("/temp-queue/mine")
+    other.subscribe("/temp-queue/mine")
+    one.ask("SEND", b"for me", destination="/temp-queue/mine")
+    assert one.message()["destination"] == "/temp-queue/mine"
+    assert other.messages(0.3) == []
+
+
+def test_a_temporary_queue_gets_what_the_scheduler_kept_back_for_it(wire):
+    wire.subscribe("/temp-queue/mine")
+    wire.frame("SEND", {"destination": "/temp-queue/mine", "AMQ_SCHEDULED_DELAY": "1"}, b"probe")
+    message = wire.message()
+    assert message.body == b"probe"
+    assert "AMQ_SCHEDULED_DELAY" not in message.headers
+
+
+@pytest.fixture(params=["embedded", "activemq"])
+def equipped(request, tmp_path):
+    """Starts a broker with or without some equipment."""
+    with contextlib.ExitStack() as stack:
+
+        def start(**equipment):
+            if request.param == "embedded":
+                server = stack.enter_context(StompServer(profile="activemq", **equipment))
+            else:
+                if (reason := activemq_missing()) is not None:
+                    pytest.skip(reason)
+                server = stack.enter_context(ActiveMq(tmp_path / "activemq", **equipment))
+            return stack.enter_context(contextlib.closing(Wire(server.host, server.port)))
+
+        yield start
+
+
+def test_without_its_scheduler_a_broker_heeds_no_delay_and_shows_the_header(equipped, queue):
+    wire = equipped(scheduler=False)
+    wire.subscribe(queue)
+    scheduled(wire, queue, b"now", 60_000)
+    assert wire.message().headers["AMQ_SCHEDULED_DELAY"] == "60000"
+
+
+def test_with_the_redelivery_plug_in_a_nacked_message_comes_again_later_under_its_id(equipped, queue):
+    wire = equipped(redelivery=1.5)
+    wire.subscribe(queue)
+    wire.publish(queue, b"x")
+    wire.publish(queue, b"y")
+    first = wire.message()
+    began = time.monotonic()
+    wire.ask("NACK", id=first["ack"])
+    other = wire.message()
+    assert other.body == b"y"
+    wire.ask("ACK", id=other["ack"])
+    again = wire.message()
+    assert time.monotonic() - began >= 1.4
+    assert (again.body, again["message-id"], again["redelivered"]) == (b"x", first["message-id"], "true")
+    assert again["redeliveryDelay"] == "1500"
 
 
 # -- restart

@@ -414,6 +414,34 @@ def test_a_queue_can_hold_messages_back_and_send_them_on(wire, queue):
     later = wire.message()
     assert (later.body, later["amqp-message-id"], later["redelivered"]) == (b"later", "mine", "false")
     assert later["destination"] == queue
+    # Which its header `x-death` does not tell over STOMP.
+    death = {name: value for name, value in later.headers.items() if name.startswith("x-first-death")}
+    wait = {"x-first-death-exchange": "", "x-first-death-queue": f"{queue[7:]}.wait", "x-first-death-reason": "expired"}
+    assert death == wait
+
+
+def test_a_queue_that_nobody_uses_goes_and_what_a_connection_that_made_it_sends_there_is_confirmed_and_lost(
+    open_wire, wire, queue
+):
+    wire.subscribe(queue, prefetch=10)
+    short = {"x_expires": "400", "x_message_ttl": "100", "x_dead_letter_exchange": ""}
+    delay = short | {"x_dead_letter_routing_key": queue[7:]}
+    sender = open_wire()
+    sender.publish(f"{queue}.wait", b"first", **delay)
+    assert wire.message().body == b"first"
+    # To look for it would be to use it: nothing else is to be waited for.
+    assert wire.messages(1.5) == []
+    sender.publish(f"{queue}.wait", b"lost", **delay)
+    assert wire.messages(0.5) == []
+    open_wire().publish(f"{queue}.wait", b"second", **delay)
+    assert wire.message().body == b"second"
+
+
+def test_what_waits_in_a_queue_that_expires_goes_with_it(wire, queue):
+    wire.subscribe(queue)
+    delay = {"x_expires": "300", "x_message_ttl": "1500", "x_dead_letter_exchange": ""}
+    wire.publish(f"{queue}.wait", b"never", **delay, x_dead_letter_routing_key=queue[7:])
+    assert wire.messages(2.0) == []
 
 
 # -- restarts

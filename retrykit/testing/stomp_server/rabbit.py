@@ -5,8 +5,9 @@ COMMIT. Acknowledgements name a number within the connection, whoever gave out t
 the arguments in the headers, on SEND as on SUBSCRIBE, and they have to agree. A crash forgets the acknowledgements of a
 classic queue that has not been idle since; a quorum queue forgets none, and counts deliveries.
 
-Of the arguments of queues it knows `x-queue-type`, and `x-message-ttl` with dead-lettering through the default
-exchange. There are no exchanges besides that, no virtual hosts besides "/", and no expiry of single messages.
+Of the arguments of queues it knows `x-queue-type`, `x-expires`, and `x-message-ttl` with dead-lettering through the
+default exchange. There are no exchanges besides that, and no virtual hosts besides "/". What expires is gone at once,
+wherever in its queue it lies, and its time begins anew with a restart.
 """
 
 from __future__ import annotations
@@ -15,26 +16,36 @@ import re
 from bisect import insort
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Final
+from typing import Any, Final
 
 from retrykit.testing.stomp_server.broker import PREFIX, Broker, StompError
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
 
+_OF_THIS_LIFE: Final = ("x-delivery-count", "expiration")
 DECLARED: Final = "/amq/queue/"
 IDLE_SECONDS: Final = 0.25
 """After so long without acknowledgements, those of a classic queue survive a crash."""
 
 _OWN_HEADERS: Final = ("message-id", "redelivered", "subscription", "ack", "destination", "persistent")
-_ARGUMENTS: Final = ("x-queue-type", "x-message-ttl", "x-dead-letter-exchange", "x-dead-letter-routing-key")
-_UNKNOWN: Final = re.compile(
-    r"x-(expires|max-|overflow|single-active|delivery-limit|quorum|stream|dead-letter-strategy)"
+_ARGUMENTS: Final = (
+    "x-queue-type",
+    "x-message-ttl",
+    "x-expires",
+    "x-dead-letter-exchange",
+    "x-dead-letter-routing-key",
 )
+_UNKNOWN: Final = re.compile(r"x-(max-|overflow|single-active|delivery-limit|quorum|stream|dead-letter-strategy)")
 _KINDS: Final = ("classic", "quorum")
 
 
 def _name_of(destination: str, prefix: str) -> str | None:
     return destination.removeprefix(prefix) if destination.startswith(prefix) else None
+
+
+def _refuse_topic(destination: str) -> None:
+    if destination.startswith("/topic/"):
+        raise StompError(f"The embedded server has only {PREFIX}NAME and {DECLARED}NAME, not {destination}")
 
 
 def _arguments(headers: dict[str, str]) -> dict[str, str]:
@@ -51,6 +62,13 @@ def _arguments(headers: dict[str, str]) -> dict[str, str]:
 class RabbitBroker(Broker):
     """The queues of one virtual host."""
 
+    _leases: dict[str, object]
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        """As the base."""
+        self._leases = {}
+        super().__init__(*arguments, **options)
+
     def queue(self, destination: str) -> Queue:
         """Find a queue by its `/queue/NAME`, or make one as it is made without arguments."""
         return self.queues.get(destination) or self.declare(destination, {})
@@ -58,6 +76,7 @@ class RabbitBroker(Broker):
     def declare(self, destination: str, headers: dict[str, str]) -> Queue:
         """Find or make the queue with these arguments."""
         name = _name_of(destination, PREFIX)
+        _refuse_topic(destination)
         if not name or "/" in name:
             raise StompError("Invalid destination", f"'/{name}' is not a valid queue destination\n")
         arguments, known = _arguments(headers), self.journal.queues.get(destination)
@@ -70,13 +89,29 @@ class RabbitBroker(Broker):
         if destination not in self.queues:
             kind = arguments.get("x-queue-type", "classic")
             self.queues[destination] = Queue(destination, kind=kind)
+        self._renew(destination, arguments)
         return self.queues[destination]
+
+    def _renew(self, destination: str, arguments: dict[str, str]) -> None:
+        """Have an expiring queue live on for its time, from now."""
+        expires = arguments.get("x-expires", "")
+        if expires.isascii() and expires.isdigit():
+            lease = self._leases[destination] = object()
+            self._call_later(int(expires) / 1000, lambda: self._vanish(destination, lease))
+
+    def _vanish(self, destination: str, lease: object) -> None:
+        queue = self.queues[destination]
+        if self._leases.get(destination) is lease and not (queue.turns or queue.left):
+            # What is in it does not count as dead: it goes with the queue.
+            self.forget(destination)
+            self.journal.forget_queue(destination)
 
     def route(self, destination: str, headers: dict[str, str]) -> Queue | None:
         """Find the queue that a SEND goes to; None: nobody gets it, and nobody is told."""
         if destination.startswith(PREFIX):
             return self.declare(destination, headers)
         name = _name_of(destination, DECLARED)
+        _refuse_topic(destination)
         if name is None and destination.startswith("/"):
             raise StompError("Unknown destination", f"'{destination}' is not a valid destination.\n")
         return self._known(PREFIX + (name or destination))
@@ -94,12 +129,21 @@ class RabbitBroker(Broker):
     def _known(self, destination: str) -> Queue | None:
         """Find a queue, also one that is empty since a restart."""
         arguments = self.journal.queues.get(destination)
-        return None if arguments is None else self.declare(destination, arguments)
+        if arguments is None:
+            return None
+        return self.queues.get(destination) or self.declare(destination, arguments)
+
+    def found(self, destination: str) -> Queue | None:
+        """Find a queue that a connection has made before: it makes none again, be it gone meanwhile."""
+        return self._known(destination)
 
     def new_message(self, frame: Frame, origin: str) -> Message:
         """Make the message of a SEND frame whose queue is known; all headers travel, those of the frame too."""
-        if "expiration" in frame.headers:
-            raise StompError("The embedded server does not let single messages expire")
+        expiration = frame.headers.get("expiration", "0")
+        if not (expiration.isascii() and expiration.isdigit()):
+            raise StompError(
+                "precondition_failed", f"PRECONDITION_FAILED - invalid expiration '{expiration}'", fatal=True
+            )
         destination = self.queue(frame.headers["destination"]).name
         headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
         headers["content-length"] = str(len(frame.body))
@@ -178,7 +222,9 @@ class RabbitBroker(Broker):
         if subscription in queue.left:
             queue.left.remove(subscription)
             queue.turns.append(subscription)
-        return super().detach(subscription)
+        gone = super().detach(subscription)
+        self._renew(queue.name, self.journal.queues.get(queue.name, {}))
+        return gone
 
     def hand_back(self, deliveries: Sequence[Delivery]) -> None:
         """Put deliveries back where they were in their queues, flagged; quorum queues count them."""
@@ -197,13 +243,17 @@ class RabbitBroker(Broker):
 
     def _place(self, message: Message) -> None:
         super()._place(message)
-        ttl = self.journal.queues.get(message.destination, {}).get("x-message-ttl", "")
-        if ttl.isascii() and ttl.isdigit():
-            self._call_later(int(ttl) / 1000, lambda: self._outlive(message))
+        times = (
+            self.journal.queues.get(message.destination, {}).get("x-message-ttl"),
+            message.headers.get("expiration"),
+        )
+        for ttl in times:
+            if ttl is not None and ttl.isascii() and ttl.isdigit():
+                self._call_later(int(ttl) / 1000, lambda: self._outlive(message))
 
     def _outlive(self, message: Message) -> None:
-        queue = self.queue(message.destination)
-        for waiting in (queue.fresh, queue.returned):
+        queue = self.queues.get(message.destination)
+        for waiting in (queue.fresh, queue.returned) if queue is not None else ():
             if message in waiting:
                 waiting.remove(message)
                 self.bury(message)
@@ -217,7 +267,14 @@ class RabbitBroker(Broker):
         if target is None:
             self.change((), [message])
             return
-        headers = {name: value for name, value in message.headers.items() if name != "x-delivery-count"}
+        source = message.destination.removeprefix(PREFIX)
+        death = {
+            "x-first-death-exchange": "",
+            "x-first-death-queue": source,
+            "x-first-death-reason": "expired" if cause is None else cause,
+        }
+        headers = {name: value for name, value in message.headers.items() if name not in _OF_THIS_LIFE}
+        headers = death | headers
         number = next(self._numbers)
         dead = Message(number, message.message_id, target.name, headers, message.body, message.persistent)
         self.change([dead], [message])

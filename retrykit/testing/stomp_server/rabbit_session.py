@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Final
 
-from retrykit.testing.stomp_server.broker import StompError
+from retrykit.testing.stomp_server.broker import PREFIX, StompError
 from retrykit.testing.stomp_server.faults import DroppedError
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
@@ -36,6 +36,7 @@ class RabbitSession(Session):
         self._by_tag: dict[int, Delivery] = {}
         self._left: list[Subscription] = []
         self._doomed: StompError | None = None
+        self._made: set[str] = set()
 
     def end(self) -> None:
         """Hand back what ended subscriptions still had, too."""
@@ -85,7 +86,7 @@ class RabbitSession(Session):
         if not destination:
             raise StompError("Missing destination", "\"SEND\" must include a 'destination' header\n")
         if not destination.startswith("/exchange/"):
-            self._broker.route(destination, frame.headers)
+            self._route(destination, frame.headers)
         if not self._wait_for_commit(frame):
             self._publish(frame)
 
@@ -96,10 +97,19 @@ class RabbitSession(Session):
             exchange = destination.split("/")[2]
             self._doomed = StompError("not_found", f"NOT_FOUND - no exchange '{exchange}' in vhost '/'", fatal=True)
             return
-        queue = self._broker.route(destination, frame.headers)
+        queue = self._route(destination, frame.headers)
         if queue is not None:
             headers = frame.headers | {"destination": queue.name}
             self._broker.change([self._broker.new_message(Frame("SEND", headers, frame.body), self._name)], ())
+
+    def _route(self, destination: str, headers: dict[str, str]) -> Queue | None:
+        """Find where a SEND goes; a connection makes each queue once, whatever becomes of it then."""
+        if destination in self._made:
+            return self._broker.found(destination)
+        queue = self._broker.route(destination, headers)
+        if destination.startswith(PREFIX):
+            self._made.add(destination)
+        return queue
 
     def _queue_of(self, headers: dict[str, str]) -> Queue:
         return self._broker.source(headers["destination"], headers)
@@ -149,7 +159,7 @@ class RabbitSession(Session):
             self._broker.hand_back(deliveries)
             return
         for delivery in deliveries:
-            self._broker.bury(delivery.message)
+            self._broker.bury(delivery.message, "rejected")
         self._release(deliveries)
 
     def _taken(self, frame: Frame) -> list[Delivery]:

@@ -199,8 +199,9 @@ class Session:
         if id_ in self._subscriptions:
             # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
             raise StompError(f"The subscription id is in use already: {id_}")
-        if asked := {"selector", "activemq.subscriptionName"} & set(headers):
-            raise StompError(f"The embedded server has no topics, and no selectors: {' '.join(sorted(asked))}")
+        unknown = [name for name in headers if name == "selector" or name.startswith("activemq.")]
+        if unknown := [name for name in unknown if name != "activemq.prefetchSize"]:
+            raise StompError(f"The embedded server has no subscriptions with {' '.join(unknown)}")
         queue = self._queue_of(headers)
         if headers.get("browser") == "true" and self._broker.profile.browses:
             self._show(id_, queue)
@@ -227,6 +228,11 @@ class Session:
         if not destination.startswith("/temp-queue/"):
             return destination
         return f"{TEMPORARY}{self._name}:{destination.removeprefix('/temp-queue/')}"
+
+    def _called(self, destination: str) -> str:
+        """How the client itself calls a destination."""
+        own = f"{TEMPORARY}{self._name}:"
+        return f"/temp-queue/{destination.removeprefix(own)}" if destination.startswith(own) else destination
 
     def _subscribed(self, subscription: Subscription) -> None:
         self._subscriptions[subscription.id] = subscription
@@ -272,7 +278,8 @@ class Session:
         self._outlet.send(Frame("MESSAGE", headers, message.body))
 
     def _shown(self, subscription_id: str, message: Message) -> dict[str, str]:
-        ours = {"subscription": subscription_id, "destination": message.destination, "message-id": message.message_id}
+        destination = self._called(message.destination)
+        ours = {"subscription": subscription_id, "destination": destination, "message-id": message.message_id}
         return ours | message.headers | self._flag(message)
 
     def _flag(self, message: Message) -> dict[str, str]:
