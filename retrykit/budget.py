@@ -6,12 +6,12 @@ a whole one.
 
 from __future__ import annotations
 
-import threading
 from typing import Any, Final
 
 import attrs
 
 from retrykit.check import at_least, more_than, wrong_type
+from retrykit.lock import lock_of
 from retrykit.policy import RetryDecision
 from retrykit.value import Value
 
@@ -30,7 +30,7 @@ class RetryBudget:
     ratio: float = attrs.field(default=0.1, validator=at_least(0))
     reserve: float = attrs.field(default=10.0, validator=more_than(0))
     _tokens: float = attrs.field(init=False, repr=False)
-    _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    _lock: Any = attrs.field(init=False, default=attrs.Factory(lock_of, takes_self=True), repr=False)
 
     def __attrs_post_init__(self) -> None:
         self._tokens = self.reserve

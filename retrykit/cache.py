@@ -8,7 +8,6 @@ process can read what another wrote.
 from __future__ import annotations
 
 import itertools
-import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal, Protocol, runtime_checkable
@@ -18,6 +17,7 @@ import attrs
 from retrykit.check import as_seconds_or_none, has, more_than, one_of, whole
 from retrykit.errors import CacheCapacityError
 from retrykit.key import canonical_key
+from retrykit.lock import lock_of
 from retrykit.value import Value
 
 __all__ = [
@@ -141,7 +141,7 @@ class MapRetryContextCache:
     # evicted. Marks go when their time is over.
     _marks: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
     _look_again: float = attrs.field(init=False, default=0.0, repr=False)
-    _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    _lock: Any = attrs.field(init=False, default=attrs.Factory(lock_of, takes_self=True), repr=False)
     shared: ClassVar[bool] = False
     """No other process has it: whether an attempt still runs is known here without leases."""
     _versions: Iterator[int] = attrs.field(init=False, factory=lambda: itertools.count(1), repr=False)

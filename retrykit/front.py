@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from inspect import isawaitable
@@ -12,6 +11,7 @@ import attrs
 
 from retrykit.cache import StoredContext, copied, is_cache
 from retrykit.check import whole
+from retrykit.lock import lock_of
 
 
 @attrs.define(slots=False, eq=False)
@@ -34,7 +34,7 @@ class FrontContextCache:
     _recent: OrderedDict[str, StoredContext] = attrs.field(
         init=False, factory=OrderedDict, repr=lambda recent: str(len(recent))
     )
-    _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    _lock: Any = attrs.field(init=False, default=attrs.Factory(lock_of, takes_self=True), repr=False)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name == "store":

@@ -5,13 +5,13 @@ What a listener raises is logged and goes no further. The one thing it can do is
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import attrs
 
 from retrykit.check import whole, wrong_type
 from retrykit.context import RetryContext
+from retrykit.lock import lock_of
 from retrykit.policy import RetryDecision
 from retrykit.value import Value
 
@@ -46,7 +46,7 @@ class StatisticsListener(RetryListener):
     """Counts per template name: calls started, complete, recovered, aborted (by an error), and failed attempts."""
 
     _counts: dict[str, dict[str, int]] = attrs.field(init=False, factory=dict)
-    _lock: Any = attrs.field(init=False, factory=threading.Lock, repr=False)
+    _lock: Any = attrs.field(init=False, default=attrs.Factory(lock_of, takes_self=True), repr=False)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StatisticsListener, ()

@@ -11,7 +11,6 @@ capacity, and each further one may by that hundredth.
 
 from __future__ import annotations
 
-import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from typing import Any, Final, Literal
 
 from sqlalchemy import Connection
 
+from retrykit.lock import lock_of
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.statements import COUNTER, HISTORIES, INSERT_IF_ROOM
 
@@ -96,7 +96,7 @@ class CountedByTheProcess(Room):
         super().__init__(capacity)
         self._limit = capacity
         self._allowance = max(1, capacity // 100)
-        self._lock = threading.Lock()
+        self._lock = lock_of(self)
         # What is there and what is about to be; None: not counted yet.
         self._held: int | None = None
         self._full = False  # the database said so itself
