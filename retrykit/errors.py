@@ -84,3 +84,28 @@ class InconsistentKeyError(ContextCacheError):
 
 class CodecError(ContextCacheError):
     """A value cannot be kept in a history, or a history cannot be read: {reason}"""
+
+
+class JobError(RetryError):
+    """The batch job {name} cannot be run"""
+
+
+class JobFinishedError(JobError):
+    """The job {name} {parameters} (number {id}) was finished at {finished_at}; run it `again` to begin anew.
+
+    Nothing was read or written.
+    """
+
+
+class JobRunningError(JobError):
+    """The job {name} {parameters} (number {id}) is run by {owner}, which is believed alive until {until}
+
+    Nothing was read or written.
+    """
+
+
+class JobLostError(JobError):
+    """The job {name} (number {id}) was claimed by somebody else: what was claimed under fence {fence} stores nothing.
+
+    This process was believed dead, or silent for too long. Its open transaction is rolled back.
+    """

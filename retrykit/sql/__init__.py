@@ -12,6 +12,7 @@ except ModuleNotFoundError as error:
 
 from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
+from retrykit.sql.jobs import AsyncSqlJobStore, Job, SqlJobStore, stored_job, stored_jobs
 from retrykit.sql.migrations import migrations_path
 from retrykit.sql.parked import (
     ParkedItem,
@@ -24,14 +25,17 @@ from retrykit.sql.parked import (
 )
 from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
-from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_parked, rk_schema
+from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_job, rk_parked, rk_schema
 
 __all__ = [
     "SCHEMA_VERSION",
     "AsyncJoinedContextCache",
+    "AsyncSqlJobStore",
     "AsyncSqlRetryContextCache",
+    "Job",
     "JoinedContextCache",
     "ParkedItem",
+    "SqlJobStore",
     "SqlRetryContextCache",
     "async_sqlite_engine",
     "check_version",
@@ -45,7 +49,10 @@ __all__ = [
     "parked_items",
     "remove_parked_in",
     "rk_context",
+    "rk_job",
     "rk_parked",
     "rk_schema",
     "sqlite_engine",
+    "stored_job",
+    "stored_jobs",
 ]

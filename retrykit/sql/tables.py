@@ -1,4 +1,5 @@
-"""The tables: `rk_context` (histories and completion marks), `rk_parked` (items put aside), `rk_schema` (its version).
+"""The tables: `rk_context` (histories and completion marks), `rk_parked` (items put aside), `rk_job` (batch jobs),
+`rk_schema` (its version).
 
 The types say what SQLite, PostgreSQL and MariaDB must agree on. Keys are compared byte by byte everywhere (collation
 C, utf8mb4_nopad_bin): a store that found `Order-1` under `order-1` would merge two histories. Ids are never given out
@@ -42,7 +43,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.types import TypeEngine
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MAX_KEY: Final = 600
 
 metadata = MetaData()
@@ -166,6 +167,30 @@ rk_parked = Table(
     Column("last_failed_at", Double),
     Column("parked_at", Double, nullable=False),
     Index("ix_rk_parked_name", "name", "id"),
+    **_on_mariadb,
+    sqlite_autoincrement=True,
+)
+
+rk_job = Table(
+    "rk_job",
+    metadata,
+    Column("id", _id(), primary_key=True),
+    Column("instance", String(64), nullable=False, unique=True, comment="digest of name and parameters"),
+    Column("name", String(255), nullable=False, comment="of the step"),
+    Column("parameters", _long_text(), nullable=False, comment="JSON object"),
+    Column("status", String(16), nullable=False, comment="new, running, finished, failed, stopped"),
+    Column("reason", Text, comment="why it failed or was stopped"),
+    Column("runs", Integer, nullable=False),
+    Column("position", _long_text(), comment="JSON: the next run begins behind it"),
+    Column("counts", _long_text(), nullable=False, comment="JSON object, of all runs"),
+    Column("revision", BigInteger, nullable=False, comment="grows with every commit"),
+    Column("fence", BigInteger, nullable=False, comment="grows with every claim"),
+    Column("owner", Text, comment="who runs it"),
+    Column("lease_until", Double, comment="it is believed to run until then; seconds since the epoch"),
+    Column("started_at", Double, nullable=False),
+    Column("updated_at", Double, nullable=False),
+    Column("finished_at", Double),
+    Index("ix_rk_job_name", "name", "id"),
     **_on_mariadb,
     sqlite_autoincrement=True,
 )

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from retrykit.sql import create_tables
+from retrykit.sql import SCHEMA_VERSION, create_tables
 
 SERVERS = ("postgresql", "mariadb")
 DATABASES = ("sqlite", *SERVERS)
@@ -60,11 +60,11 @@ def _emptied(url: str) -> None:
     engine = create_engine(url, isolation_level="AUTOCOMMIT")
     _end_sessions(engine)
     with engine.connect() as connection:
-        for table in ("rk_context", "rk_parked"):
+        for table in ("rk_context", "rk_parked", "rk_job"):
             connection.execute(text(f"DELETE FROM {table}"))  # noqa: S608 - our own tables
         for table in ("orders", "customer", "work"):
             connection.execute(text(f"DROP TABLE IF EXISTS {table}"))
-        connection.execute(text("UPDATE rk_schema SET value = 2 WHERE name = 'version'"))
+        connection.execute(text(f"UPDATE rk_schema SET value = {SCHEMA_VERSION} WHERE name = 'version'"))  # noqa: S608
     engine.dispose()
 
 
