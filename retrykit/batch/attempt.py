@@ -1,0 +1,299 @@
+"""One call of the template for a group of items: its attempts, its recovery, and what is known of its failures."""
+
+from __future__ import annotations
+
+from functools import partial
+from inspect import isawaitable
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Literal
+
+from retrykit.batch.errors import ItemError
+from retrykit.batch.report import SkippedItem, Tally
+from retrykit.batch.source import Chunk
+from retrykit.batch.work import Work
+from retrykit.context import RetryContext
+from retrykit.errors import RetryError
+from retrykit.state import RetryState
+
+if TYPE_CHECKING:
+    from retrykit.batch.course import Course
+
+Where = Literal["before", "begin", "process", "write", "store", "commit"]
+
+
+def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
+    """A chunk stays in hand: what fails is tried again here, after the roll-back, and not rethrown to a source."""
+    return False
+
+
+class Attempt:
+    """The attempts to settle the items of a chunk that are not done, up to `end`. The template calls it.
+
+    `whole`: it is the first time that they are tried, so failures are repeated as the policy says. `where`: what the
+    attempt is doing that runs now, or was doing when it failed. `culprit` is known after a failure.
+    """
+
+    def __init__(self, course: Course, chunk: Chunk, end: int, *, whole: bool) -> None:
+        self.course = course
+        self.step = course.step
+        self.chunk = chunk
+        self.end = end
+        self.live = chunk.live(end)
+        self.whole = whole
+        self.where: Where = "before"
+        self.tries = 0
+        self.failures = 0
+        self.tally: Any = None
+        self.revision: int | None = None
+        """The job's in the store after this transaction, if position and counts were stored in it."""
+        self.recovered = False
+        self.refusal: str | None = None
+        self.context: RetryContext | None = None
+        self._named: set[int | None] = set()
+        self._blamed: int | None = None
+        self._raised: Exception | None = None
+        self._mark = 0.0
+
+    # -- the call of the template
+
+    def execute(self) -> Any:
+        """What has committed, as a `Tally`; or an awaitable of it."""
+        self._mark = perf_counter()
+        templates = self.step.templates
+        transaction = None if self.step.transaction is None else self._begin
+        if len(self.live) == 1:
+            return templates.alone.execute(self, Recovery(self), state=self._state(), transaction=transaction)
+        return (templates.whole if self.whole else templates.group).execute(self, transaction=transaction)
+
+    def _state(self) -> RetryState | None:
+        if self.step.key is None:
+            return None
+        key = self.step.key(self.chunk.items[self.live[0]])
+        # What a run has counted that ended in good order says nothing of what came since: a mended program, or file.
+        fresh = not self.course.continues_a_crash
+        return RetryState(key=key, rollback_for=_in_place, recover_on_redelivery=False, fresh=fresh)
+
+    def _begin(self) -> Any:
+        self.note_failed_commit()
+        self.where = "begin"
+        return self.step.transaction()
+
+    def note_failed_commit(self) -> None:
+        """If the last attempt came to its commit, that has failed: it names nobody, and may have happened."""
+        if self.where == "commit":
+            self.where = "before"
+            self.failures += 1
+            self._named.add(None)
+            self.course.doubt = self.revision is not None
+
+    def committed(self) -> None:
+        """The call is over, and has settled its items."""
+        self.course.counts.spend("transaction", perf_counter() - self._mark)
+
+    # -- one attempt
+
+    def __call__(self, context: RetryContext) -> Any:
+        """The callback of the template: the tally, or an awaitable of it."""
+        return self.course.perform(self._attempt(context))
+
+    def _attempt(self, context: RetryContext) -> Work[Tally]:
+        self.context = context
+        self.tries += 1
+        self._spend("transaction" if self.tries == 1 else "between")
+        self._blamed = None
+        try:
+            tally = yield from self._settle(context.transaction)
+        except Exception as error:
+            self.failures += 1
+            self._raised = error
+            self._named.add(self._blamed)
+            self._spend("failed")
+            raise
+        self.finish(tally)
+        return tally
+
+    def _spend(self, phase: Any) -> None:
+        before, self._mark = self._mark, perf_counter()
+        self.course.counts.spend(phase, self._mark - before)
+
+    def finish(self, tally: Tally) -> None:
+        """All is done but the commit."""
+        self.tally = tally
+        self._mark = perf_counter()
+        self.where = "commit"
+
+    def _settle(self, transaction: Any) -> Work[Tally]:
+        joined = yield from self.join(transaction)
+        if (yield from self.has_happened(joined)):
+            return self.tally  # type: ignore[no-any-return]
+        outputs, origins = yield from self._process()
+        yield from self._write(transaction, outputs, origins)
+        tally = self.make_tally(len(outputs))
+        yield from self.store(transaction, joined, tally)
+        return tally
+
+    def make_tally(self, written: int, *others: SkippedItem) -> Tally:
+        """What this transaction adds; `others` are skipped besides those that were condemned before."""
+        condemned = self.chunk.condemned
+        skipped = [condemned[index] for index in range(self.chunk.done, self.end) if index in condemned]
+        everything = sorted((*skipped, *others), key=lambda one: one.number)
+        filtered = len(self.live) - written - len(others)
+        return Tally(self.end - self.chunk.done, written, filtered, tuple(everything))
+
+    def _process(self) -> Work[tuple[list[Any], list[int]]]:
+        """What the writer is given, and of each the index of the item that it was made of."""
+        self.where = "process"
+        items, processor = self.chunk.items, self.step.processor
+        if processor is None:
+            return [items[index] for index in self.live], self.live
+        outputs, origins = yield self._processed_later if self.step.asynchronous else self._processed
+        self._blamed = None
+        self._spend("process")
+        return outputs, origins
+
+    def _processed(self) -> tuple[list[Any], list[int]]:
+        items, processor = self.chunk.items, self.step.processor
+        outputs, origins = [], []
+        for index in self.live:
+            self._blamed = index
+            output = processor(items[index])
+            if output is not None:
+                outputs.append(output)
+                origins.append(index)
+        return outputs, origins
+
+    async def _processed_later(self) -> tuple[list[Any], list[int]]:
+        items, processor = self.chunk.items, self.step.processor
+        outputs, origins = [], []
+        for index in self.live:
+            self._blamed = index
+            output = processor(items[index])
+            output = await output if isawaitable(output) else output
+            if output is not None:
+                outputs.append(output)
+                origins.append(index)
+        return outputs, origins
+
+    def _write(self, transaction: Any, outputs: list[Any], origins: list[int]) -> Work[None]:
+        self.where = "write"
+        named: ItemError | None = None
+        try:
+            if outputs:
+                yield lambda: self.step.writer(transaction, outputs)
+            flush = getattr(transaction, "flush", None)
+            if flush is not None:
+                # A Session writes when it is told to: now, so that a failure is the writer's.
+                yield flush
+        except ItemError as error:
+            named = error
+        if named is not None:
+            self._blame(named, origins)
+        self._spend("write")
+
+    def _blame(self, named: ItemError, origins: list[int]) -> None:
+        """Raise the failure that the writer has named the culprit of."""
+        if named.index >= len(origins):
+            msg = f"ItemError({named.index}): the writer was given {len(origins)} items, counted from 0"
+            raise IndexError(msg) from named
+        self._blamed = origins[named.index]
+        raise named.__cause__ if isinstance(named.__cause__, Exception) else named
+
+    # -- what is ours in the transaction
+
+    def join(self, transaction: Any) -> Work[Any]:
+        """The job store as seen through the open transaction; None if there is none, or it is somewhere else."""
+        if self.course.claim is None or transaction is None:
+            return None
+        self.where = "store"
+        return (yield lambda: self.step.jobs.joined(transaction))
+
+    def has_happened(self, joined: Any) -> Work[bool]:
+        """Whether the commit before this attempt only seemed to fail."""
+        if joined is None or not self.course.doubt:
+            return False
+        claim = self.course.claim
+        happened = yield lambda: joined.moved(claim)
+        self.course.doubt = False
+        return bool(happened)
+
+    def store(self, transaction: Any, joined: Any, tally: Tally) -> Work[None]:
+        """Record who is skipped, and store position and counts, in the transaction if the job store is there."""
+        self.where = "store"
+        step, course = self.step, self.course
+        for skipped in tally.skipped if step.on_skip is not None else ():
+            yield partial(step.on_skip, transaction, skipped)
+        if joined is not None:
+            claim, position, counts = course.claim, self.chunk.position(self.end), course.counts_with(tally)
+            self.revision = yield lambda: joined.book(claim, position, counts, self.step.parked(tally.skipped))
+        self._spend("store")
+
+    # -- what is known of the failures
+
+    @property
+    def culprit(self) -> int | None:
+        """The item that every failed attempt has named; None if there is none."""
+        return next(iter(self._named)) if len(self._named) == 1 else None
+
+    def is_items_fault(self, error: BaseException | None) -> bool:
+        """Whether the failure may be an item's own, and such an item be skipped."""
+        if error is None or self.where in {"begin", "store"} or getattr(error, "connection_invalidated", False):
+            return False
+        if isinstance(error, RetryError) and error is not self._raised:
+            # The template's own: it was interrupted, or could not record the item.
+            return False
+        return bool(self.step.skip.may_skip(error))
+
+    def skipped(self, index: int, error: BaseException, where: Where) -> SkippedItem:
+        """The record of an item that is put aside for this failure, which happened there."""
+        context, item = self.context, self.chunk.items[index]
+        assert context is not None  # noqa: S101 - there is one when something has failed
+        vetoed = context.veto_reason
+        return SkippedItem(
+            item=item,
+            number=self.chunk.number + index + 1,
+            phase="an earlier run" if where == "before" else where,
+            error=error,
+            attempts=context.retry_count,
+            errors=context.errors,
+            key=None if self.step.key is None else self.step.key(item),
+            reason=f"vetoed: {vetoed}" if vetoed is not None else self._reason(context),
+        )
+
+    @staticmethod
+    def _reason(context: RetryContext) -> str:
+        return "" if context.decision is None else context.decision.reason
+
+
+class Recovery:
+    """What the template calls when a single item may not be tried again: the item is recorded, and the step goes on."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._where: Where = "before"
+
+    def retrykit_handles(self, error: BaseException | None) -> bool:
+        """Whether the item may be skipped: the failure is its own, and there are not too many."""
+        attempt = self._attempt
+        self._where = attempt.where
+        if error is None or not attempt.is_items_fault(error):
+            return False
+        attempt.refusal = attempt.course.refusal(attempt.chunk, attempt.live[0], error)
+        return attempt.refusal is None
+
+    def __call__(self, context: RetryContext) -> Any:
+        """The recovery of the template: the tally, or an awaitable of it."""
+        return self._attempt.course.perform(self._record(context))
+
+    def _record(self, context: RetryContext) -> Work[Tally]:
+        attempt = self._attempt
+        attempt.context = context
+        joined = yield from attempt.join(context.transaction)
+        if (yield from attempt.has_happened(joined)):
+            return attempt.tally  # type: ignore[no-any-return]
+        error = context.last_error
+        assert error is not None  # noqa: S101 - nothing is recovered that has not failed
+        attempt.recovered = True
+        tally = attempt.make_tally(0, attempt.skipped(attempt.live[0], error, self._where))
+        yield from attempt.store(context.transaction, joined, tally)
+        attempt.finish(tally)
+        return tally

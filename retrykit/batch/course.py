@@ -1,0 +1,306 @@
+"""THE course of a step: what is written together, what is tried again, what is put aside, and from where it goes on.
+
+*A chunk* is so many items, read before any transaction is begun and kept until each of them is settled: written,
+filtered out, or skipped. It is written in one transaction if all goes well. Readers are not part of it: nothing is read
+twice, and no transaction is open while a reader waits.
+
+*Who decides.* Each test of a group of items is one call of the template: `execute(attempt, recover, transaction=…)`.
+Whether a failed attempt is made again, and after what pause, is the answer of its policies, and the pause is spent
+between two transactions. Nothing here counts attempts or computes delays. What is asked here is what follows when the
+template gives up: is the failure an item's own fault (`SkipPolicy`)? If not, the step stops, and the failure goes to
+the caller as it is.
+
+*One transaction*, in this order: the items are processed; the writer writes them, and a Session is flushed, so that
+their failures are theirs; the skipped ones are recorded, and position and counts stored; commit. What is ours comes
+last: it takes its lock late, and when it fails (`JobLostError`, a table that is not there) that is no item's fault:
+the step stops.
+
+*The counts follow the commit.* What an attempt has come to is a `Tally`, which is added when its transaction has
+committed, and in no other case. The position that is stored in the transaction is the one behind its last item.
+
+*Who was it?* A failure that the processor raised is that of the item it was given. A writer may name the culprit
+(`ItemError`). Then that item is condemned, and the next transaction writes the others and records it: one more, not
+several; provided that each failed attempt named the same one. A failure without a name is searched for
+(`retrykit.batch.isolation`): groups from the first unsettled item on, each in a transaction of its own, that commit if
+they are good. An attempt of several suspects is made once: repeating would not tell more about each of them. A failure
+that is no item's fault is repeated there too, as the policy says. A single item has all the attempts that the policy
+gives it, and a history of its own if it has a key. Then its recovery, in a transaction of its own, records it. Nobody
+is condemned but by his own failure.
+
+*A crash* at any moment leaves what was committed last. Position and counts commit with the items where the job store
+can join the transaction: then a restart loses nothing and repeats nothing. Else they are stored after it, and a crash
+between the two has the chunk written again: at least once.
+
+*A commit that is not confirmed*, because the connection was lost in it, looks like one that failed. So after a failed
+commit the job store is asked before anything is done again: each transaction advances its revision by one, and a
+revision that has advanced says that it was committed after all.
+
+*Somebody else's job.* A job is claimed before it runs, under a fence that grows with each claim; the lease is renewed
+while it runs. A process that was believed dead and is overtaken finds another fence when it stores its position, and
+its transaction cannot commit.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator
+from datetime import UTC, datetime
+from time import perf_counter
+from typing import Any
+
+from retrykit.batch.attempt import Attempt, Where
+from retrykit.batch.errors import SkipLimitError
+from retrykit.batch.isolation import Verdict, isolate
+from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
+from retrykit.batch.source import Chunk, Source, Unreadable
+from retrykit.batch.work import Work
+from retrykit.errors import TerminatedRetryError
+from retrykit.failure import ErrorSummary, message_of, summary
+
+_log = logging.getLogger("retrykit.batch")
+
+
+class Course:
+    """One run of a step. `perform`: drives the work inside an attempt, by calling or by awaiting."""
+
+    def __init__(self, step: Any, parameters: dict[str, Any], perform: Callable[[Work[Any]], Any]) -> None:
+        self.step = step
+        self.parameters = parameters
+        self.perform = perform
+        self.counts = Counts()
+        self.claim: Any = None
+        self.doubt = False
+        """The last commit may have happened although it failed."""
+        self.continues_a_crash = False
+        """The run before was not ended by its program: what it has begun to count goes on."""
+        self.skipped: list[SkippedItem] = []
+        self.started_at = datetime.now(UTC)
+        self.started = perf_counter()
+
+    # -- from beginning to end
+
+    def run(self, *, again: bool) -> Work[Report]:
+        """The whole run."""
+        position = yield from self._claim(again=again)
+        source = None
+        try:
+            source = Source(self.step.reader, position, self.counts.read)
+            yield from self._write_all(source)
+        except GeneratorExit:
+            if self.claim is not None:
+                self.step.jobs.abandon(self.claim)
+            raise
+        except BaseException as error:
+            status: Status = "failed" if isinstance(error, Exception) else "stopped"
+            yield from self._leave(source, status, f"{type(error).__name__}: {message_of(error)}")
+            raise
+        return (yield from self._leave(source, "finished", ""))
+
+    def _claim(self, *, again: bool) -> Work[Any]:
+        jobs = self.step.jobs
+        if jobs is None:
+            return None
+        claim = self.claim = yield lambda: jobs.claim(self.step.name, self.parameters, again=again)
+        self.counts = Counts.from_json(claim.counts)
+        self.continues_a_crash = claim.crashed
+        return claim.position
+
+    def _leave(self, source: Source | None, status: Status, reason: str) -> Work[Report]:
+        """Let go of everything: what fails here is logged, the outcome stands."""
+        if source is not None:
+            yield from self._quietly(source.close, "closing the reader")
+        if self.claim is not None:
+            claim, counts = self.claim, self.counts.to_json()
+            yield from self._quietly(
+                lambda: self.step.jobs.release(claim, status=status, reason=reason, counts=counts),
+                "telling the job store of the end",
+                raises=status == "finished",
+            )
+        return self.report(status, reason)
+
+    def _quietly(self, call: Callable[[], Any], what: str, *, raises: bool = False) -> Work[None]:
+        try:
+            yield call
+        except Exception:
+            if raises:
+                raise
+            _log.exception("step %s: %s failed", self.step.name, what)
+
+    def report(self, status: Status, reason: str = "") -> Report:
+        """What the run has come to so far."""
+        return Report(
+            name=self.step.name,
+            parameters=self.parameters,
+            status=status,
+            reason=reason,
+            counts=self.counts.copy(),
+            skipped=tuple(self.skipped),
+            started_at=self.started_at,
+            seconds=perf_counter() - self.started,
+        )
+
+    # -- chunks
+
+    def _write_all(self, source: Source) -> Work[None]:
+        while True:
+            began = perf_counter()
+            chunk = yield lambda: source.take(self.step.chunk_size)
+            self.counts.spend("read", perf_counter() - began)
+            if chunk is None:
+                return
+            if source.positioned:
+                self._condemn_unreadable(chunk)
+            yield from self._settle(chunk)
+
+    def _condemn_unreadable(self, chunk: Chunk) -> None:
+        for index, item in enumerate(chunk.items):
+            if not isinstance(item, Unreadable):
+                continue
+            if not self.step.skip.may_skip(item.error):
+                raise item.error
+            error = ErrorSummary(1, *summary(item.error), datetime.now(UTC).timestamp())
+            self.condemn(
+                chunk,
+                index,
+                SkippedItem(
+                    item=item.raw,
+                    number=chunk.number + index + 1,
+                    phase="read",
+                    error=item.error,
+                    attempts=1,
+                    errors=(error,),
+                    reason="cannot be read",
+                ),
+            )
+
+    def _settle(self, chunk: Chunk) -> Work[None]:
+        """Bring every item of the chunk to its end: at once, or after a search for the culprits."""
+        size = len(chunk.items)
+        verdict = yield from self._test(chunk, size, whole=True)
+        if verdict is not Verdict.FAILED:
+            return
+        live = chunk.live(size)
+        search = isolate(len(live))
+        group = _next(search)
+        while group is not None:
+            end = size if group[1] == len(live) else live[group[1]]
+            verdict = yield from self._test(chunk, end, whole=False)
+            group = _next(search, verdict)
+
+    def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
+        """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
+        found = False
+        while True:
+            attempt = Attempt(self, chunk, end, whole=whole)
+            error = yield from self._execute(attempt)
+            if error is None:
+                return Verdict.FOUND if found or attempt.recovered else Verdict.DONE
+            if attempt.culprit is None:
+                return Verdict.FAILED
+            self.condemn(chunk, attempt.culprit, attempt.skipped(attempt.culprit, error, attempt.where))
+            found = True
+
+    def _execute(self, attempt: Attempt) -> Work[Exception | None]:
+        """One call of the template. None: its items are settled; else the failure, which is an item's own."""
+        failure: Exception | None = None
+        try:
+            tally = yield attempt.execute
+            attempt.committed()
+        except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
+            where = attempt.where
+            attempt.note_failed_commit()
+            tally = yield from self._happened_after_all(attempt)
+            if tally is None:
+                failure = self._judged(attempt, error, where)
+        self.counts.rollbacks += attempt.failures
+        self.counts.retries += max(0, attempt.tries - 1)
+        if failure is None:
+            yield from self._settled(attempt, tally)
+        return failure
+
+    def _happened_after_all(self, attempt: Attempt) -> Work[Tally | None]:
+        """The tally, if the last commit only seemed to fail."""
+        if not self.doubt:
+            return None
+        claim, self.doubt = self.claim, False
+        return attempt.tally if (yield lambda: self.step.jobs.moved(claim)) else None
+
+    def _judged(self, attempt: Attempt, error: Exception, where: Where) -> Exception:
+        """The failure, if it is an item's own; raises it if it is not."""
+        attempt.where = where
+        if attempt.refusal is not None:
+            number = attempt.chunk.number + attempt.live[0] + 1
+            raise SkipLimitError(name=self.step.name, number=number, reason=attempt.refusal) from error
+        if not attempt.is_items_fault(error):
+            raise error
+        return error
+
+    def _settled(self, attempt: Attempt, tally: Tally | None) -> Work[None]:
+        """The transaction has committed: only now it counts."""
+        chunk, step = attempt.chunk, self.step
+        if tally is None:
+            facts = {"name": step.name, "key": attempt.context and attempt.context.key}
+            raise TerminatedRetryError(reason="its history was settled by somebody else", **facts)
+        self._count(self.counts, tally)
+        if self.claim is not None:
+            yield from self._store_position(attempt, tally)
+        chunk.done = attempt.end
+        for skipped in tally.skipped:
+            self._tell(skipped)
+        if step.on_progress is not None:
+            yield lambda: step.on_progress(self.report("running"))
+
+    def _store_position(self, attempt: Attempt, tally: Tally) -> Work[None]:
+        """After the transaction, if it was not done in it."""
+        claim, jobs = self.claim, self.step.jobs
+        if attempt.revision is None:
+            position, counts = attempt.chunk.position(attempt.end), self.counts.to_json()
+            parked = self.step.parked(tally.skipped)
+            attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
+        claim.revision = attempt.revision
+
+    def _count(self, counts: Counts, tally: Tally) -> None:
+        counts.add(tally, [self.step.skip.limited_as(skipped.error) for skipped in tally.skipped])
+
+    def counts_with(self, tally: Tally) -> dict[str, Any]:
+        """The counts as they are when this has committed, in JSON."""
+        counts = self.counts.copy()
+        self._count(counts, tally)
+        return counts.to_json()
+
+    def _tell(self, skipped: SkippedItem) -> None:
+        if len(self.skipped) < SHOWN:
+            self.skipped.append(skipped)
+        facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), skipped.attempts)
+        _log.warning("step %s: item %d is skipped: %s raised %s (%d attempts)", *facts)
+
+    # -- verdicts
+
+    def condemn(self, chunk: Chunk, index: int, skipped: SkippedItem) -> None:
+        """An item is to be skipped. `SkipLimitError` if there are too many."""
+        reason = self.refusal(chunk, index, skipped.error)
+        if reason is not None:
+            raise SkipLimitError(name=self.step.name, number=skipped.number, reason=reason) from skipped.error
+        chunk.condemned[index] = skipped
+
+    def refusal(self, chunk: Chunk, index: int, error: BaseException) -> str | None:
+        """Why the item cannot be skipped too; None if it can."""
+        policy = self.step.skip
+        pending = [skipped.error for at, skipped in chunk.condemned.items() if at >= chunk.done]
+        limited = dict(self.counts.limited)
+        for name in filter(None, map(policy.limited_as, pending)):
+            limited[name] = limited.get(name, 0) + 1
+        return policy.refusal(  # type: ignore[no-any-return]
+            error,
+            skipped=self.counts.all_skipped + len(pending),
+            limited=limited,
+            read=chunk.number + index + 1,
+        )
+
+
+def _next(search: Generator[Any, Any, None], verdict: Verdict | None = None) -> Any:
+    """What is to be tested next, None at the end."""
+    try:
+        return search.send(verdict)
+    except StopIteration:
+        return None

@@ -1,0 +1,125 @@
+"""Where items come from, chunk by chunk, and how far it is from the beginning to any of them.
+
+A chunk is read once. What is tried again is tried with the items that are there: no reader is asked to go back, and a
+forward-only one loses nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+import attrs
+
+from retrykit.batch.report import SkippedItem
+from retrykit.check import wrong_type
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """What can begin in the middle of its input. A plain iterable begins there by leaving out what it gave before."""
+
+    def read_from(self, position: Any) -> Iterator[tuple[Any, Any]]:
+        """Each item from `position` on, with the position behind it (JSON-able); None: from the beginning.
+
+        An async iterator does as well, in an `AsyncChunkStep`. Of a record that cannot be read an `Unreadable` is given
+        for an item, so that the records behind it can be.
+        """
+
+
+@attrs.frozen
+class Unreadable:
+    """A record that is there and makes no item: `raw` as it stands in the input, and what is wrong with it."""
+
+    raw: Any
+    error: Exception
+
+
+@attrs.define(eq=False)
+class Chunk:
+    """The items that are read at once.
+
+    `number`: that of the item before the first, counted from 1 in the whole input. `positions`: behind each item; None
+    where the number is the position. `done`: so many are settled for good. `condemned`: those that are to be skipped,
+    by index.
+    """
+
+    items: list[Any]
+    number: int
+    positions: list[Any] | None = None
+    done: int = 0
+    condemned: dict[int, SkippedItem] = attrs.field(factory=dict)
+
+    def position(self, end: int) -> Any:
+        """The position behind the first `end` items."""
+        return self.number + end if self.positions is None else self.positions[end - 1]
+
+    def live(self, end: int) -> list[int]:
+        """The indexes of items before `end` that are neither settled nor condemned."""
+        if not self.condemned:
+            return list(range(self.done, end))
+        return [index for index in range(self.done, end) if index not in self.condemned]
+
+
+class Source:
+    """The items of an iterable or a reader, from a position on. `take` gives a list, empty at the end."""
+
+    def __init__(self, given: Any, position: Any, number: int) -> None:
+        self.number = number
+        self.positioned = isinstance(given, Reader)
+        read = given.read_from(position) if self.positioned else given
+        self._iterator: Iterator[Any] | None = None
+        self._async_iterator: AsyncIterator[Any] | None = None
+        if isinstance(read, AsyncIterable):
+            self._async_iterator = aiter(read)
+        else:
+            self._iterator = iter(read)
+        self._to_leave_out = 0 if self.positioned else number
+
+    def take(self, size: int) -> Any:
+        """The next chunk of at most so many items, or an awaitable of it; None at the end."""
+        if self._iterator is None:
+            return self._take_later(size)
+        if self._to_leave_out:
+            _drop(self._iterator, self._to_leave_out)
+            self._to_leave_out = 0
+        return self._chunk(list(islice(self._iterator, size)))
+
+    async def _take_later(self, size: int) -> Chunk | None:
+        assert self._async_iterator is not None  # noqa: S101 - it is one of the two
+        while self._to_leave_out and await anext(self._async_iterator, self) is not self:
+            self._to_leave_out -= 1
+        taken: list[Any] = []
+        while len(taken) < size and (item := await anext(self._async_iterator, self)) is not self:
+            taken.append(item)
+        return self._chunk(taken)
+
+    def _chunk(self, taken: list[Any]) -> Chunk | None:
+        if not taken:
+            return None
+        number, self.number = self.number, self.number + len(taken)
+        if not self.positioned:
+            return Chunk(taken, number)
+        return Chunk([item for item, _ in taken], number, [position for _, position in taken])
+
+    def close(self) -> Any:
+        """Let go of an iterator that was not read to its end; maybe an awaitable."""
+        close = getattr(self._async_iterator, "aclose", None) or getattr(self._iterator, "close", None)
+        return None if close is None or not self.positioned else close()
+
+
+def _drop(iterator: Iterator[Any], number: int) -> None:
+    for _ in islice(iterator, number):
+        pass
+
+
+def check_reader(name: str, reader: object, *, asynchronous: bool) -> None:
+    """`TypeError` for what gives no items."""
+    wanted = "an iterable or an object with read_from(position)"
+    if asynchronous and isinstance(reader, AsyncIterable):
+        return
+    if isinstance(reader, AsyncIterable):
+        raise wrong_type(name, f"{wanted} (asynchronous ones need an AsyncChunkStep)", reader)
+    if isinstance(reader, type | str | bytes) or not isinstance(reader, Iterable | Reader):
+        raise wrong_type(name, wanted, reader)

@@ -1,0 +1,187 @@
+"""`ChunkStep` and `AsyncChunkStep`: items in chunks, each chunk in a transaction; the thin drivers of the course."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import attrs
+
+from retrykit.batch.course import Course
+from retrykit.batch.report import Report, SkippedItem, kind_of
+from retrykit.batch.skipping import SkipPolicy
+from retrykit.batch.source import check_reader
+from retrykit.batch.work import async_drive, drive
+from retrykit.check import has, is_callable, is_callable_or_none, whole, wrong_type, wrong_value
+from retrykit.key import canonical_key, namespace
+from retrykit.policy import CompositeRetryPolicy, PredicateRetryPolicy
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
+from retrykit.value import Value
+
+
+def payload_of(item: Any) -> tuple[bytes, str]:
+    """An item as it is recorded when it is skipped, and the type of that.
+
+    Bytes as they are, texts in UTF-8, what JSON can say as JSON, anything else as its `repr`.
+    """
+    if isinstance(item, bytes):
+        return item, "application/octet-stream"
+    if isinstance(item, str):
+        return item.encode("utf-8", "surrogateescape"), "text/plain; charset=utf-8"
+    try:
+        return json.dumps(item, allow_nan=False).encode(), "application/json"
+    except (TypeError, ValueError):
+        return repr(item).encode("utf-8", "backslashreplace"), "text/plain; charset=utf-8"
+
+
+@attrs.frozen
+class Templates:
+    """How the step's template is used: for a chunk, for groups of suspects, for a single item."""
+
+    whole: Any
+    group: Any
+    alone: Any
+
+    @classmethod
+    def of(cls, template: Any, skip: SkipPolicy) -> Templates:
+        """Those for a template.
+
+        A group that fails by an item's fault is not tried again but halved, and what is no item's fault is: both are
+        the policy's to say. A single item's completion is not remembered: its position is.
+        """
+        policy = CompositeRetryPolicy(
+            (template.retry_policy, PredicateRetryPolicy(lambda error: not skip.may_skip(error)))
+        )
+        return cls(
+            whole=template,
+            group=attrs.evolve(template, retry_policy=policy),
+            alone=attrs.evolve(template, throw_last=True, remember_completed=None),
+        )
+
+
+def _check_name(_instance: Any, _field: Any, name: Any) -> None:
+    namespace(name)
+
+
+@attrs.frozen(kw_only=True, eq=False, repr=False)
+class _Step(Value):
+    """What both kinds of steps are made of."""
+
+    name: str = attrs.field(validator=_check_name)
+    reader: Any = attrs.field()
+    writer: Callable[[Any, list[Any]], Any] = attrs.field(validator=is_callable)
+    processor: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    chunk_size: int = attrs.field(default=100, validator=whole(1))
+    template: Any = attrs.field()
+    skip: SkipPolicy = attrs.field(factory=SkipPolicy, validator=attrs.validators.instance_of(SkipPolicy))
+    key: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    jobs: Any = attrs.field(
+        default=None, validator=has("claim", "joined", "book", "moved", "release", "abandon", optional=True)
+    )
+    on_skip: Callable[[Any, SkippedItem], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    on_progress: Callable[[Report], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    payload: Callable[[Any], tuple[bytes, str]] = attrs.field(default=payload_of, validator=is_callable)
+    templates: Templates = attrs.field(init=False, eq=False, repr=False)
+
+    asynchronous: ClassVar[bool]
+    _kind: ClassVar[type[Any]]
+
+    @template.default
+    def _default_template(self) -> Any:
+        return self._kind(name=self.name)
+
+    @template.validator
+    def _check_template(self, field: Any, template: Any) -> None:
+        if not isinstance(template, self._kind):
+            raise wrong_type(field.name, f"of class {self._kind.__name__}", template)
+
+    @reader.validator
+    def _check_reader(self, field: Any, reader: Any) -> None:
+        check_reader(field.name, reader, asynchronous=self.asynchronous)
+
+    def __attrs_post_init__(self) -> None:
+        object.__setattr__(self, "templates", Templates.of(self.template, self.skip))
+
+    def parked(self, skipped: Iterable[SkippedItem]) -> Sequence[dict[str, Any]]:
+        """Skipped items as the job store records them: the arguments of `park_in`."""
+        return [self._parked(one) for one in skipped]
+
+    def _parked(self, skipped: SkippedItem) -> dict[str, Any]:
+        payload, content_type = self.payload(skipped.item)
+        key = None if skipped.key is None else canonical_key(self.template.name, skipped.key)
+        errors = [error.to_json() for error in skipped.errors]
+        return {
+            "payload": payload,
+            "name": self.name,
+            "reason": f"skipped in {skipped.phase}: {kind_of(skipped.error)}; {skipped.reason}",
+            "attempts": skipped.attempts,
+            "key": key,
+            "content_type": content_type,
+            "headers": {"retrykit-item": str(skipped.number), "retrykit-phase": skipped.phase},
+            "errors": errors,
+            "first_failed_at": errors[0]["at"] if errors else None,
+            "last_failed_at": errors[-1]["at"] if errors else None,
+        }
+
+
+def _parameters(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The parameters of a job: what JSON can say."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise wrong_type("parameters", "a mapping of names to values", given)
+    try:
+        return dict(json.loads(json.dumps(dict(given), allow_nan=False)))
+    except (TypeError, ValueError) as error:
+        raise wrong_value("parameters", f"JSON-able ({error})", given) from error
+
+
+class ChunkStep(_Step):
+    """Reads items, processes them, and writes them in chunks, each chunk in a transaction of its own.
+
+    `reader`: any iterable, or an object with `read_from(position)` (see `Reader`). `processor(item)`: what is to be
+    written, None to leave the item out; without one items are written as they are. `writer(transaction, items)` gets
+    what `transaction` gave, and a list that is never empty. `transaction`: any callable that gives a context manager,
+    such as `sessionmaker.begin`; None: there is none. Processor and writer are called in it, again for each attempt.
+
+    `template`: whether a failed chunk is tried again, and when (default: 3 attempts at once). `skip`: which failures
+    are an item's own, so that the item is found, recorded and skipped (default: none; then they stop the step). `key`:
+    what names an item; then its attempts have a history, which survives a crash in a shared context cache.
+
+    `jobs`: where position and counts are stored, and skipped items recorded: a `retrykit.sql.SqlJobStore`. Without one
+    a run always begins at the beginning. `on_skip(transaction, skipped)` is called in the transaction that records a
+    skipped item, `on_progress(report)` after each transaction. `payload(item)`: bytes and content type under which a
+    skipped item is recorded.
+
+    Immutable and thread-safe if its parts are.
+    """
+
+    __slots__ = ()
+    asynchronous = False
+    _kind = RetryTemplate
+
+    def run(self, parameters: Mapping[str, Any] | None = None, *, again: bool = False) -> Report:
+        """Run the step to the end of its input: the report.
+
+        With a job store name and `parameters` (JSON-able) identify the job: one that was interrupted goes on where it
+        was, one that is finished is `JobFinishedError` unless it is to run `again` from the beginning, one that is
+        running is `JobRunningError`.
+
+        Raises the failure that stopped the step, as it is; `SkipLimitError` when too many items would be skipped. What
+        was committed stays, and the next run goes on behind it.
+        """
+        return drive(Course(self, _parameters(parameters), drive).run(again=again))
+
+
+class AsyncChunkStep(_Step):
+    """`ChunkStep` for coroutines: reader, processor, writer, transaction and hooks may be asynchronous or plain."""
+
+    __slots__ = ()
+    asynchronous = True
+    _kind = AsyncRetryTemplate
+
+    async def run(self, parameters: Mapping[str, Any] | None = None, *, again: bool = False) -> Report:
+        """As `ChunkStep.run`, awaited."""
+        return await async_drive(Course(self, _parameters(parameters), async_drive).run(again=again))

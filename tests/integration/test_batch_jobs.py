@@ -1,0 +1,447 @@
+"""Batch jobs on databases: position, counts and skipped items commit with the items, and a job has one runner."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, select, update
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
+from sqlalchemy.orm import sessionmaker
+
+from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
+from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
+from retrykit.failure import StoredError
+from retrykit.sql import (
+    AsyncSqlJobStore,
+    SqlJobStore,
+    SqlRetryContextCache,
+    create_tables,
+    parked_items,
+    rk_job,
+    sqlite_engine,
+    stored_job,
+    stored_jobs,
+)
+from tests.servers.databases import ASYNC_DRIVERS, DATABASES, empty_database, with_driver
+
+metadata = MetaData()
+work = Table("work", metadata, Column("id", Integer, primary_key=True, autoincrement=False))
+
+
+@pytest.fixture(params=DATABASES)
+def url(request):
+    return empty_database(request, request.param)
+
+
+@pytest.fixture
+def engine(url):
+    with opened(url) as engine:
+        create_tables(engine)
+        metadata.create_all(engine)
+        yield engine
+
+
+@contextmanager
+def opened(url):
+    engine = create_engine(url)
+    try:
+        yield engine
+    finally:
+        engine.dispose()
+
+
+@pytest.fixture
+def jobs(engine):
+    return SqlJobStore(engine)
+
+
+def write(transaction, items):
+    transaction.execute(insert(work), [{"id": item} for item in items])
+
+
+def step(jobs, engine, reader=range(10), **options):
+    options = {
+        "name": "load",
+        "writer": write,
+        "transaction": sessionmaker(engine).begin,
+        "chunk_size": 3,
+        "template": RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1)),
+        "jobs": jobs,
+    } | options
+    return ChunkStep(reader=reader, **options)
+
+
+def rows(engine):
+    with engine.connect() as connection:
+        return sorted(connection.scalars(select(work.c.id)))
+
+
+def only(engine):
+    (job,) = stored_jobs(engine)
+    return job
+
+
+class Interrupted(BaseException):
+    """Nobody expected that."""
+
+
+def until(last, error):
+    def read():
+        for item in range(10):
+            if item == last:
+                raise error
+            yield item
+
+    return read()
+
+
+def test_a_job_that_failed_goes_on_behind_what_it_committed(engine, jobs):
+    with pytest.raises(OSError, match="no line"):
+        step(jobs, engine, until(7, OSError("no line"))).run({"file": "a"})
+    job = only(engine)
+    assert (job.status, job.reason, job.position, job.runs) == ("failed", "OSError: no line", 6, 1)
+    assert rows(engine) == list(range(6))
+    report = step(jobs, engine).run({"file": "a"})
+    assert rows(engine) == list(range(10))
+    assert (report.counts.read, report.counts.written, report.counts.commits) == (10, 10, 4)
+    job = only(engine)
+    assert (job.status, job.reason, job.position, job.runs, job.owner) == ("finished", None, 10, 2, None)
+    assert job.counts["written"] == 10
+
+
+def test_an_interrupted_job_is_stopped_and_goes_on(engine, jobs):
+    with pytest.raises(Interrupted):
+        step(jobs, engine, until(7, Interrupted())).run()
+    assert (only(engine).status, only(engine).position) == ("stopped", 6)
+    step(jobs, engine).run()
+    assert rows(engine) == list(range(10))
+
+
+def test_a_finished_job_is_not_run_again_unless_it_is_asked_for(engine, jobs):
+    step(jobs, engine).run({"file": "a"})
+    with pytest.raises(JobFinishedError, match=r"load \{'file': 'a'\}") as caught:
+        step(jobs, engine, until(0, AssertionError("it is read"))).run({"file": "a"})
+    assert caught.value.finished_at == only(engine).finished_at
+    with engine.begin() as connection:
+        connection.execute(work.delete())
+    report = step(jobs, engine).run({"file": "a"}, again=True)
+    assert rows(engine) == list(range(10))
+    assert (report.counts.read, only(engine).runs, only(engine).counts["read"]) == (10, 2, 10)
+
+
+def test_name_and_parameters_in_whatever_order_identify_the_job(engine, jobs):
+    step(jobs, engine, []).run({"a": 1, "b": 2})
+    with pytest.raises(JobFinishedError):
+        step(jobs, engine, []).run({"b": 2, "a": 1})
+    step(jobs, engine, []).run({"a": 1, "b": 3})
+    step(jobs, engine, [], name="other").run({"a": 1, "b": 2})
+    found = list(stored_jobs(engine))
+    assert [(job.name, job.parameters) for job in found] == [
+        ("load", {"a": 1, "b": 2}),
+        ("load", {"a": 1, "b": 3}),
+        ("other", {"a": 1, "b": 2}),
+    ]
+    assert list(stored_jobs(engine, name="other")) == found[2:]
+    assert list(stored_jobs(engine, after=found[0].id, limit=1)) == found[1:2]
+    assert list(stored_jobs(engine, status="failed")) == []
+    assert stored_job(engine, found[1].id) == found[1]
+    assert stored_job(engine, 10**6) is None
+
+
+def test_a_second_start_is_refused_while_the_first_runs(engine, jobs):
+    refused = []
+
+    def read():
+        yield 0
+        with pytest.raises(JobRunningError, match="load"):
+            step(SqlJobStore(engine), engine, []).run()
+        refused.append(True)
+
+    step(jobs, engine, read()).run()
+    assert refused == [True]
+    assert only(engine).status == "finished"
+
+
+def test_a_job_whose_process_died_is_taken_over_at_once(engine, jobs):
+    claim = jobs.claim("load", {})
+    jobs.abandon(claim)
+    assert only(engine).status == "running"
+    step(jobs, engine).run()
+    assert (only(engine).status, only(engine).runs) == ("finished", 2)
+
+
+def test_a_runner_on_another_machine_is_believed_for_its_lease(engine, jobs):
+    claim = jobs.claim("load", {})
+    jobs.abandon(claim)
+    elsewhere = {"owner": "elsewhere/boot/pid:[1]/7/7/1"}
+    with engine.begin() as connection:
+        connection.execute(update(rk_job).values(elsewhere))
+    with pytest.raises(JobRunningError, match="elsewhere/boot"):
+        step(jobs, engine).run()
+    with engine.begin() as connection:
+        connection.execute(update(rk_job).values(lease_until=1.0))
+    step(jobs, engine).run()
+    assert rows(engine) == list(range(10))
+
+
+def test_a_runner_that_was_overtaken_commits_nothing_more(engine, jobs):
+    def read():
+        yield from range(3)
+        with engine.begin() as connection:
+            connection.execute(update(rk_job).values(fence=rk_job.c.fence + 1))
+        yield from range(3, 10)
+
+    with pytest.raises(JobLostError, match="claimed by somebody else"):
+        step(jobs, engine, read(), skip=SkipPolicy(skip_for=Exception)).run()
+    assert rows(engine) == [0, 1, 2]
+    assert only(engine).position == 3
+    assert list(parked_items(engine)) == []
+
+
+def test_of_two_starts_at_once_one_runs(url, engine):
+    start, outcomes = threading.Barrier(2), []
+
+    def run():
+        with opened(url) as own:
+            jobs = SqlJobStore(own)
+            start.wait(30)
+            try:
+                step(jobs, own).run()
+                outcomes.append("ran")
+            except (JobRunningError, JobFinishedError) as error:
+                outcomes.append(type(error).__name__)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert outcomes.count("ran") == 1
+    assert len(outcomes) == 2
+    assert rows(engine) == list(range(10))
+
+
+def test_the_lease_is_renewed_while_a_chunk_takes_long(engine):
+    # SQLite lets one write at a time: there the renewal waits until the chunk is written.
+    renewed = threading.Event()
+
+    class Watched(SqlJobStore):
+        def renew(self, claim):
+            done = super().renew(claim)
+            renewed.set()
+            return done
+
+    def read():
+        assert renewed.wait(30)
+        yield 1
+
+    step(Watched(engine, lease=0.3), engine, read()).run()
+    assert rows(engine) == [1]
+
+
+def test_skipped_items_are_parked_with_their_job_and_their_errors(engine, jobs):
+    with engine.begin() as connection:
+        connection.execute(insert(work), {"id": 4})
+    skip = SkipPolicy(skip_for=IntegrityError)
+    report = step(jobs, engine, skip=skip, template=RetryTemplate(name="load")).run()
+    assert rows(engine) == list(range(10))
+    (item,) = parked_items(engine)
+    assert (item.name, item.payload, item.content_type, item.attempts) == ("load", b"4", "application/json", 3)
+    assert item.headers == {
+        "retrykit-item": "5",
+        "retrykit-phase": "write",
+        "retrykit-job": str(only(engine).id),
+    }
+    assert [error["type"] for error in item.errors] == ["sqlalchemy.exc.IntegrityError"] * 3
+    assert item.reason.startswith("skipped in write: sqlalchemy.exc.IntegrityError; ")
+    assert report.counts.skipped == {"sqlalchemy.exc.IntegrityError": 1}
+
+
+def test_counts_of_skipped_items_limit_all_runs_of_a_job(engine, jobs):
+    def process(item):
+        if item in (1, 8):
+            raise ValueError(item)
+        return item
+
+    skip = SkipPolicy(skip_for=ValueError, limit=1)
+    with pytest.raises(OSError, match="gone"):
+        step(jobs, engine, until(6, OSError("gone")), processor=process, skip=skip).run()
+    with pytest.raises(ValueError, match="limit=1 items are skipped already"):
+        raise_cause(step(jobs, engine, processor=process, skip=skip).run)
+
+
+def raise_cause(run):
+    """`SkipLimitError` as what it says."""
+    from retrykit.batch import SkipLimitError
+
+    try:
+        run()
+    except SkipLimitError as error:
+        raise ValueError(str(error)) from error
+
+
+def test_position_and_counts_cost_one_statement_in_the_transaction(engine, jobs):
+    step(jobs, engine, [100]).run({"warm": True})
+    seen = []
+    event.listen(engine, "before_cursor_execute", lambda *call: seen.append(call[2].split()[0]))
+    event.listen(engine, "begin", lambda _: seen.append("BEGIN"))
+    event.listen(engine, "commit", lambda _: seen.append("COMMIT"))
+    step(jobs, engine, range(6)).run()
+    # Begin, insert, update, commit: for each of the two chunks.
+    assert "".join(word[0] for word in seen).count("BIUC") == 2
+
+
+def test_a_store_elsewhere_has_the_position_after_the_commit(engine, tmp_path):
+    other = sqlite_engine(f"sqlite:///{tmp_path}/jobs.db")
+    try:
+        jobs = SqlJobStore(other)
+        with pytest.raises(OSError, match="no line"):
+            step(jobs, engine, until(7, OSError("no line"))).run()
+        step(jobs, engine).run()
+        assert rows(engine) == list(range(10))
+        assert next(iter(stored_jobs(other))).counts["written"] == 10
+        assert list(stored_jobs(engine)) == []
+    finally:
+        other.dispose()
+
+
+def test_the_history_of_an_item_with_a_key_ends_in_the_transaction_that_records_it(engine, jobs):
+    cache = SqlRetryContextCache(engine)
+    template = RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(2), context_cache=cache)
+    skip = SkipPolicy(skip_for=ValueError)
+
+    def fail(transaction, items):
+        write(transaction, items)
+        if 4 in items:
+            raise ValueError(4)
+
+    step(jobs, engine, writer=fail, key=lambda item: item, template=template, skip=skip).run()
+    assert [(item.key, item.attempts) for item in parked_items(engine)] == [("load#4", 2)]
+    assert list(cache.items()) == []
+
+
+KILLED = """
+import os, signal, sys
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy import create_engine
+from retrykit import RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import ChunkStep, SkipPolicy
+from retrykit.sql import SqlJobStore, SqlRetryContextCache
+from tests.integration.test_batch_jobs import write
+
+engine = create_engine(sys.argv[1])
+
+def poison(transaction, items):
+    write(transaction, items)
+    if items == [4]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if 4 in items:
+        raise ValueError(4)
+
+ChunkStep(
+    name="load", reader=range(10), writer=poison, transaction=sessionmaker(engine).begin, chunk_size=5, key=str,
+    template=RetryTemplate(
+        name="load", context_cache=SqlRetryContextCache(engine),
+        retry_policy=SimpleRetryPolicy(2, no_retry_for=ValueError),
+    ),
+    skip=SkipPolicy(skip_for=ValueError, skip_crashes="skip" in sys.argv), jobs=SqlJobStore(engine),
+).run()
+"""
+
+
+def test_an_item_that_kills_its_process_uses_up_its_attempts(url, engine):
+    if engine.dialect.name == "mariadb":
+        pytest.skip("the databases differ in nothing here: two of them are enough")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+
+    def run(*arguments):
+        command = [sys.executable, "-c", KILLED, url, *arguments]
+        return subprocess.run(command, env=environment, check=False, timeout=60).returncode
+
+    assert [run(), run()] == [-9, -9]
+    assert rows(engine) == [0, 1, 2, 3]
+    assert (only(engine).status, only(engine).position) == ("running", 4)
+    assert run("skip") == 0
+    assert rows(engine) == [item for item in range(10) if item != 4]
+    assert [(item.attempts, item.errors[0]["type"]) for item in parked_items(engine)] == [(2, "retrykit.Crash")]
+    assert only(engine).counts["skipped"] == {"retrykit.Crash": 1}
+
+
+def test_a_crash_is_not_skipped_unless_it_is_asked_for():
+    crash = StoredError.of_crash(1, "somebody")
+    assert not SkipPolicy(skip_for=Exception).may_skip(crash)
+    assert SkipPolicy(skip_crashes=True).may_skip(crash)
+
+
+# -- asynchronous
+
+
+@pytest.mark.parametrize("driver", ["aiosqlite", "asyncpg"])
+def test_the_asynchronous_step_commits_position_and_skipped_items_with_the_items(request, driver):
+    name = next(name for name, drivers in ASYNC_DRIVERS.items() if driver in drivers)
+    place = empty_database(request, name, driver)
+    plain = with_driver(place, {"sqlite": "pysqlite", "postgresql": "psycopg"}[name])
+    with opened(plain) as engine:
+        create_tables(engine)
+        metadata.create_all(engine)
+        asyncio.run(load(place))
+        assert rows(engine) == [item for item in range(20) if item != 7]
+        assert [item.payload for item in parked_items(engine)] == [b"7"]
+        job = only(engine)
+        assert (job.status, job.position, job.counts["written"], job.runs) == ("finished", 20, 19, 2)
+
+
+async def load(place):
+    async def write_later(session, items):
+        await session.execute(insert(work), [{"id": item} for item in items])
+        if 7 in items:
+            raise ValueError(7)
+
+    async def numbers(last):
+        for item in range(20):
+            if item == last:
+                raise OSError("no line")
+            yield item
+
+    engine = create_async_engine(place)
+    try:
+        for last in (13, 99):
+            one = AsyncChunkStep(
+                name="load",
+                reader=numbers(last),
+                writer=write_later,
+                transaction=async_sessionmaker(engine).begin,
+                template=AsyncRetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1)),
+                skip=SkipPolicy(skip_for=ValueError),
+                chunk_size=5,
+                jobs=AsyncSqlJobStore(engine),
+            )
+            if last == 13:
+                with pytest.raises(OSError, match="no line"):
+                    await one.run()
+            else:
+                report = await one.run()
+                assert report.counts.read == 20
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.parametrize("kind", [SqlJobStore, AsyncSqlJobStore])
+def test_each_store_wants_its_kind_of_engine(tmp_path, kind):
+    driver = "sqlite+aiosqlite" if kind is SqlJobStore else "sqlite"
+    with pytest.raises(TypeError, match=r"^engine: "):
+        kind(f"{driver}:///{tmp_path}/a.db")
+
+
+@pytest.mark.parametrize("lease", [0, -1, "1", float("inf")])
+def test_a_bad_lease_is_refused(tmp_path, lease):
+    with pytest.raises((TypeError, ValueError), match=r"^lease: "):
+        SqlJobStore(f"sqlite:///{tmp_path}/a.db", lease=lease)
