@@ -23,7 +23,13 @@ from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import ID
 from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, lack_of
 from retrykit.messaging.stomp_frames import check_headers
-from retrykit.messaging.subscription import check_supported, headers_for, is_lost_when_given_back, subscription_id
+from retrykit.messaging.subscription import (
+    check_supported,
+    headers_for,
+    is_lost_when_given_back,
+    is_topic,
+    subscription_id,
+)
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker
@@ -87,6 +93,9 @@ class StompSession:
             # An id that is not the broker's may come again with another message, which the broker does not flag.
             stable = isinstance(identify, by_content)
             own = attrs.evolve(own, stable_ids=stable, trustworthy_flag=False, flags_while_connected=False)
+        if is_topic(self._broker.destination):
+            # What a durable subscriber had in hand when its connection ended comes again without a flag.
+            own = attrs.evolve(own, trustworthy_flag=False, flags_while_connected=False)
         return attrs.evolve(own, counts_deliveries=True) if self._counts else own
 
     @property

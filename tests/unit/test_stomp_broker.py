@@ -190,6 +190,12 @@ def test_only_ids_that_the_broker_gives_need_no_look_up_of_first_deliveries():
         assert can.stable_ids is (identify is None or isinstance(identify, by_content))
 
 
+def test_the_flag_of_a_topics_message_is_not_believed():
+    for destination in "/topic/a", "/queue/a":
+        broker = StompBroker("stomp://127.0.0.1:1", destination=destination, profile="activemq")
+        assert StompSession(broker, None).capabilities.flags_while_connected is (destination == "/queue/a")
+
+
 async def later():
     return "me", "secret"
 
