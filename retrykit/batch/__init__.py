@@ -4,21 +4,41 @@ goes on.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from retrykit.batch.errors import ItemError, SkipLimitError
+from retrykit.batch.files import CsvReader, JsonLinesReader
 from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import Reader, Unreadable
 from retrykit.batch.step import AsyncChunkStep, ChunkStep
 
+if TYPE_CHECKING:
+    from retrykit.sql.tabular import SqlCursorReader, SqlWriter
+
 __all__ = [
     "AsyncChunkStep",
     "ChunkStep",
     "Counts",
+    "CsvReader",
     "ItemError",
+    "JsonLinesReader",
     "Reader",
     "Report",
     "SkipLimitError",
     "SkipPolicy",
     "SkippedItem",
+    "SqlCursorReader",
+    "SqlWriter",
     "Unreadable",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # A step needs no SQLAlchemy: any context manager is a transaction.
+    if name not in {"SqlCursorReader", "SqlWriter"}:
+        msg = f"module {__name__!r} has no attribute {name!r}"
+        raise AttributeError(msg)
+    from retrykit.sql import tabular
+
+    return getattr(tabular, name)

@@ -26,6 +26,7 @@ from retrykit.sql.parked import (
 from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_job, rk_parked, rk_schema
+from retrykit.sql.tabular import SqlCursorReader, SqlWriter
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -35,8 +36,10 @@ __all__ = [
     "Job",
     "JoinedContextCache",
     "ParkedItem",
+    "SqlCursorReader",
     "SqlJobStore",
     "SqlRetryContextCache",
+    "SqlWriter",
     "async_sqlite_engine",
     "check_version",
     "create_tables",

@@ -1,0 +1,73 @@
+"""Rows of a database as the input and the output of batch jobs: `SqlCursorReader`, `SqlWriter`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, Engine, Select, Table, insert
+from sqlalchemy.orm import Session
+
+from retrykit.check import wrong_type, wrong_value
+from retrykit.sql.sqlite import reading
+
+
+class SqlCursorReader:
+    """The rows of a query in the order of a key, read in pages: a position is the key of the last row.
+
+    `select`: a `select(…)` whose rows have the column `key`, unique and not null, of a kind that JSON has (numbers,
+    texts). Each page is read on a connection of its own, behind the key that was read last, and in the order of the
+    key; nothing is held open between pages, so a writer may change the same table. Rows that appear behind the
+    position while it is read are read too; those before it are not.
+    """
+
+    def __init__(self, engine: Engine, select: Select[Any], *, key: str, page: int = 1_000) -> None:
+        if not isinstance(engine, Engine):
+            raise wrong_type("engine", "a sqlalchemy Engine", engine)
+        if not isinstance(select, Select):
+            raise wrong_type("select", "a select(…)", select)
+        if isinstance(page, bool) or not isinstance(page, int) or page < 1:
+            raise wrong_value("page", "an int, at least 1", page)
+        if not isinstance(key, str) or key not in select.selected_columns:
+            raise wrong_value("key", f"one of {select.selected_columns.keys()}", key)
+        self._engine = reading(engine) if engine.dialect.name == "sqlite" else engine
+        self._column = select.selected_columns[key]
+        self._select = select.order_by(None).order_by(self._column)
+        self._key = key
+        self._page = page
+
+    def __repr__(self) -> str:
+        return f"SqlCursorReader(key={self._key!r}, page={self._page})"
+
+    def read_from(self, position: Any) -> Iterator[tuple[Any, Any]]:
+        """Each row (its columns are attributes) with its key."""
+        while True:
+            query = self._select if position is None else self._select.where(self._column > position)
+            with self._engine.connect() as connection:
+                rows = connection.execute(query.limit(self._page)).all()
+            for row in rows:
+                position = getattr(row, self._key)
+                yield row, position
+            if len(rows) < self._page:
+                return
+
+
+class SqlWriter:
+    """Inserts items into a table, in one statement: `ChunkStep(writer=SqlWriter(orders), …)`.
+
+    Items are mappings of column names to values. The transaction is a Session or a Connection; of an AsyncSession or
+    AsyncConnection what comes of the statement is an awaitable, for an `AsyncChunkStep`.
+    """
+
+    def __init__(self, table: Table) -> None:
+        if not isinstance(table, Table):
+            raise wrong_type("table", "a sqlalchemy Table", table)
+        self.table = table
+        self._insert = insert(table)
+
+    def __repr__(self) -> str:
+        return f"SqlWriter({self.table.name!r})"
+
+    def __call__(self, transaction: Session | Connection, items: Sequence[Mapping[str, Any]]) -> Any:
+        """Insert them."""
+        return transaction.execute(self._insert, items)

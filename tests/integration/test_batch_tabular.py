@@ -1,0 +1,98 @@
+"""Rows as input and output of batch jobs."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, delete, insert, select
+from sqlalchemy.orm import sessionmaker
+
+from retrykit.batch import ChunkStep, SqlCursorReader, SqlWriter
+from retrykit.sql import SqlJobStore, create_tables, sqlite_engine
+from tests.servers.databases import DATABASES, empty_database
+
+metadata = MetaData()
+source = Table(
+    "customer", metadata, Column("id", Integer, primary_key=True, autoincrement=False), Column("name", String(20))
+)
+target = Table("work", metadata, Column("id", Integer, primary_key=True, autoincrement=False))
+
+
+@pytest.fixture(params=[*DATABASES, "an engine of ours"])
+def engine(request):
+    if request.param in DATABASES:
+        engine = create_engine(empty_database(request, request.param))
+    else:
+        engine = sqlite_engine(f"sqlite:///{request.getfixturevalue('tmp_path')}/histories.db")
+    create_tables(engine)
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        connection.execute(insert(source), [{"id": number, "name": f"n{number}"} for number in range(0, 50, 2)])
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("page", [1, 7, 25, 1_000])
+def test_rows_are_read_in_the_order_of_their_key_from_wherever_one_of_them_ends(engine, page):
+    reader = SqlCursorReader(
+        engine, select(source).where(source.c.id != 6).order_by(source.c.name), key="id", page=page
+    )
+    wanted = [number for number in range(0, 50, 2) if number != 6]
+    assert [(row.id, row.name, position) for row, position in reader.read_from(None)] == [
+        (number, f"n{number}", number) for number in wanted
+    ]
+    assert [row.id for row, _ in reader.read_from(20)] == [number for number in wanted if number > 20]
+
+
+def test_a_step_may_delete_what_it_reads_and_write_elsewhere_in_one_transaction(engine):
+    def move(session, rows):
+        session.execute(insert(target), [{"id": row.id} for row in rows])
+        session.execute(delete(source).where(source.c.id.in_([row.id for row in rows])))
+
+    step = ChunkStep(
+        name="move",
+        reader=SqlCursorReader(engine, select(source.c.id), key="id", page=4),
+        writer=move,
+        transaction=sessionmaker(engine).begin,
+        chunk_size=6,
+        jobs=SqlJobStore(engine),
+    )
+    assert step.run().counts.written == 25
+    with engine.connect() as connection:
+        assert connection.scalars(select(target.c.id)).all() == list(range(0, 50, 2))
+        assert connection.scalars(select(source.c.id)).all() == []
+
+
+def test_no_reader_holds_a_connection_between_its_pages(engine):
+    rows = SqlCursorReader(engine, select(source.c.id), key="id", page=2).read_from(None)
+    next(rows)
+    assert engine.pool.checkedout() == 0
+
+
+@pytest.mark.parametrize("begin", ["session", "connection"])
+def test_the_writer_inserts_mappings(engine, begin):
+    transaction = sessionmaker(engine).begin if begin == "session" else engine.begin
+    ChunkStep(
+        name="copy",
+        reader=SqlCursorReader(engine, select(source), key="id"),
+        processor=lambda row: {"id": row.id},
+        writer=SqlWriter(target),
+        transaction=transaction,
+    ).run()
+    with engine.connect() as connection:
+        assert connection.scalars(select(target.c.id)).all() == list(range(0, 50, 2))
+
+
+@pytest.mark.parametrize(
+    "options", [{"engine": "sqlite://"}, {"select": "SELECT 1"}, {"key": "nobody"}, {"key": 1}, {"page": 0}]
+)
+def test_bad_arguments_are_refused(tmp_path, options):
+    (name,) = options
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/a.db")
+    given = {"engine": engine, "select": select(source), "key": "id"} | options
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: "):
+        SqlCursorReader(**given)
+
+
+def test_the_writer_wants_a_table():
+    with pytest.raises(TypeError, match=r"^table: "):
+        SqlWriter("work")
