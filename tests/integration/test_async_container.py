@@ -337,6 +337,28 @@ def test_handlers_and_pauses_longer_than_the_heart_beat_keep_their_connections(s
     assert (sqlite.effects(), container.counters.generations) == ({"1": 1}, 1)
 
 
+def test_pauses_can_be_the_brokers(embedded, queue, sqlite):
+    attempts = []
+
+    async def handle(message, context):
+        attempts.append(context.attempt)
+        await write(context, message.text)
+        if context.attempt < 3:
+            raise ConnectionError
+
+    options = {"back_off": FixedBackOffPolicy(0.6)}
+    publish(embedded, queue, [1])
+    container = consumer(broker_of(embedded, queue), handle, sqlite, **options)
+    with container:
+        # The pause is waited for in the session, until that ends.
+        wait_for(lambda: container.counters.received == 2, container)
+    container = consumer(broker_of(embedded, queue), handle, sqlite, delay="schedule", **options)
+    with container:
+        wait_for(lambda: container.counters.acknowledged == 1, container)
+    assert (attempts, sqlite.effects()) == ([1, 2, 3], {"1": 1})
+    assert container.counters.postponed == 2
+
+
 def test_stopping_lets_the_handler_finish_and_stopping_at_once_cancels_it(server, queue, database):
     running, cancelled = threading.Semaphore(0), []
 
