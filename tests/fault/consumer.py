@@ -1,4 +1,4 @@
-"""A consumer that kills itself once, before a step of a message: `consumer.py URL QUEUE DIRECTORY STEP NUMBER JOURNAL`."""
+"""A consumer that kills itself once, before a step of a message: `consumer.py URL QUEUE FOLDER STEP NUMBER JOURNAL`."""
 
 from __future__ import annotations
 

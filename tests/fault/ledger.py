@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import threading
 import time
@@ -35,6 +36,19 @@ class Pen:
         """Write one event."""
         line = json.dumps({"e": event, "at": time.monotonic(), **self._always, **facts}, default=repr)
         os.write(self._file, f"\n{line}".encode())
+
+
+class LoggedFaults(logging.Handler):
+    """What the library says of faults goes into the ledger."""
+
+    def __init__(self, pen: Pen) -> None:
+        super().__init__(logging.WARNING)
+        self.pen = pen
+
+    def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        text = f"{record.getMessage()}: {type(error).__name__}: {error}" if error else record.getMessage()
+        self.pen("log", level=record.levelname, text=text[:500])
 
 
 class Delivery:

@@ -1,15 +1,13 @@
 """Processes of consumers that share a store: forked when ordered, and then whatever befalls them befalls them.
 
-`python -m tests.fault.store_consumer` reads orders, a line each: {"fork": {…}} is answered with the process id of a new
-child, {"reap": pid} with how that child ended. The children write a ledger (`tests.fault.ledger`), nobody asks them. A
-forked child needs milliseconds where an interpreter would need a second; what forks has no threads, no connections.
+`python -m tests.fault.store_consumer` reads orders (`tests.fault.forks`). The children write a ledger
+(`tests.fault.ledger`), nobody asks them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import functools
-import json
 import logging
 import os
 import random
@@ -29,7 +27,8 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from retrykit import AsyncRetryTemplate, FrontContextCache, RetryState, RetryTemplate, SimpleRetryPolicy, flight, owner
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
-from tests.fault.ledger import SETTLED, Pen
+from tests.fault.forks import serve
+from tests.fault.ledger import SETTLED, LoggedFaults, Pen
 
 metadata = sa.MetaData()
 effects = sa.Table(
@@ -88,19 +87,6 @@ class SkewedClock:
 
     async def async_sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-
-class LoggedFaults(logging.Handler):
-    """What the library says of faults goes into the ledger."""
-
-    def __init__(self, pen: Pen) -> None:
-        super().__init__(logging.WARNING)
-        self.pen = pen
-
-    def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        text = f"{record.getMessage()}: {type(error).__name__}: {error}" if error else record.getMessage()
-        self.pen("log", level=record.levelname, text=text[:500])
 
 
 def engine_for(url: str, **options: Any) -> sa.Engine:
@@ -473,28 +459,6 @@ def make_consumer(order: dict[str, Any]) -> Consumer:
     return Tasks(order)
 
 
-def fork(order: dict[str, Any]) -> int:
-    """Start a child: its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        make_consumer(order).run()
-        status = 0
-    except BaseException as error:
-        print(f"consumer {order['worker']}: {error!r}", file=sys.stderr, flush=True)
-    os._exit(status)
-
-
-def obey(order: dict[str, Any]) -> int:
-    """Carry out one order."""
-    if "fork" in order:
-        return fork(order["fork"])
-    _, status = os.waitpid(order["reap"], 0)
-    return os.waitstatus_to_exitcode(status)
-
-
 def main() -> None:
     logging.getLogger("retrykit").propagate = False
     for driver in ("psycopg", "pymysql", "redis", "asyncpg", "aiomysql", "aiosqlite", "tests.fault.store_tasks"):
@@ -503,8 +467,7 @@ def main() -> None:
             __import__(driver)
         except ImportError:
             continue
-    for line in sys.stdin:
-        print(json.dumps(obey(json.loads(line))), flush=True)
+    serve(make_consumer)
 
 
 if __name__ == "__main__":

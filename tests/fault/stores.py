@@ -39,8 +39,8 @@ STORES = ("sqlite", *SERVERS)
 class Nursery:
     """The process that forks consumers."""
 
-    def __init__(self) -> None:
-        command = [sys.executable, "-m", "tests.fault.store_consumer"]
+    def __init__(self, module: str = "tests.fault.store_consumer") -> None:
+        command = [sys.executable, "-m", module]
         self._process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
         )
