@@ -19,8 +19,7 @@ import time
 from collections.abc import Mapping
 from contextlib import closing
 from datetime import UTC, datetime
-from functools import partial
-from typing import TYPE_CHECKING, Any, Final, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Final, Literal, Protocol, cast
 
 import attrs
 
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from retrykit.message import Message
     from retrykit.messaging.broker import Broker
     from retrykit.messaging.counters import Tally
-    from retrykit.template import RetryTemplate
 
 Way = Literal["hold", "schedule", "redeliver"]
 WAYS: Final = ("hold", "schedule", "redeliver")
@@ -163,7 +161,20 @@ class Postponing(Session, Protocol):
 
 
 class PutOffError(InterruptedError):
-    """The pause is not taken here."""
+    """The pause is not taken now: its message goes back with what is left of it."""
+
+
+@attrs.define(eq=False)
+class Pauses:
+    """Which pauses are not to be taken in a session. `message` is the one whose delivery is on its way, if any is."""
+
+    delays: Delays
+    session: Session
+    message: Message | None = None
+
+    def defers(self, seconds: float) -> bool:
+        """Whether a pause ends at once, with `PutOffError`, and its message goes back."""
+        return self.message is not None and self.delays.defers(self.session, self.message, seconds)
 
 
 @attrs.define(eq=False)
@@ -224,24 +235,20 @@ class Delays:
             return "at the broker (delay='redeliver'), whose own redelivery policy says how long; a rest in the session"
         if self.way == "schedule":
             return "at the broker (delay='schedule'): it is sent a copy to keep back, and the message is acknowledged"
-        return "in a session (delay='hold'): whoever is delivered it next waits, and other messages of his with him"
+        if getattr(session, "keeps_back", False):
+            return "in the session that has it (delay='hold'), which goes on with what else it was delivered (prefetch)"
+        return "in a session (delay='hold'): whoever is delivered it next waits, and takes no other message meanwhile"
 
     # -- at a delivery
 
-    def template_for(self, message: Message, template: RetryTemplate) -> RetryTemplate:
-        """The template for one delivery: pauses that are still due then end at once if they are to be the broker's."""
-        if self.way != "schedule":
-            return template
-        clock = attrs.evolve(cast("Any", template.clock), defers=partial(self.defers, message))
-        return attrs.evolve(template, clock=clock)
-
-    def defers(self, message: Message, seconds: float) -> bool:
-        """Whether the rest of a pause is to be the broker's.
+    def defers(self, session: Session, message: Message, seconds: float) -> bool:
+        """Whether the rest of a pause is not to be waited for: it is the broker's, or other deliveries can go on.
 
         A copy that comes early is not copied again: a broker that kept none back would be sent one after the other.
         """
         if not self._copies(seconds):
-            return False
+            keeps_back = self.way != "redeliver" and getattr(session, "keeps_back", False)
+            return seconds >= SHORTEST and keeps_back
         origin = origin_of(message.headers, message.destination)
         return origin is None or origin.early or message.headers.get("redelivered") == "true"
 
@@ -290,7 +297,7 @@ def _lack(session: Session, way: Way) -> str:
 
 
 def still_due(error: BaseException) -> float:
-    """The seconds of a pause that was not taken because it is to be the broker's; else 0."""
+    """The seconds of a pause that was put off; else 0."""
     if isinstance(error, BackOffInterruptedError) and isinstance(error.__cause__, PutOffError):
         return float(error.__dict__["seconds"])
     return 0.0

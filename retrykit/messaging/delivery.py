@@ -26,7 +26,8 @@ template runs elsewhere, and whose sends wait for 3.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -36,7 +37,7 @@ from retrykit.histories import AsyncHistories, Histories
 from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
-from retrykit.messaging.delays import Delays, still_due
+from retrykit.messaging.delays import Delays, Pauses, still_due
 from retrykit.messaging.errors import BrokerRefusedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.logs import decision_facts
@@ -75,6 +76,7 @@ class Work:
     desk: Desk | None = None
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
+    pauses: Pauses | None = None
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -164,12 +166,25 @@ class Delivery:
         """One stateful call of the template, with the history of this key."""
         self.key = key
         template: Any = self.work.template
-        template = self.work.delays.template_for(self.message, template)
         recovery = None if self.work.recover is None else self.recovery
         state = self.state(key)
-        self.complete(
-            lambda: template.execute(self.attempt, recovery, state=state, transaction=lambda: UnitOfWork(self))
-        )
+        with self._pausing():
+            self.complete(
+                lambda: template.execute(self.attempt, recovery, state=state, transaction=lambda: UnitOfWork(self))
+            )
+
+    @contextmanager
+    def _pausing(self) -> Iterator[None]:
+        """Meanwhile a pause that the template takes is this message's."""
+        pauses = self.work.pauses
+        if pauses is None:
+            yield
+            return
+        pauses.message = self.message
+        try:
+            yield
+        finally:
+            pauses.message = None
 
     def complete(self, verb: Callable[[], Any]) -> Any:
         """Do something with the template."""

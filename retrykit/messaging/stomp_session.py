@@ -19,6 +19,7 @@ from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
 from retrykit.messaging.identity import by_content, by_header
+from retrykit.messaging.kept import Kept
 from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import ID
 from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, lack_of
@@ -64,7 +65,7 @@ class StompSession:
         self._transactions = itertools.count(1)
         self._sends: list[str] = []
         self._in_hand: set[str] = set()
-        self._kept: Message | None = None
+        self._kept = Kept()
         self._stale = 0
 
     def open(self, *, consume: bool) -> None:
@@ -115,13 +116,14 @@ class StompSession:
         while not self._wire.interrupted:
             if self._wire.lost is not None:
                 raise self._wire.error()
-            if self._kept is not None:
-                kept, self._kept = self._kept, None
+            if (kept := self._kept.due(self._in_hand_still)) is not None:
                 return kept
             try:
-                frame = self._wire.frames.get(timeout=None if limit is None else max(0.0, limit - time.monotonic()))
+                frame = self._wire.frames.get(timeout=self._kept.wait(limit))
             except Empty:
-                return None
+                if limit is not None and limit <= time.monotonic():
+                    return None
+                continue
             if frame is None:
                 continue
             if frame.headers.get("subscription") == self._subscription:
@@ -265,12 +267,19 @@ class StompSession:
             self._wire.forget(self._sends)
         self._sends.clear()
         if message is not None:
-            self._give_back(message)
+            self._give_back(message, delay if self.keeps_back else 0.0)
 
-    def _give_back(self, message: Message) -> None:
-        if is_lost_when_given_back(self._broker, self._profile):
-            # It stays in hand, and is the next to be received.
-            self._kept = attrs.evolve(message, redelivered=True) if self._is_own(self._handle(message)) else None
+    @property
+    def keeps_back(self) -> bool:
+        """Whether what is rolled back with a delay stays in hand for so long, and other deliveries go on."""
+        return self._broker.prefetch > 1 and self._profile.prefetch_header is not None
+
+    def _in_hand_still(self, message: Message) -> bool:
+        return self._is_own(self._handle(message))
+
+    def _give_back(self, message: Message, delay: float) -> None:
+        if delay > 0 or is_lost_when_given_back(self._broker, self._profile):
+            self._kept.keep(message, delay)
             return
         match self._profile.give_back:
             case "resubscribe":

@@ -14,6 +14,7 @@ import attrs
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import DelayUnavailableError, NoStableIdError, NotSupportedError
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
@@ -89,13 +90,16 @@ class Worker:
         """The work with a template whose pauses end when this session does."""
         template = self.work.template
         self.work.delays.tell(f"{template.name} from {self.broker.name}", session, template.back_off_policy)
+        pauses = Pauses(self.work.delays, session)
+        clock = WaitingClock(template.clock, session.pause, self.desk, pauses.defers)
         complete = call if self.desk is None else self.desk.run
         known = open_keys_of(template, complete) if session.capabilities.flags_while_connected else OpenKeys()
         return attrs.evolve(
             self.work,
-            template=attrs.evolve(template, clock=WaitingClock(template.clock, session.pause, self.desk)),
+            template=attrs.evolve(template, clock=clock),
             open_keys=known,
             desk=self.desk,
+            pauses=pauses,
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:

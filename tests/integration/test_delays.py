@@ -389,3 +389,77 @@ def test_rabbitmq_in_a_session_is_warned_of_pauses_that_it_would_not_bear(rabbit
         late.wait_for(lambda: late.container.connected == 1)
     warnings = [record for record in caplog.records if "1801 s are more than the 1800 s" in record.getMessage()]
     assert [record.levelname for record in warnings] == ["WARNING"]
+
+
+# -- in the session that has it
+
+
+def held(server, queue, **options):
+    broker = StompBroker(server.url, destination=queue, prefetch=3)
+    return Late(server, queue, broker=broker, delay="hold", **options)
+
+
+def test_a_session_with_room_goes_on_while_it_keeps_a_message(server, queue):
+    late = held(server, queue, failures=9)
+    late.publish(b"bad", *[b"good %d" % number for number in range(5)])
+    with late.running():
+        late.wait_for(lambda: late.settled() == 6)
+        (parked,) = late.parked()
+    assert late.bodies()[:6] == [b"bad", *[b"good %d" % number for number in range(5)]]
+    instants, deliveries, numbers = late.attempts()
+    assert numbers == (1, 2, 3)
+    assert all(later - earlier >= PAUSE - 0.05 for earlier, later in pairwise(instants))
+    assert len({message.key for message in deliveries}) == 1
+    assert parked.headers["retrykit-attempts"] == "3"
+    counters = late.container.counters
+    # It stayed in hand all the time: nothing was given back, and nothing came twice.
+    assert (counters.generations, counters.stale_frames, counters.postponed) == (1, 0, 0)
+    assert (counters.received, counters.rolled_back, counters.withheld) == (8, 2, 0)
+
+
+def test_a_session_that_is_full_of_kept_messages_waits_for_the_first(server, queue):
+    late = held(server, queue, pause=0.5)
+    bodies = [b"bad %d" % number for number in range(4)]
+    late.publish(*bodies)
+    with late.running():
+        late.wait_for(lambda: late.settled() == 4)
+    assert [late.attempts(body)[2] for body in bodies] == [(1, 2)] * 4
+
+
+def test_a_kept_message_goes_back_when_its_session_ends(server, queue):
+    late = held(server, queue, pause=30.0)
+    late.publish(b"bad", b"good")
+    with late.running():
+        late.wait_for(lambda: late.settled() == 1)
+    (message,) = taken(server, queue)
+    assert message.body == b"bad"
+    assert late.attempts()[2] == (1,)
+
+
+def test_a_kept_message_whose_connection_is_lost_is_kept_again_when_it_comes(double, queue):
+    late = held(double, queue, pause=1.5)
+    late.publish(b"bad")
+    with late.running():
+        late.wait_for(lambda: late.container.counters.rolled_back == 1)
+        double.drop_connections()
+        late.wait_for(lambda: late.container.counters.generations == 2)
+        late.publish(b"good")
+        late.wait_for(lambda: late.settled() == 2)
+    assert late.bodies() == [b"bad", b"good", b"bad"]
+    assert late.attempts()[2] == (1, 2)
+    assert late.attempts()[0][1] - late.attempts()[0][0] >= 1.45
+    assert late.container.counters.withheld == 1
+
+
+def test_what_was_kept_in_a_subscription_that_was_left_comes_from_the_broker(server, queue):
+    with closing(StompBroker(server.url, destination=queue, prefetch=3).connect()) as session:
+        Late(server, queue).publish(b"1", b"2")
+        one, other = session.receive(PATIENCE), session.receive(PATIENCE)
+        session.rollback(one, 0.3)
+        session.rollback(other)
+        found = [session.receive(PATIENCE), session.receive(PATIENCE)]
+        assert sorted(message.body for message in found) == [b"1", b"2"]
+        assert all(message.redelivered for message in found)
+        for message in found:
+            session.commit(message)
+        assert session.receive(0.5) is None

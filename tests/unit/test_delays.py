@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 import time
 
 import attrs
@@ -35,12 +36,14 @@ from retrykit.messaging.delays import (
     SHORTEST,
     Delays,
     Origin,
+    Pauses,
     PutOffError,
     delay_queue,
     origin_of,
     step_of,
     still_due,
 )
+from retrykit.messaging.kept import Kept
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ
 from retrykit.messaging.recoverers import COPY_OF, in_copies, may_travel
@@ -305,10 +308,10 @@ def test_a_refused_copy_gives_the_message_back_and_has_others_wait_in_the_sessio
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "no room" in caplog.text
     assert give_back(delays, Recording(), 5.0) == [("rollback", True, 5.0)]
-    assert not delays.defers(message(), 5.0)
+    assert not delays.defers(Recording(), message(), 5.0)
     later = time.monotonic() + REFUSED_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert delays.defers(message(), 5.0)
+    assert delays.defers(Recording(), message(), 5.0)
 
 
 def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog):
@@ -317,20 +320,56 @@ def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog
     delays = Delays("schedule")
     assert give_back(delays, Recording(doubt), 5.0)[-1] == ("rollback", True, 0.0)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert delays.defers(message(), 5.0)
+    assert delays.defers(Recording(), message(), 5.0)
 
 
 def test_a_rest_is_put_off_unless_it_is_of_a_copy_that_came_early_by_itself():
     delays = Delays("schedule")
     copy = {COPY_OF: Origin(QUEUE, "m-1", "").to_header()}
     in_turns = {COPY_OF: Origin(QUEUE, "m-1", "", early=True).to_header()}
-    assert delays.defers(message(), 5.0)
-    assert not delays.defers(message(), SHORTEST / 2)
-    assert not delays.defers(message(headers=copy), 5.0)
-    assert delays.defers(message(headers=in_turns), 5.0)
+    assert delays.defers(Recording(), message(), 5.0)
+    assert not delays.defers(Recording(), message(), SHORTEST / 2)
+    assert not delays.defers(Recording(), message(headers=copy), 5.0)
+    assert delays.defers(Recording(), message(headers=in_turns), 5.0)
     # Its process died after the attempt, before the next copy.
-    assert delays.defers(message(headers=copy | {"redelivered": "true"}), 5.0)
-    assert not Delays("hold").defers(message(), 5.0)
+    assert delays.defers(Recording(), message(headers=copy | {"redelivered": "true"}), 5.0)
+    assert not Delays("hold").defers(Recording(), message(), 5.0)
+
+
+def test_a_session_that_can_keep_a_message_and_go_on_does_not_wait():
+    keeping = Recording()
+    keeping.keeps_back = True
+    assert Delays().defers(keeping, message(), 5.0)
+    assert not Delays().defers(keeping, message(), SHORTEST / 2)
+    assert not Delays("redeliver").defers(keeping, message(), 5.0)
+
+
+def test_only_a_pause_of_a_delivery_on_its_way_is_put_off():
+    pauses = Pauses(Delays("schedule"), Recording())
+    assert not pauses.defers(5.0)
+    pauses.message = message()
+    assert pauses.defers(5.0)
+
+
+def test_what_is_kept_is_due_in_the_order_of_its_time_and_flagged(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    kept = Kept()
+    assert (kept.wait(None), kept.wait(101.0), kept.due(bool)) == (None, 1.0, None)
+    for name, delay in (("late", 5.0), ("early", 2.0), ("gone", 1.0)):
+        kept.keep(message(id=name), delay)
+    assert (kept.wait(None), kept.wait(100.5), kept.due(bool)) == (1.0, 0.5, None)
+    now[0] = 110.0
+    assert kept.wait(None) == 0.0
+    found = [kept.due(lambda one: one.id != "gone") for _ in range(3)]
+    assert [one and (one.id, one.redelivered) for one in found] == [("early", True), ("late", True), None]
+
+
+def test_a_pause_longer_than_any_wait_is_waited_for_in_turns():
+    kept = Kept()
+    kept.keep(message(), 1e300)
+    assert kept.wait(None) == threading.TIMEOUT_MAX
+    assert kept.due(bool) is None
 
 
 def test_only_a_pause_that_was_put_off_is_still_due():
