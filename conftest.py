@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import os
 import sys
 import tempfile
 import types
@@ -52,7 +53,14 @@ class PageTest(pytest.Item):
 
     def runtest(self) -> None:
         """Run the blocks in order; the first that fails ends the page."""
-        with _module(self.document) as module, tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
+        with (
+            _module(self.document) as module,
+            tempfile.TemporaryDirectory() as folder,
+            contextlib.chdir(folder),
+            pytest.MonkeyPatch.context() as surroundings,
+        ):
+            # Programs that a page writes and starts are to run on this very package.
+            surroundings.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
             self.document.namespace = module.__dict__
             for example in self.document.examples():
                 # A block may be left out; its page goes on.
