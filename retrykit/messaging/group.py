@@ -35,7 +35,8 @@ def _are_containers(_instance: Any, field: Any, value: tuple[Any, ...]) -> None:
 class ContainerGroup(Lifetime):
     """Containers that start and stop together: one that gives up stops them all, and what made it give up is raised.
 
-    Used once, as the containers are: `group.run()`, or `with group: group.wait()`.
+    Used once, as the containers are: `group.run()`, or `with group: group.wait()`. Those with coroutines share an event
+    loop.
     """
 
     containers: tuple[ListenerContainer, ...] = attrs.field(converter=_containers, validator=_are_containers)

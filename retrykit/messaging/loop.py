@@ -95,6 +95,7 @@ class _Running:
         self._lock = threading.Lock()
         self._waiting: dict[Desk, asyncio.Task[None] | None] = {}
         self._lifespans: list[Lifespan] = []
+        self._entering: Future[None] | None = None
         self._asked: asyncio.Queue[tuple[Lifespan, Future[None]] | None] = asyncio.Queue()
         ready: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="retrykit-loop", daemon=True)
@@ -106,6 +107,10 @@ class _Running:
         if lifespan is None or lifespan in self._lifespans:
             return
         entered: Future[None] = Future()
+        with self._lock:
+            if self.over:
+                raise self._reason()
+            self._entering = entered
         self.call(self._asked.put_nowait, (lifespan, entered))
         entered.result()
         self._lifespans.append(lifespan)
@@ -163,6 +168,8 @@ class _Running:
             if not ready.done():
                 ready.set_exception(error)
         # What was to begin when it ended never will.
+        if self._entering is not None and not self._entering.done():
+            self._entering.set_exception(self._reason())
         for desk in tuple(self._waiting):
             desk.bring(_Outcome(error=self._reason()))
 

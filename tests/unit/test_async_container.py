@@ -9,7 +9,7 @@ import signal
 import sys
 import threading
 import time
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import attrs
 import pytest
@@ -213,11 +213,8 @@ def test_loop_that_is_blocked_is_told_of(broker, caplog, monkeypatch):
 def test_exit_of_something_else_on_the_loop_stops_the_container(broker):
     broker.publish("x")
 
-    async def leaves():
-        sys.exit(3)
-
     async def handler(message):
-        asyncio.create_task(leaves())  # noqa: RUF006 - it ends at once, and all with it
+        asyncio.get_running_loop().call_soon(sys.exit, 3)
         await asyncio.Event().wait()
 
     cache = MapRetryContextCache()
@@ -228,6 +225,33 @@ def test_exit_of_something_else_on_the_loop_stops_the_container(broker):
     wait_for(lambda: made.health().consumers[0].connected == 0)
     assert bodies(broker) == [b"x"]
     assert list(cache.items()) == []
+
+
+def test_loop_that_has_ended_starts_no_other_container(broker):
+    async def handler(message):
+        asyncio.get_running_loop().call_soon(sys.exit, 3)
+
+    broker.at("/queue/a").publish("x")
+    first = container(broker.at("/queue/a"), handler, template=attrs.evolve(template(), name="a"))
+    endless = Endless()
+    broker.at("/queue/b").publish("x")
+    second = container(broker.at("/queue/b"), endless.handle, template=attrs.evolve(template(), name="b"))
+    third = container(broker.at("/queue/c"), nothing, lifespan=Life([]))
+    # Not as a group, which would stop them all.
+    one_loop = loop.HandlerLoop()
+    for one in (first, second, third):
+        one.share_loop(one_loop)
+    second.start()
+    assert endless.running.wait(PATIENCE)
+    first.start()
+    wait_for(lambda: one_loop.over)
+    with pytest.raises(SystemExit):
+        third.start()
+    for one in (first, second):
+        one.stop()
+        with suppress(SystemExit):
+            assert one.wait(PATIENCE)
+    assert bodies(broker, "/queue/b") == [b"x"]
 
 
 # -- what goes with what
