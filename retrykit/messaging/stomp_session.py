@@ -96,7 +96,8 @@ class StompSession:
             own = attrs.evolve(own, stable_ids=stable, trustworthy_flag=False, flags_while_connected=False)
         if is_topic(self._broker.destination):
             # What a durable subscriber had in hand when its connection ended comes again without a flag.
-            own = attrs.evolve(own, trustworthy_flag=False, flags_while_connected=False)
+            # A copy would go to every subscriber.
+            own = attrs.evolve(own, trustworthy_flag=False, flags_while_connected=False, delayed_copies=False)
         return attrs.evolve(own, counts_deliveries=True) if self._counts else own
 
     @property

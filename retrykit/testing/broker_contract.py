@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -16,6 +16,9 @@ from retrykit.message import Message
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.errors import ConnectionLostError, NoStableIdError
 from retrykit.messaging.recoverers import ID
+
+if TYPE_CHECKING:
+    from retrykit.messaging.delays import Postponing
 
 BINARY = bytes(range(256)) * 3
 
@@ -311,6 +314,24 @@ class BrokerContract:
             session.commit(self.next(session))
             assert time.monotonic() - started >= 0.3
 
+    def test_a_copy_comes_later_as_the_same_message_or_that_is_not_claimed(self, broker: Broker, queue: str) -> None:
+        self.publish(broker, queue, b"x", **{"my-header": "mine"})
+        with self.session(broker, consume=False) as asked:
+            claimed = asked.capabilities.delayed_copies
+            assert bool(getattr(asked, "lacks", _lacks_all)("schedule")) is not claimed
+        if not claimed:
+            return
+        with self.session(broker) as session:
+            first = self.next(session)
+            started = time.monotonic()
+            cast("Postponing", session).put_off(first, 0.5)
+            again = self.next(session)
+            assert time.monotonic() - started >= 0.5
+            assert (again.key, again.id, again.body) == (first.key, first.id, b"x")
+            assert (again.redelivered, again.headers["my-header"]) == (True, "mine")
+            session.commit(again)
+        assert self.nothing_is_left(broker)
+
     def test_deliveries_are_counted_or_not_claimed(self, broker: Broker, queue: str) -> None:
         self.publish(broker, queue, b"x")
         session = broker.connect()
@@ -411,6 +432,10 @@ class BrokerContract:
             session.rollback(message)
             session.rollback()
         assert self.bodies(broker, 1) == [b"x"]
+
+
+def _lacks_all(_way: str) -> str:
+    return "it does not say"
 
 
 def _record(results: list[object], session: Session, wait: str) -> None:
