@@ -238,12 +238,6 @@ class _Outcome:
     value: Any = None
     error: BaseException | None = None
 
-    def get(self) -> Any:
-        """The value; raises the error."""
-        if self.error is not None:
-            raise self.error
-        return self.value
-
 
 class Desk:
     """Where a worker waits for the delivery that it has handed to the loop, and does its errands."""
@@ -264,11 +258,14 @@ class Desk:
         self._loop.start(self, function)
         while isinstance(brought := self._brought.get(), _Errand):
             brought.do()
+        error = brought.error
         try:
-            return brought.get()
+            if error is not None:
+                raise error
+            return brought.value
         finally:
             # Tracebacks keep this frame: what leads back to an exception may not stay in it.
-            del brought
+            del brought, error
 
     # -- in any thread
 
@@ -291,10 +288,13 @@ class Desk:
         """An errand: the function is called by the worker, one after the other."""
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self._brought.put(_Errand(partial(function, *arguments), done))
-        while True:
-            # Whoever cancels this has to wait: what is under way may be a commit, and what came of it has to be known.
-            with suppress(asyncio.CancelledError):
-                return await asyncio.shield(done)
+        try:
+            while True:
+                # Whoever cancels this has to wait: what is under way may be a commit, and its outcome has to be known.
+                with suppress(asyncio.CancelledError):
+                    return await asyncio.shield(done)
+        finally:
+            del done
 
     @contextmanager
     def hearing(self) -> Iterator[None]:

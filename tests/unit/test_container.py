@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import gc
 import os
 import signal
 import threading
 import time
+import weakref
 from contextlib import asynccontextmanager, contextmanager
 
 import attrs
@@ -285,6 +287,28 @@ def test_a_poison_message_is_parked_once_with_its_history(broker):
     assert parked.headers["retrykit-id"] == "o-1"
     assert "3 of 3" in parked.headers["retrykit-reason"]
     assert (counters.parked, counters.rolled_back, counters.acknowledged) == (1, 2, 1)
+
+
+def test_failures_that_were_dealt_with_are_kept_alive_by_nothing(broker):
+    failures = []
+
+    class Failure(Exception):
+        pass
+
+    def handler(message):
+        failure = Failure(message.text)
+        failures.append(weakref.ref(failure))
+        raise failure
+
+    broker.publish("x")
+    gc.collect()
+    gc.disable()
+    try:
+        consume(broker, handler, recover=park(PARKED))
+        left = [failure() for failure in failures]
+    finally:
+        gc.enable()
+    assert left == [None] * 3
 
 
 def test_the_recovery_of_the_last_attempt_needs_no_further_delivery(broker):
