@@ -295,10 +295,12 @@ def test_failures_that_were_dealt_with_are_kept_alive_by_nothing(broker):
     class Failure(Exception):
         pass
 
-    def handler(message):
-        failure = Failure(message.text)
+    def noted(failure):
         failures.append(weakref.ref(failure))
-        raise failure
+        return failure
+
+    def handler(message):
+        raise noted(Failure(message.text))
 
     broker.publish("x")
     gc.collect()
