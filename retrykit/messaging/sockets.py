@@ -70,7 +70,7 @@ def explained(error: BaseException) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate was not accepted: {error.verify_message} (ssl_context= says whom to trust)"
     if isinstance(error, ssl.SSLError):
-        return f"no TLS connection could be made, so perhaps there is none to be had: {error.reason or error}"
+        return f"TLS failed (is it spoken there?): {error.reason or error}"
     if isinstance(error, TimeoutError):
         return f"nobody answered there in time{' in TLS' if 'handshake' in str(error) else ''}"
     return str(error) or type(error).__name__

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import socket
 import ssl
 import threading
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 try:
     from stomp.connect import BaseConnection
-    from stomp.exception import StompException
+    from stomp.exception import NotConnectedException, StompException
     from stomp.listener import ConnectionListener
     from stomp.protocol import Protocol12
     from stomp.transport import Transport
@@ -68,6 +69,7 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         self._broker = broker
         self._call = call
         self._frames = FrameCutter()
+        self._sending = threading.Lock()
         self.failure: OSError | None = None
 
     def attempt_connection(self) -> None:
@@ -97,6 +99,25 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
             acknowledge_at_once(live)
             self._frames.feed(data)
         return piece
+
+    def send(self, encoded_frame: bytes) -> None:
+        """One frame after the other. Whoever sends tells what goes wrong; stomp.py's own would log each as an error."""
+        live = self.socket
+        if live is None:
+            raise NotConnectedException
+        with self._sending:
+            live.sendall(encoded_frame)
+
+    def disconnect_socket(self) -> None:
+        """Wake the reader, and close; it is no matter who was first."""
+        self.running = False
+        live, self.socket = self.socket, None
+        if live is not None:
+            with contextlib.suppress(OSError):
+                live.shutdown(socket.SHUT_RDWR)
+            live.close()
+        if not self.notified_on_disconnect:
+            self.notify("disconnected")
 
 
 class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py has no types
@@ -227,9 +248,12 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         """Connect and log in; gives the server's name for itself."""
         try:
             self._connection.transport.start()
+        except OSError as error:
+            raise self._unavailable(explained(error)) from error
+        try:
             self._connection.login(self._call)
         except (OSError, StompException) as error:
-            raise self._unavailable(explained(error)) from error
+            raise self._unavailable(self._last_words() or explained(error)) from error
         with self._changed:
             self._changed.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
         if self.lost or self.server is None:
@@ -247,9 +271,14 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         except (OSError, StompException) as error:
             # Half a frame may be out: nothing that follows would be understood. But a broker that refused an earlier
             # frame has hung up after its ERROR, which is still to be read.
-            with self._changed:
-                self._changed.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
+            self._last_words()
             self._server_lost(f"{command} could not be sent: {error!r}")
+
+    def _last_words(self) -> str | None:
+        """Why the connection is lost, as far as the other side says it in a moment."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
+            return self.lost
 
     def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:
         """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
@@ -311,9 +340,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         if closed:
             return
         transport = self._connection.transport
-        # stomp.py's thread lets go of the socket at the same moment when the other side hangs up.
-        with contextlib.suppress(AttributeError, OSError):
-            transport.disconnect_socket()
+        transport.disconnect_socket()
         if transport.io_thread is not None:
             transport.io_thread.join(GOODBYE_SECONDS)
 

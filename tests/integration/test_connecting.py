@@ -99,6 +99,26 @@ def test_what_a_context_does_not_check_is_logged(embedded_tls, queue, caplog):
         assert "does not have the certificate of the server checked" in caplog.text
 
 
+def test_a_server_that_asks_for_a_certificate_says_so(queue):
+    authority = Authority()
+    asking = authority.server_context()
+    asking.verify_mode = ssl.CERT_REQUIRED
+
+    def answer():
+        client, _ = listening.accept()
+        with client, pytest.raises(ssl.SSLError):
+            asking.wrap_socket(client, server_side=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=answer)
+        server.start()
+        url = f"stomp+ssl://127.0.0.1:{listening.getsockname()[1]}"
+        broker = StompBroker(url, destination=queue, ssl_context=authority.client_context())
+        with pytest.raises(BrokerUnavailableError, match=r"CERTIFICATE_REQUIRED"):
+            broker.connect()
+        server.join()
+
+
 def test_a_server_without_tls_is_told_as_such(queue):
     with StompServer() as plain, pytest.raises(BrokerUnavailableError, match="in time in TLS"):
         StompBroker(plain.url.replace("stomp:", "stomps:"), destination=queue, connect_timeout=0.3).connect()
@@ -238,6 +258,15 @@ def test_if_no_server_is_there_the_error_names_each_with_its_reason(pair, queue)
     assert f"stomp://127.0.0.1:{other.port}: the broker sent ERROR: User name or password is invalid." in text
     assert "wrong" not in text
     assert "me:" not in text
+
+
+def test_a_server_that_does_not_answer_is_passed_over_in_time(pair, queue):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        url = failover(pair).replace(f":{pair[0].port}", f":{silent.getsockname()[1]}")
+        with closing(StompBroker(url, destination=queue, connect_timeout=0.3).connect()):
+            assert open_connections(pair) == (0, 1)
 
 
 def test_in_any_order_all_servers_are_used(pair, queue):
