@@ -134,18 +134,22 @@ class Attempt:
 
     def make_tally(self, written: int, *others: SkippedItem) -> Tally:
         """What this transaction adds; `others` are skipped besides those that were condemned before."""
-        condemned = self.chunk.condemned
-        skipped = [condemned[index] for index in range(self.chunk.done, self.end) if index in condemned]
-        everything = sorted((*skipped, *others), key=lambda one: one.number)
         filtered = len(self.live) - written - len(others)
-        return Tally(self.end - self.chunk.done, written, filtered, tuple(everything))
+        return Tally(self.end - self.chunk.done, written, filtered, self._skipped(others))
+
+    def _skipped(self, others: tuple[SkippedItem, ...]) -> tuple[SkippedItem, ...]:
+        condemned = self.chunk.condemned
+        if not condemned:
+            return others
+        skipped = [condemned[index] for index in range(self.chunk.done, self.end) if index in condemned]
+        return tuple(sorted((*skipped, *others), key=lambda one: one.number))
 
     def _process(self) -> Work[tuple[list[Any], list[int]]]:
         """What the writer is given, and of each the index of the item that it was made of."""
         self.where = "process"
         items, processor = self.chunk.items, self.step.processor
         if processor is None:
-            return [items[index] for index in self.live], self.live
+            return (items[:] if len(self.live) == len(items) else [items[index] for index in self.live]), self.live
         outputs, origins = yield self._processed_later if self.step.asynchronous else self._processed
         self._blamed = None
         self._spend("process")

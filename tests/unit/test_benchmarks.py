@@ -29,7 +29,7 @@ def quick_run(script: str) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("script", ["overhead.py", "imports.py", "stores.py", "stomp.py"])
+@pytest.mark.parametrize("script", ["batch.py", "overhead.py", "imports.py", "stores.py", "stomp.py"])
 def test_a_quick_run_prints_one_object_with_rows_targets_and_the_machine(script: str) -> None:
     report = quick_run(script)
     assert set(report) == {"rows", "targets", "machine"}
