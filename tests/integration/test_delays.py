@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import threading
@@ -20,7 +21,7 @@ from retrykit.messaging.delays import delay_queue
 from retrykit.messaging.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
-from retrykit.template import RetryTemplate
+from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.testing import StompServer
 from tests.servers import RabbitMq, Wire
 from tests.servers.activemq import ActiveMq, activemq_missing
@@ -312,6 +313,32 @@ def test_a_header_of_a_producer_takes_over_no_history(server, queue):
         late.wait_for(lambda: late.settled() == 2)
     assert late.attempts(b"other")[2] == (1,)
     assert late.attempts()[2] == (1, 2, 3)
+
+
+@pytest.mark.parametrize("way", ["schedule", "hold"])
+def test_coroutines_wait_as_functions_do(double, queue, way):
+    late = Late(double, queue)
+
+    async def handle(message, context):
+        await asyncio.sleep(0)
+        late.handle(message, context)
+
+    facts = {name: getattr(late.template, name) for name in ("name", "retry_policy", "back_off_policy")}
+    late.container = ListenerContainer(
+        StompBroker(double.url, destination=queue, prefetch=3 if way == "hold" else 1),
+        handle,
+        template=AsyncRetryTemplate(**facts),
+        recover=park(f"{queue}.parked"),
+        delay=way,
+    )
+    late.publish(b"bad", b"good")
+    with late.running():
+        late.wait_for(lambda: late.settled() == 2)
+    assert late.bodies() == [b"bad", b"good", b"bad"]
+    (first, second), _, numbers = late.attempts()
+    assert numbers == (1, 2)
+    assert second - first >= PAUSE - 0.05
+    assert late.container.counters.postponed == (way == "schedule")
 
 
 @pytest.mark.parametrize("kind", ["embedded", "activemq"])

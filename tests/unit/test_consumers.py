@@ -100,11 +100,12 @@ def test_each_consumer_has_the_options_of_the_registry_except_for_its_own(broker
     consumers = Consumers(broker, template=TEMPLATE, recover=park("/queue/all.parked"), journal="always", concurrency=2)
     own = attrs.evolve(TEMPLATE, name="own")
     consumers.add(ORDERS, handle)
-    consumers.add(BILLS, handle, template=own, recover=None, concurrency=3)
+    consumers.add(BILLS, handle, template=own, recover=None, concurrency=3, delay="redeliver")
     first, second = consumers.containers()
     assert (first.template.name, first.concurrency, first.recover) == ("shop.orders", 2, park("/queue/all.parked"))
     assert (second.template, second.concurrency, second.recover) == (own, 3, None)
     assert (first.journal, second.journal) == ("always", "always")
+    assert (first.delay, second.delay) == ("hold", "redeliver")
 
 
 def test_poison_of_one_consumer_is_parked_and_counted_under_its_name(broker, consumers):
