@@ -21,6 +21,7 @@ EXPIRES_AT: Final = "retrykit-expires-at"
 """The header that says when a message is to be dropped, in epoch milliseconds; a session tells its broker so."""
 
 _HIGHEST_PRIORITY: Final = 9
+_STR: Final = {str}
 _CHARSET = re.compile(r""";\s*charset\s*=\s*(?:"([^"]*)"|([^\s;"]+))""", re.IGNORECASE)
 
 
@@ -42,6 +43,9 @@ def _delay(value: Any) -> float:
 
 
 def _headers(value: Any) -> dict[str, str]:
+    # Most headers come from a frame; these need no look at each of them.
+    if value.__class__ is dict and {*map(type, value), *map(type, value.values())} <= _STR:
+        return value.copy()
     if not isinstance(value, Mapping):
         raise wrong_type("headers", "a mapping of str to str", value)
     for name, content in value.items():
@@ -177,6 +181,18 @@ class Message:
     def json(self) -> Any:
         """The body as JSON, whatever the content type says it is; `ValueError` when it is not."""
         return json.loads(self.text)
+
+
+_FIELDS: Final = tuple(field.name for field in attrs.fields(Message))
+
+
+def with_sender(message: Message, sender: Sender) -> Message:
+    """The same message, and it can send. What it is made of was checked when it was made."""
+    able = object.__new__(Message)
+    for name in _FIELDS:
+        object.__setattr__(able, name, getattr(message, name))
+    object.__setattr__(able, "sender", sender)
+    return able
 
 
 @attrs.frozen

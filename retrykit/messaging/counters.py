@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Final
 
 import attrs
 
@@ -40,19 +41,24 @@ class Counters:
     """A commit was not confirmed; nothing was counted against the message."""
 
 
+_NAMES: Final = tuple(field.name for field in attrs.fields(Counters))
+
+
 @attrs.define(eq=False)
 class Tally:
     """`Counters` that several threads add to."""
 
-    _now: Counters = attrs.field(factory=Counters, init=False)
+    _totals: dict[str, int] = attrs.field(factory=lambda: dict.fromkeys(_NAMES, 0), init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
 
     def add(self, **amounts: int) -> None:
         """Add to the named counters."""
         with self._lock:
-            now = self._now
-            self._now = attrs.evolve(now, **{name: getattr(now, name) + amount for name, amount in amounts.items()})
+            totals = self._totals
+            for name, amount in amounts.items():
+                totals[name] += amount
 
     def snapshot(self) -> Counters:
         """The totals at this moment."""
-        return self._now
+        with self._lock:
+            return Counters(**self._totals)

@@ -34,7 +34,7 @@ import attrs
 
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
 from retrykit.histories import AsyncHistories, Histories
-from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement
+from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement, with_sender
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due
@@ -218,7 +218,7 @@ class Delivery:
         if self.sent:
             self.sent = 0
             context.outbox.clear()
-        return attrs.evolve(self.message, sender=self.send)
+        return with_sender(self.message, self.send)
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:
         """Send in the broker's transaction; kept beside the completion mark, should the database have one."""

@@ -245,7 +245,7 @@ class StompSession:
         """ACK last, then COMMIT, and wait for its receipt."""
         transaction = self._begun()
         if message is not None:
-            self._wire.put("ACK", {"id": self._own(message).ack, "transaction": transaction})
+            self._wire.put("ACK", {"id": self._own(message).ack, "transaction": transaction}, more=True)
         self._wire.put_confirmed("COMMIT", {"transaction": transaction}, what=THE_COMMIT)
         self._wire.settle(self._broker.receipt_timeout)
 
@@ -330,7 +330,7 @@ class StompSession:
         """The open transaction; begun when it is first needed."""
         if self._transaction is None:
             self._transaction = f"t-{next(self._transactions)}"
-            self._wire.put("BEGIN", {"transaction": self._transaction})
+            self._wire.put("BEGIN", {"transaction": self._transaction}, more=True)
         return self._transaction
 
     def _handle(self, message: Message) -> _Handle:

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, escaped
+from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, encoded, escaped
+from retrykit.testing.stomp_server.frames import FrameParser
 
 FRAMES = (
     b"CONNECTED\nversion:1.2\n\n\x00",
@@ -71,3 +72,13 @@ def test_names_and_values_are_escaped_as_1_2_wants_it():
 def test_a_header_that_no_frame_can_carry_is_refused(headers):
     with pytest.raises(ValueError, match="headers"):
         check_headers(headers)
+
+
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+
+
+@given(st.dictionaries(texts.filter(bool), texts, max_size=5), st.binary(max_size=50))
+def test_a_frame_is_written_as_others_read_it(headers, body):
+    full = {**headers, "content-length": str(len(body))}
+    (frame,) = FrameParser("1.2").feed(encoded("SEND", full, body))
+    assert (frame.command, dict(frame.headers), frame.body) == ("SEND", full, body)

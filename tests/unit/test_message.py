@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.message import Ack, Discard, Message, Park, Redeliver, Republish
+from retrykit.message import Ack, Discard, Message, Park, Redeliver, Republish, with_sender
 
 
 def message(body=b"", **options):
@@ -106,3 +106,13 @@ def test_settlements_are_matched_on_their_type():
         case Redeliver(delay):
             assert delay == 2.0
     assert Ack() == Ack()
+
+
+def test_a_message_that_can_send_is_the_same_message():
+    plain = message(b"x", headers={"a": "1"}, id="ID:1", key=("/queue/a", "ID:1"), redelivered=True, delivery_count=2)
+    able = with_sender(plain, lambda *_: None)
+    assert able == plain
+    assert able.sender is not None
+    assert plain.sender is None
+    unequal = [field.name for field in attrs.fields(Message) if getattr(able, field.name) != getattr(plain, field.name)]
+    assert unequal == ["sender"]

@@ -4,7 +4,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -18,6 +18,7 @@ from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp_session import StompSession
 from retrykit.messaging.stomp_wire import Call, Wire
 from retrykit.template import RetryTemplate
+from retrykit.testing import StompServer
 
 
 @pytest.mark.parametrize(
@@ -157,17 +158,45 @@ def test_a_broker_that_refused_a_frame_and_hung_up_is_heard_before_the_next_is_g
     wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
     last_words = threading.Timer(0.1, wire.on_error, [Frame("ERROR", {"message": "no such exchange"}, b"")])
 
-    def write(command, headers, body):
-        if command == "COMMIT":
+    def write(data):
+        if data.startswith(b"COMMIT"):
             last_words.start()
             raise BrokenPipeError
 
-    monkeypatch.setattr(wire, "_connection", SimpleNamespace(send_frame=write))
+    monkeypatch.setattr(wire, "_connection", SimpleNamespace(transport=SimpleNamespace(send=write)))
     wire.put_confirmed("SEND", {}, b"x", "a message")
     wire.put("COMMIT", {})
     last_words.join()
     with pytest.raises(BrokerRefusedError, match="no such exchange"):
         raise wire.failure()
+
+
+def test_frames_that_belong_together_go_out_in_one_piece(monkeypatch):
+    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
+    sent = []
+    monkeypatch.setattr(wire, "_connection", SimpleNamespace(transport=SimpleNamespace(send=sent.append)))
+    wire.put("BEGIN", {"transaction": "t-1"}, more=True)
+    wire.put("ACK", {"id": "a:1", "transaction": "t-1"}, more=True)
+    assert not sent
+    wire.put_confirmed("COMMIT", {"transaction": "t-1"})
+    wire.put("SEND", {"destination": "/queue/b"}, b"body")
+    assert sent == [
+        b"BEGIN\ntransaction:t-1\n\n\0ACK\nid:a\\c1\ntransaction:t-1\n\n\0COMMIT\ntransaction:t-1\nreceipt:r-1\n\n\0",
+        b"SEND\ndestination:/queue/b\n\nbody\0",
+    ]
+
+
+def test_an_acknowledgement_in_a_transaction_is_one_write(monkeypatch):
+    with StompServer(profile="activemq") as server:
+        server.publish("/queue/a", b"x")
+        with closing(StompBroker(server.url, destination="/queue/a").connect()) as session:
+            message = session.receive(10)
+            transport = session._wire._connection.transport
+            sent, send = [], transport.send
+            monkeypatch.setattr(transport, "send", lambda data: sent.append(data) or send(data))
+            session.commit(message)
+            assert [data.count(b"\0") for data in sent] == [3]
+        assert server.depth("/queue/a") == 0
 
 
 def test_without_stomp_py_the_error_says_what_to_install():
