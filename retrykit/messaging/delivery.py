@@ -115,6 +115,7 @@ class Delivery:
         self.context: RetryContext | None = None
         self.committed = False
         self.recovering = False
+        self.sends = False
         self.sent = 0
         self.refused: BrokerRefusedError | None = None
 
@@ -214,7 +215,7 @@ class Delivery:
 
     def _opened(self, context: RetryContext) -> Message:
         """The message as the handler gets it: it can send, and nothing of an earlier attempt has been sent."""
-        self.context = context
+        self.context, self.sends = context, True
         if self.sent:
             self.sent = 0
             context.outbox.clear()
@@ -223,7 +224,9 @@ class Delivery:
     def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:
         """Send in the broker's transaction; kept beside the completion mark, should the database have one."""
         context, template = self.context, self.work.template
-        assert context is not None  # noqa: S101 - only handlers and recoveries send
+        if context is None or not self.sends:
+            # A thread or task that the handler has left behind: it would be sent with another message, or never.
+            raise RuntimeError("a message can send while it is handled, and its handler has returned")
         outgoing = Outgoing(destination, body, identified(headers, given, f"{template.name} {self.key!r}", self.sent))
         self.put(outgoing)
         self.sent += 1
@@ -269,6 +272,8 @@ class Delivery:
                 stable = None if again else self.message.headers.get(ID) or self.message.id
                 named = {name: value for name, value in headers.items() if name != ID} if again else headers
                 self.send(destination, self.message.body, named, stable)
+        # What was sent is now stored with the mark.
+        self.sends = False
         if (self.sent or self.recovering) and self.work.template.remember_completed is None:
             # No mark would say what is done: until the broker has confirmed, the history has to say where it stands.
             # The cache finds no transaction to join, so it outlives the database's commit.

@@ -417,6 +417,30 @@ def test_sends_of_threads_that_the_handler_waits_for_are_sent(broker):
     assert bodies(broker, "/queue/next") == [b"y"]
 
 
+def test_task_that_outlives_its_handler_can_send_no_more(broker):
+    broker.publish("x")
+    failures = []
+
+    async def sends_late(message, begun):
+        begun.set_result(None)
+        while True:
+            try:
+                await asyncio.sleep(0)
+                message.send("/queue/late", "y")
+            except RuntimeError as error:
+                failures.append(str(error))
+                return
+
+    async def handler(message):
+        begun = asyncio.get_running_loop().create_future()
+        handler.task = asyncio.create_task(sends_late(message, begun))
+        await begun
+
+    database, cache = Database(lambda: asyncio.sleep(0.01)), AsyncCache()
+    consume(broker, handler, transaction=database.begin, template=template(context_cache=cache, remember_completed=60))
+    assert failures == ["a message can send while it is handled, and its handler has returned"]
+
+
 def test_send_that_the_session_cannot_make_is_a_failed_attempt(broker):
     class Picky(MemoryBroker):
         def connect(self, *, consume=True):

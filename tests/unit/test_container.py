@@ -434,6 +434,15 @@ def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
     assert left.body == b"x"
 
 
+def test_what_a_handler_leaves_behind_can_send_no_more(broker):
+    broker.publish("x")
+    left = []
+    consume(broker, left.append)
+    with pytest.raises(RuntimeError, match="its handler has returned"):
+        left[0].send("/queue/next", "y")
+    assert broker.at("/queue/next").messages() == ()
+
+
 # -- messages that are held up
 
 
