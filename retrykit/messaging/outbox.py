@@ -14,6 +14,7 @@ from typing import Any
 
 import attrs
 
+from retrykit.message import is_nonempty_text
 from retrykit.messaging.recoverers import ID, may_travel
 
 
@@ -21,7 +22,7 @@ from retrykit.messaging.recoverers import ID, may_travel
 class Outgoing:
     """One message to send."""
 
-    destination: str
+    destination: str = attrs.field(validator=is_nonempty_text)
     body: bytes
     headers: Mapping[str, str]
 

@@ -434,6 +434,29 @@ def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
     assert left.body == b"x"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("", "y"), "destination: must be a non-empty text"),
+        ((None, "y"), "destination: must be a str"),
+        (("/queue/next", 7), "body: must be bytes or a str"),
+        (("/queue/next", "y", {"n": 1}), "headers: must be a mapping of str to str"),
+    ],
+)
+def test_what_cannot_be_sent_is_refused_where_it_is_sent(broker, arguments, words):
+    refused = []
+
+    def handler(message):
+        try:
+            message.send(*arguments)
+        except (TypeError, ValueError) as error:
+            refused.append(str(error))
+
+    broker.publish("x")
+    consume(broker, handler)
+    assert [words in text for text in refused] == [True]
+
+
 def test_what_a_handler_leaves_behind_can_send_no_more(broker):
     broker.publish("x")
     left = []
