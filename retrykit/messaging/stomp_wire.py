@@ -25,7 +25,7 @@ import attrs
 
 from retrykit.messaging.address import Address
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
-from retrykit.messaging.sockets import acknowledge_at_once, explained, open_socket
+from retrykit.messaging.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
 from retrykit.messaging.stomp_frames import FrameCutter, encoded
 from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT
 
@@ -70,6 +70,7 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         super().__init__([(call.address.host, call.address.port)], auto_decode=False)
         self._broker = broker
         self._call = call
+        self.socket: socket.socket | TlsSocket | None = None
         self._frames = FrameCutter()
         self._sending = threading.Lock()
         self.failure: OSError | None = None

@@ -150,6 +150,10 @@ def test_what_a_handler_sends_as_text_is_called_text(server, publisher, queue):
         answer = session.receive(PATIENCE)
         assert (answer.text, answer.content_type) == ("grün", "text/plain")
         assert answer.headers["priority"] == "7"
+        end = int(answer.headers["retrykit-expires-at"])
+        assert 0 < end / 1000 - time.time() <= 600
+        # In the broker's own words: an instant for ActiveMQ, a time for RabbitMQ.
+        assert answer.headers.get("expires") == str(end) or 0 < int(answer.headers["expiration"]) <= 600_000
         session.commit(answer)
 
 

@@ -380,8 +380,8 @@ def test_fresh_messages_go_to_consumers_strictly_in_turn(server, open_wire):
 @pytest.mark.parametrize(
     ("command", "headers", "reason"),
     [
-        ("SEND", {"destination": "/topic/t"}, "The embedded server has only /queue/NAME, not /topic/t"),
-        ("SEND", {"destination": "/queue/"}, "The embedded server has only /queue/NAME, not /queue/"),
+        ("SEND", {"destination": "/exchange/t"}, "only /queue/NAME and /topic/NAME, not /exchange/t"),
+        ("SEND", {"destination": "/queue/"}, "only /queue/NAME and /topic/NAME, not /queue/"),
         ("SEND", {"destination": QUEUE, "AMQ_SCHEDULED_CRON": "* * * * *"}, "knows only AMQ_SCHEDULED_DELAY"),
         ("SUBSCRIBE", {"destination": QUEUE, "id": "2", "activemq.prefetchSize": "0"}, "must be a positive number: 0"),
         ("SUBSCRIBE", {"destination": QUEUE, "id": "1"}, "The subscription id is in use already: 1"),

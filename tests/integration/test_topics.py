@@ -1,4 +1,4 @@
-"""Topics, durable subscriptions and selectors, on the brokers that have them, and their refusal on those that do not."""
+"""Topics, durable subscriptions and selectors, on the brokers that have them; their refusal on those that do not."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from retrykit.messaging import (
     NotSupportedError,
     OutgoingMessage,
     Publisher,
+    by_content,
     by_header,
     park,
 )
@@ -30,9 +31,35 @@ PATIENCE = 60.0
 SLOW_TO_FAIL = {"receipt_timeout": 20.0, "connect_timeout": 20.0}
 
 
-@pytest.fixture(params=["activemq", "rabbitmq"])
+@pytest.fixture(scope="module")
+def embedded():
+    with StompServer(profile="activemq") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def embedded_rabbit():
+    with StompServer(profile="rabbitmq") as server:
+        yield server
+
+
+@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
 def server(request):
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["embedded", "activemq"])
+def activemq_kind(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
+def rabbitmq_kind(request):
+    return request.getfixturevalue(request.param)
+
+
+def is_activemq(server):
+    return isinstance(server, ActiveMq) or getattr(server, "profile", "") == "activemq"
 
 
 @pytest.fixture
@@ -70,7 +97,7 @@ def template(**options):
 
 def durable(server, topic, **options):
     """A broker with a durable subscription, said in the way of its kind."""
-    own = {"client_id": f"client-{topic}"} if isinstance(server, ActiveMq) else {"profile": "rabbitmq"}
+    own = {"client_id": f"client-{topic}"} if is_activemq(server) else {"profile": "rabbitmq"}
     return StompBroker(server.url, destination=topic, durable="audit", **SLOW_TO_FAIL, **own, **options)
 
 
@@ -149,10 +176,10 @@ def test_what_a_durable_subscriber_has_in_hand_comes_again_when_its_connection_e
         message = session.receive(PATIENCE)
         session.rollback(message)
         # What is given back comes first on ActiveMQ, on RabbitMQ behind what is on its way.
-        assert session.receive(PATIENCE).text == ("0" if isinstance(server, ActiveMq) else "1")
+        assert session.receive(PATIENCE).text == ("0" if is_activemq(server) else "1")
         session.close(wait=False)
     until(lambda: connects(broker))
-    if isinstance(server, ActiveMq):
+    if is_activemq(server):
         with closing(broker.connect()) as session:
             assert not session.receive(PATIENCE).redelivered, "the flag would do"
             assert not session.capabilities.flags_while_connected
@@ -201,8 +228,25 @@ def test_a_durable_subscription_survives_its_broker(server, publisher, topic):
     assert reader.handled == ["2", "3"]
 
 
-def test_a_second_session_of_one_client_is_refused_by_name(activemq, topic):
-    broker = durable(activemq, topic)
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_a_durable_subscription_is_in_the_data_file(tmp_path, topic, profile):
+    server = StompServer(profile=profile, data=tmp_path / "data")
+    own = {"profile": "rabbitmq"} if profile == "rabbitmq" else {"client_id": "me"}
+    broker = {"destination": topic, "durable": "audit", **own}
+    with server:
+        StompBroker(server.url, **broker).connect().close()
+        server.kill()
+        server.start()
+        server.publish(topic, b"1")
+        server.kill()
+        server.start()
+        consumer = StompBroker(server.url, **broker, identify=by_content())
+        with closing(consumer.connect()) as session:
+            assert session.receive(PATIENCE).body == b"1"
+
+
+def test_a_second_session_of_one_client_is_refused_by_name(activemq_kind, topic):
+    broker = durable(activemq_kind, topic)
     with closing(broker.connect()):
         with pytest.raises(BrokerUnavailableError, match=f"client-{topic} already connected"):
             broker.connect()
@@ -210,12 +254,21 @@ def test_a_second_session_of_one_client_is_refused_by_name(activemq, topic):
         broker.connect(consume=False).close()
 
 
-def test_a_durable_subscription_of_rabbitmq_is_shared_by_several_workers(rabbitmq, topic):
-    broker = durable(rabbitmq, topic)
-    with Reader(broker, concurrency=3) as reader, Publisher(StompBroker(rabbitmq.url)) as publisher:
+def test_a_durable_subscription_of_rabbitmq_is_shared_by_several_workers(rabbitmq_kind, topic):
+    broker = durable(rabbitmq_kind, topic)
+    with Reader(broker, concurrency=3) as reader, Publisher(StompBroker(rabbitmq_kind.url)) as publisher:
         publisher.send_many(OutgoingMessage(topic, str(number)) for number in range(30))
         until(lambda: len(reader.handled) == 30)
     assert sorted(map(int, reader.handled)) == list(range(30))
+
+
+def test_several_workers_share_a_virtual_topic_of_activemq(activemq, name):
+    broker = StompBroker(activemq.url, destination=f"/queue/Consumer.audit.VirtualTopic.{name}")
+    with Reader(broker, {"7": 2}, concurrency=3) as reader, Publisher(StompBroker(activemq.url)) as publisher:
+        publisher.send_many(OutgoingMessage(f"/topic/VirtualTopic.{name}", str(number)) for number in range(20))
+        until(lambda: len(reader.handled) == 20)
+    assert sorted(map(int, reader.handled)) == list(range(20))
+    assert reader.attempts.count("7") == 3
 
 
 # -- selectors
@@ -254,8 +307,8 @@ def test_a_selector_that_cannot_be_read_is_refused(activemq, name):
         broker.connect()
 
 
-def test_a_selector_stops_the_container_on_a_broker_that_would_take_no_notice(rabbitmq, name):
-    broker = StompBroker(rabbitmq.url, destination=f"/queue/selected.{name}", selector="colour = 'red'")
+def test_a_selector_stops_the_container_on_a_broker_that_would_take_no_notice(rabbitmq_kind, name):
+    broker = StompBroker(rabbitmq_kind.url, destination=f"/queue/selected.{name}", selector="colour = 'red'")
     container = ListenerContainer(broker, print, template=template())
     container.start()
     with pytest.raises(NotSupportedError, match=r"selector.*'rabbitmq'.*deliver everything"):
@@ -276,9 +329,9 @@ def test_headers_of_the_subscription_may_be_given_as_they_are(activemq, name):
 
 
 @pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
-@pytest.mark.parametrize("asked", [{"destination": "/topic/news"}, {"subscribe": {"activemq.selector": "x"}}])
-def test_the_embedded_server_says_that_it_has_neither_topics_nor_selectors(profile, asked):
-    refused = pytest.raises(BrokerUnavailableError, match="The embedded server has")
+@pytest.mark.parametrize("asked", [{"destination": "/topic/news.*"}, {"subscribe": {"activemq.selector": "x"}}])
+def test_the_embedded_server_says_that_it_has_neither_wildcards_nor_selectors(profile, asked):
+    refused = pytest.raises(BrokerUnavailableError, match="The embedded server has no")
     with StompServer(profile=profile) as server, refused:
         StompBroker(server.url, **{"destination": "/queue/a"} | asked).connect()
 

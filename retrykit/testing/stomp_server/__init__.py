@@ -6,13 +6,14 @@ flagged; ActiveMQ's NACK makes a dead letter, RabbitMQ's an immediate redelivery
 seen a message, a crash of RabbitMQ forgets what was acknowledged last. Each profile is checked against the real broker
 by the same tests.
 
-Where it is stricter than either: only queues (no topics, no exchanges), no second SUBSCRIBE under an id in use, no
-selectors, no TLS, no limits of memory or disk. Of ActiveMQ's scheduler it knows `AMQ_SCHEDULED_DELAY` (to the
-millisecond, not rounded to the next second), of RabbitMQ's queue arguments what `rabbit` says.
+Where it is stricter than either: only queues and topics (no wildcards, no virtual topics, no exchanges), no second
+SUBSCRIBE under an id in use, no selectors, no limits of memory or disk. Of ActiveMQ's scheduler it knows
+`AMQ_SCHEDULED_DELAY` (to the millisecond, not rounded to the next second), of RabbitMQ's queue arguments what `rabbit`
+says.
 
-Layers, from the bottom: `frames` (bytes), `queues` (who gets what), `journal` (what survives), `broker`, `session` (the
-commands), `rabbit` and `rabbit_session` (both as RabbitMQ has them), `engine` (sockets on an event loop), `server` and
-`process` (in this process, in a child).
+Layers, from the bottom: `frames` (bytes), `queues` (who gets what), `topics` (whose copy), `journal` (what survives),
+`broker`, `session` (the commands), `rabbit` and `rabbit_session` (both as RabbitMQ has them), `engine` (sockets on an
+event loop), `server` and `process` (in this process, in a child).
 """
 
 from __future__ import annotations

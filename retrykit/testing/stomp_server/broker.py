@@ -13,6 +13,7 @@ from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.journal import Journal
 from retrykit.testing.stomp_server.profiles import Profile
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
+from retrykit.testing.stomp_server.topics import TOPIC, is_durable, is_topic, spread, topic_of
 
 PREFIX = "/queue/"
 TEMPORARY = "/remote-temp-queue/"
@@ -70,11 +71,14 @@ class Broker:
         self.counters: Counter[str] = Counter()
         self.boot = f"{uuid.uuid4().hex[:12]}-{time.time_ns() // 1_000_000}"
         self.paused = False
+        self.clients: set[str] = set()
         self._keep_flags = keep_flags
         self._call_later = call_later
         self._ack_numbers = itertools.count(1)
         survivors = list(survivors)
         self._numbers = itertools.count(max((message.number for message in survivors), default=0) + 1)
+        for name in filter(is_topic, journal.queues):
+            self.queue(name)
         for message in survivors:
             self._revive(message)
 
@@ -86,8 +90,8 @@ class Broker:
 
     def queue(self, destination: str) -> Queue:
         """Find or make a queue; StompError for a destination that this test double does not have."""
-        if destination == PREFIX or not destination.startswith((PREFIX, TEMPORARY)):
-            raise StompError(f"The embedded server has only {PREFIX}NAME, not {destination}")
+        if destination in (PREFIX, TOPIC) or not destination.startswith((PREFIX, TEMPORARY, TOPIC)):
+            raise StompError(f"The embedded server has only {PREFIX}NAME and {TOPIC}NAME, not {destination}")
         if destination not in self.queues:
             self.queues[destination] = Queue(destination)
         return self.queues[destination]
@@ -95,7 +99,8 @@ class Broker:
     def new_message(self, frame: Frame, origin: str) -> Message:
         """Make the message of a SEND frame; `origin` becomes part of its id."""
         destination = frame.headers["destination"]
-        self.queue(destination)
+        if not is_topic(destination):
+            self.queue(destination)
         headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
         delay = self._delay(headers)
         stamp = str(time.time_ns() // 1_000_000)
@@ -125,12 +130,27 @@ class Broker:
 
     def change(self, arriving: Sequence[Message], leaving: Sequence[Message]) -> None:
         """Let messages arrive and settled ones go, as one atomic step of the journal."""
+        arriving = self.spread(arriving)
         for message in arriving:
             if message.due:
                 message.due += time.time()
         self.journal.record(arriving, leaving)
         for message in arriving:
             self._place(message)
+
+    def spread(self, arriving: Sequence[Message]) -> list[Message]:
+        """What arrives, with copies in place of what is sent to topics."""
+        return [each for message in arriving for each in spread(message, self.queues, self._numbers)]
+
+    def own_queue(self, name: str) -> Queue:
+        """Find or make the queue of a topic's subscription; one that is durable is not forgotten."""
+        if any(mark in topic_of(name) for mark in "*#>"):
+            raise StompError(f"The embedded server has no wildcards in topics: {topic_of(name)}")
+        if is_durable(name) and name not in self.journal.queues:
+            self.journal.record_queue(name, {})
+        if name not in self.queues:
+            self.queues[name] = Queue(name)
+        return self.queues[name]
 
     def _place(self, message: Message) -> None:
         queue = self.queue(message.destination)
@@ -166,13 +186,16 @@ class Broker:
         subscription.queue.turns.remove(subscription)
         going = [delivery for delivery in subscription.in_flight.values() if not delivery.in_transaction]
         self.hand_back(going)
+        if not is_durable(subscription.queue.name):
+            self.queues.pop(subscription.queue.name, None)
         return going
 
     def hand_back(self, deliveries: Sequence[Delivery]) -> None:
         """Put deliveries back into their queues, flagged as redelivered, before all that is fresh."""
         for delivery in deliveries:
             delivery.subscription.remove(delivery)
-            delivery.message.redelivered = True
+            # A durable subscriber is not told that it had a message before.
+            delivery.message.redelivered = not is_topic(delivery.subscription.queue.name)
             delivery.subscription.queue.returned.append(delivery.message)
         for queue in {delivery.subscription.queue for delivery in deliveries}:
             self.dispatch(queue)

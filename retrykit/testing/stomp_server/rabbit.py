@@ -6,8 +6,8 @@ the arguments in the headers, on SEND as on SUBSCRIBE, and they have to agree. A
 classic queue that has not been idle since; a quorum queue forgets none, and counts deliveries.
 
 Of the arguments of queues it knows `x-queue-type`, `x-expires`, and `x-message-ttl` with dead-lettering through the
-default exchange. There are no exchanges besides that, and no virtual hosts besides "/". What expires is gone at once,
-wherever in its queue it lies, and its time begins anew with a restart.
+default exchange. There are topics, but no other exchanges, and no virtual hosts besides "/". What expires is gone at
+once, wherever in its queue it lies, and its time begins anew with a restart.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, Final
 from retrykit.testing.stomp_server.broker import PREFIX, Broker, StompError
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
+from retrykit.testing.stomp_server.topics import is_topic
 
 _OF_THIS_LIFE: Final = ("x-delivery-count", "expiration")
 DECLARED: Final = "/amq/queue/"
@@ -41,11 +42,6 @@ _KINDS: Final = ("classic", "quorum")
 
 def _name_of(destination: str, prefix: str) -> str | None:
     return destination.removeprefix(prefix) if destination.startswith(prefix) else None
-
-
-def _refuse_topic(destination: str) -> None:
-    if destination.startswith("/topic/"):
-        raise StompError(f"The embedded server has only {PREFIX}NAME and {DECLARED}NAME, not {destination}")
 
 
 def _arguments(headers: dict[str, str]) -> dict[str, str]:
@@ -71,12 +67,13 @@ class RabbitBroker(Broker):
 
     def queue(self, destination: str) -> Queue:
         """Find a queue by its `/queue/NAME`, or make one as it is made without arguments."""
+        if is_topic(destination):
+            return super().queue(destination)
         return self.queues.get(destination) or self.declare(destination, {})
 
     def declare(self, destination: str, headers: dict[str, str]) -> Queue:
         """Find or make the queue with these arguments."""
         name = _name_of(destination, PREFIX)
-        _refuse_topic(destination)
         if not name or "/" in name:
             raise StompError("Invalid destination", f"'/{name}' is not a valid queue destination\n")
         arguments, known = _arguments(headers), self.journal.queues.get(destination)
@@ -111,7 +108,6 @@ class RabbitBroker(Broker):
         if destination.startswith(PREFIX):
             return self.declare(destination, headers)
         name = _name_of(destination, DECLARED)
-        _refuse_topic(destination)
         if name is None and destination.startswith("/"):
             raise StompError("Unknown destination", f"'{destination}' is not a valid destination.\n")
         return self._known(PREFIX + (name or destination))
@@ -144,7 +140,8 @@ class RabbitBroker(Broker):
             raise StompError(
                 "precondition_failed", f"PRECONDITION_FAILED - invalid expiration '{expiration}'", fatal=True
             )
-        destination = self.queue(frame.headers["destination"]).name
+        destination = frame.headers["destination"]
+        destination = destination if is_topic(destination) else self.queue(destination).name
         headers = {name: value for name, value in frame.headers.items() if name not in _OWN_HEADERS}
         headers["content-length"] = str(len(frame.body))
         return self._made(frame, origin, destination, headers)
@@ -159,6 +156,7 @@ class RabbitBroker(Broker):
 
     def change(self, arriving: Sequence[Message], leaving: Sequence[Message]) -> None:
         """Let messages arrive and settled ones go; those of classic queues are written down later."""
+        arriving = self.spread(arriving)
         gone: list[Message] = []
         for message in leaving:
             queue = self.queue(message.destination)

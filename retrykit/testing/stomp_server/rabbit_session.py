@@ -13,6 +13,7 @@ from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
 from retrykit.testing.stomp_server.rabbit import RabbitBroker
 from retrykit.testing.stomp_server.session import Session, Transaction
+from retrykit.testing.stomp_server.topics import TOPIC, queue_name
 
 _TAG: Final = re.compile(r"([TQ]_.*)@@[^@]*@@([0-9]+)", re.DOTALL)
 
@@ -85,7 +86,7 @@ class RabbitSession(Session):
         destination = frame.headers.get("destination")
         if not destination:
             raise StompError("Missing destination", "\"SEND\" must include a 'destination' header\n")
-        if not destination.startswith("/exchange/"):
+        if not destination.startswith(("/exchange/", TOPIC)):
             self._route(destination, frame.headers)
         if not self._wait_for_commit(frame):
             self._publish(frame)
@@ -97,10 +98,13 @@ class RabbitSession(Session):
             exchange = destination.split("/")[2]
             self._doomed = StompError("not_found", f"NOT_FOUND - no exchange '{exchange}' in vhost '/'", fatal=True)
             return
-        queue = self._route(destination, frame.headers)
-        if queue is not None:
-            headers = frame.headers | {"destination": queue.name}
-            self._broker.change([self._broker.new_message(Frame("SEND", headers, frame.body), self._name)], ())
+        if not destination.startswith(TOPIC):
+            queue = self._route(destination, frame.headers)
+            if queue is None:
+                return
+            destination = queue.name
+        headers = frame.headers | {"destination": destination}
+        self._broker.change([self._broker.new_message(Frame("SEND", headers, frame.body), self._name)], ())
 
     def _route(self, destination: str, headers: dict[str, str]) -> Queue | None:
         """Find where a SEND goes; a connection makes each queue once, whatever becomes of it then."""
@@ -111,8 +115,17 @@ class RabbitSession(Session):
             self._made.add(destination)
         return queue
 
+    def _claim(self, client: str | None) -> None:
+        """RabbitMQ knows no clients."""
+
     def _queue_of(self, headers: dict[str, str]) -> Queue:
-        return self._broker.source(headers["destination"], headers)
+        destination = headers["destination"]
+        if not destination.startswith(TOPIC):
+            return self._broker.source(destination, headers)
+        durable = headers.get("durable") == "true"
+        # Whoever names the durable subscription takes part in it.
+        whose = headers.get("id", "") if durable else f"{headers.get('id')} of {self._name}"
+        return self._broker.own_queue(queue_name(destination, whose, durable=durable))
 
     def _name_delivery(self, id_: str) -> tuple[str, str]:
         handle = f"T_{id_}@@{self._name}@@{next(self._tags)}"

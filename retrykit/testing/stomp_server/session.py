@@ -12,10 +12,12 @@ from retrykit.testing.stomp_server.broker import TEMPORARY, Broker, StompError
 from retrykit.testing.stomp_server.faults import DroppedError, Faults
 from retrykit.testing.stomp_server.frames import Frame
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
+from retrykit.testing.stomp_server.topics import is_topic, queue_name, topic_of
 
 VERSIONS = ("1.2", "1.1", "1.0")
 ACK_MODES = ("auto", "client", "client-individual")
 STALE_IDS = 10_000
+_KNOWN = ("activemq.prefetchSize", "activemq.subscriptionName")
 
 
 class Outlet(Protocol):
@@ -59,6 +61,7 @@ class Session:
         self._login = login
         self._version: str | None = None
         self._ended = False
+        self._client: str | None = None
         self._subscriptions: dict[str, Subscription] = {}
         self._browsers: set[str] = set()
         self._transactions: dict[str, Transaction] = {}
@@ -102,6 +105,8 @@ class Session:
             self._roll_back(transaction)
         self._transactions.clear()
         self._broker.forget(f"{TEMPORARY}{self._name}:")
+        client, self._client = self._client, None
+        self._broker.clients.discard(client or "")
 
     def _carry_out(self, frame: Frame) -> None:
         if frame.command in ("CONNECT", "STOMP"):
@@ -146,6 +151,7 @@ class Session:
         if version is None:
             raise StompError(f"Invalid Protocol version{wanted}, supported versions are: {VERSIONS}", fatal=True)
         self._check_login(frame)
+        self._claim(frame.headers.get("client-id"))
         can_send, wants = _heart_beat(frame.headers.get("heart-beat", "0,0"))
         self._version = version
         headers = {
@@ -157,6 +163,15 @@ class Session:
         self._outlet.send(Frame("CONNECTED", headers))
         self._outlet.agreed(version, wants / 1000, can_send / 1000)
         self._broker.counters["connections"] += 1
+
+    def _claim(self, client: str | None) -> None:
+        """Be this client, which nobody else may be meanwhile."""
+        if client is None:
+            return
+        if client in self._broker.clients:
+            raise StompError(f"Broker: embedded - Client: {client} already connected", fatal=True)
+        self._broker.clients.add(client)
+        self._client = client
 
     def _check_login(self, frame: Frame) -> None:
         if self._login is None:
@@ -200,7 +215,7 @@ class Session:
             # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
             raise StompError(f"The subscription id is in use already: {id_}")
         unknown = [name for name in headers if name == "selector" or name.startswith("activemq.")]
-        if unknown := [name for name in unknown if name != "activemq.prefetchSize"]:
+        if unknown := [name for name in unknown if name not in _KNOWN]:
             raise StompError(f"The embedded server has no subscriptions with {' '.join(unknown)}")
         queue = self._queue_of(headers)
         if headers.get("browser") == "true" and self._broker.profile.browses:
@@ -221,7 +236,16 @@ class Session:
         self._outlet.send(Frame("MESSAGE", end))
 
     def _queue_of(self, headers: dict[str, str]) -> Queue:
-        return self._broker.queue(self._named(headers["destination"]))
+        destination, durable = headers["destination"], headers.get("activemq.subscriptionName")
+        if not is_topic(destination):
+            if durable is not None:
+                raise StompError("Invalid Subscription: cannot durably subscribe to a Queue destination!")
+            return self._broker.queue(self._named(destination))
+        whose = f"{headers.get('id')} of {self._name}" if durable is None else f"{durable} of {self._client}"
+        queue = self._broker.own_queue(queue_name(destination, whose, durable=durable is not None))
+        if queue.turns:
+            raise StompError(f"Durable consumer is in use for client: {self._client} and subscriptionName: {durable}")
+        return queue
 
     def _named(self, destination: str) -> str:
         """The broker's own name of a destination: each connection has its own temporary queues."""
@@ -231,6 +255,8 @@ class Session:
 
     def _called(self, destination: str) -> str:
         """How the client itself calls a destination."""
+        if is_topic(destination):
+            return topic_of(destination)
         own = f"{TEMPORARY}{self._name}:"
         return f"/temp-queue/{destination.removeprefix(own)}" if destination.startswith(own) else destination
 
