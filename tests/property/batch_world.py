@@ -73,7 +73,10 @@ class Cord:
             self.left -= 1
             self.pulled = self.pulled or self.left < 0
         if self.pulled:
-            raise Pulled
+            self.end()
+
+    def end(self):
+        raise Pulled
 
     @contextmanager
     def pulled_after(self, number):
