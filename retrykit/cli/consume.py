@@ -195,7 +195,7 @@ def _health(observed: Observed, asked: Options) -> AbstractContextManager[object
 
 
 def _announce(consumer: ListenerContainer | ContainerGroup, *, shared: bool) -> None:
-    """Say who consumes what; a warning for histories that other processes cannot see but should."""
+    """Say who consumes what; a warning for what other processes should share, and cannot."""
     for one in consumer.health().consumers:
         _log.info("%s consumes %s with %d workers", one.name, one.destination, one.workers)
     containers: Any = getattr(consumer, "containers", (consumer,))
@@ -203,3 +203,5 @@ def _announce(consumer: ListenerContainer | ContainerGroup, *, shared: bool) -> 
         if not getattr(one.template.context_cache, "shared", True):
             name = one.template.name
             _log.warning("%s keeps its histories in the memory of this process: each process counts for itself", name)
+        if getattr(one.broker, "sessions_at_most", None) is not None:
+            _log.warning("%s: processes do not share the messages of %s", one.template.name, one.broker.name)

@@ -111,5 +111,8 @@ def _with_workers(found: Any, target: str, concurrency: int | None) -> ListenerC
             raise TargetError(f"{target}: {error}") from error
     containers = found.containers if isinstance(found, ContainerGroup) else (found,)
     for one in containers if concurrency is not None else ():
-        one.concurrency = concurrency
+        try:
+            one.concurrency = concurrency
+        except ValueError as error:
+            raise TargetError(f"{target}: {error}") from error
     return found  # type: ignore[no-any-return]

@@ -43,6 +43,13 @@ def _is_broker(_instance: Any, field: Any, value: Any) -> None:
         raise wrong_type(field.name, "a broker: an object with a name and connect()", value)
 
 
+def _shares_messages(container: Any, field: Any, value: int) -> None:
+    at_most: int | None = getattr(container.broker, "sessions_at_most", None)
+    if at_most is not None and value > at_most:
+        wanted = f"at most {at_most} (several sessions would not share the messages of {container.broker.name})"
+        raise wrong_value(field.name, wanted, value)
+
+
 @attrs.define(eq=False)
 class ListenerContainer(Lifetime):
     """Consume a destination: each message is a stateful call of `template`, redelivered until success or recovery.
@@ -93,7 +100,7 @@ class ListenerContainer(Lifetime):
         default="redelivered", kw_only=True, validator=one_of("redelivered", "always", "never")
     )
     delay: Way = attrs.field(default="hold", kw_only=True, validator=one_of(*WAYS))
-    concurrency: int = attrs.field(default=1, kw_only=True, validator=whole(1))
+    concurrency: int = attrs.field(default=1, kw_only=True, validator=[whole(1), _shares_messages])
     reconnect: BackOffPolicy = attrs.field(default=RECONNECT, kw_only=True, validator=is_back_off)
     lifespan: Lifespan | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
     _tally: Tally = attrs.field(factory=Tally, init=False, repr=False)
@@ -107,10 +114,6 @@ class ListenerContainer(Lifetime):
     _running: int = attrs.field(default=0, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
-        at_most: int | None = getattr(self.broker, "sessions_at_most", None)
-        if at_most is not None and self.concurrency > at_most:
-            wanted = f"at most {at_most} (several sessions would not share the messages of {self.broker.name})"
-            raise wrong_value("concurrency", wanted, self.concurrency)
         # Refuses what is no handler, before anything runs.
         calls_with(self.handler, self.template)
         refuse_generators("recover", self.recover)

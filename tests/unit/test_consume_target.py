@@ -14,6 +14,7 @@ SOURCE = """
 from retrykit import RetryTemplate
 from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer
 from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.stomp import StompBroker
 
 broker = MemoryBroker("/queue/orders")
 template = RetryTemplate(name="shop")
@@ -29,6 +30,9 @@ consumers = Consumers(broker, template=template)
 consumers.add("/queue/orders", handle, concurrency=2)
 consumers.add("/queue/bills", handle)
 empty = Consumers(broker)
+topic = ListenerContainer(StompBroker("stomp://localhost/topic/news"), handle, template=template)
+news = Consumers("stomp://localhost", template=template)
+news.add("/topic/news", handle)
 url = "stomp://user:secret@localhost"
 
 
@@ -115,6 +119,12 @@ def test_what_cannot_consume_is_told_with_what_is_there(module, name, words):
         load(f"{module}:{name}")
     assert words in str(caught.value)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["topic", "news"])
+def test_workers_that_would_each_get_every_message_are_refused(module, name):
+    with pytest.raises(TargetError, match=r"concurrency: must be at most 1 .*/topic/news"):
+        load(f"{module}:{name}", concurrency=2)
 
 
 @pytest.mark.parametrize(
