@@ -41,6 +41,8 @@ SHORTEST: Final = 0.1
 """Seconds; what is shorter is waited for in the session, since a copy costs a broker more than that."""
 REFUSED_SECONDS: Final = 60.0
 """So long no copies are tried after the broker refused one."""
+_DOUBTS: Final = 3
+"""Copies in a row that were not confirmed are as good as refused: a store that is full answers nothing."""
 
 _MAX_ORIGIN: Final = 8_000
 _MINIMUM_STEP: Final = 100
@@ -79,16 +81,16 @@ class Origin:
 def origin_of(headers: Mapping[str, str], destination: str) -> Origin | None:
     """The original of a delivery from `destination`, if it is a copy that a consumer of this destination has made.
 
-    A copy that was moved elsewhere is another message. Who may send to a destination can claim to send a copy; a
-    history is safe from that, since it knows its message's body by a digest, and a message of another body is told
-    apart.
+    A copy that was moved elsewhere is another message. Who may send to a destination can claim to send a copy. But a
+    history knows its message's body by a digest, so a message with another body is told apart; one with the same body
+    is taken for it, as it is on brokers where ids are the producer's.
     """
     text = headers.get(COPY_OF)
     if text is None:
         return None
     try:
         origin = Origin(*json.loads(text))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return None
     known = all(isinstance(fact, str) for fact in (origin.destination, origin.id, origin.message_id))
     return origin if known and origin.id and origin.destination == destination else None
@@ -163,6 +165,10 @@ class Postponing(Session, Protocol):
 class PutOffError(InterruptedError):
     """The pause is not taken now: its message goes back with what is left of it."""
 
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"{seconds:g} s are left")
+        self.seconds = seconds
+
 
 @attrs.define(eq=False)
 class Pauses:
@@ -176,6 +182,16 @@ class Pauses:
         """Whether a pause ends at once, with `PutOffError`, and its message goes back."""
         return self.message is not None and self.delays.defers(self.session, self.message, seconds)
 
+    def wait(self, seconds: float) -> bool:
+        """Wait in the session; while the broker refuses copies, until they are tried again. As `Session.pause`."""
+        while self.message is not None and (turn := self.delays.refused_for()) and turn < seconds:
+            if not self.session.pause(turn):
+                return False
+            seconds -= turn
+            if self.defers(seconds):
+                raise PutOffError(seconds)
+        return self.session.pause(seconds)
+
 
 @attrs.define(eq=False)
 class Delays:
@@ -185,6 +201,7 @@ class Delays:
     _told: bool = attrs.field(default=False, init=False)
     _checked: bool = attrs.field(default=False, init=False)
     _refused_until: float = attrs.field(default=0.0, init=False)
+    _doubts: int = attrs.field(default=0, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
 
     # -- at the start
@@ -253,7 +270,11 @@ class Delays:
         return origin is None or origin.early or message.headers.get("redelivered") == "true"
 
     def _copies(self, delay: float) -> bool:
-        return self.way == "schedule" and delay >= SHORTEST and time.monotonic() >= self._refused_until
+        return self.way == "schedule" and delay >= SHORTEST and not self.refused_for()
+
+    def refused_for(self) -> float:
+        """Seconds until copies are tried again."""
+        return max(0.0, self._refused_until - time.monotonic())
 
     def give_back(self, session: Session, message: Message, delay: float, tally: Tally) -> None:
         """Give a message back, whose next attempt is not due for `delay` seconds. Never raises what the broker did."""
@@ -270,20 +291,27 @@ class Delays:
         try:
             cast("Postponing", session).put_off(message, delay)
         except BrokerRefusedError as refused:
-            self._refused_until = time.monotonic() + REFUSED_SECONDS
-            _log.error(
-                "message %r could not be sent as a copy, so for %g s pauses are waited for in the session: %s",
-                message.key,
-                REFUSED_SECONDS,
-                refused,
-            )
+            self._hold_on(message, refused)
             session.rollback(message)
         except (BrokerError, CommitInDoubtError) as doubt:
             # Whether or not there is a copy, the original comes again unless it was acknowledged, and then there is.
             _log.warning("message %r: its copy was not confirmed: %s", message.key, doubt.__cause__ or doubt)
+            self._doubts += 1
+            if self._doubts >= _DOUBTS:
+                self._hold_on(message, doubt.__cause__ or doubt)
             session.rollback(message)
         else:
+            self._doubts = 0
             tally.add(postponed=1)
+
+    def _hold_on(self, message: Message, why: BaseException) -> None:
+        self._doubts, self._refused_until = 0, time.monotonic() + REFUSED_SECONDS
+        _log.error(
+            "message %r could not be sent as a copy, so for %g s pauses are waited for in the session: %s",
+            message.key,
+            REFUSED_SECONDS,
+            why,
+        )
 
 
 def _lack(session: Session, way: Way) -> str:
@@ -299,5 +327,5 @@ def _lack(session: Session, way: Way) -> str:
 def still_due(error: BaseException) -> float:
     """The seconds of a pause that was put off; else 0."""
     if isinstance(error, BackOffInterruptedError) and isinstance(error.__cause__, PutOffError):
-        return float(error.__dict__["seconds"])
+        return error.__cause__.seconds
     return 0.0

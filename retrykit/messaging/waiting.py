@@ -58,7 +58,7 @@ class WaitingClock:
 
     def _waited_for(self, seconds: float) -> float:
         if self.defers(seconds):
-            raise PutOffError(f"{seconds:g} s are left")
+            raise PutOffError(seconds)
         return seconds if self._real else 0.0
 
     def _go_on(self, waited: bool) -> None:  # noqa: FBT001 - what `wait` said

@@ -91,7 +91,7 @@ class Worker:
         template = self.work.template
         self.work.delays.tell(f"{template.name} from {self.broker.name}", session, template.back_off_policy)
         pauses = Pauses(self.work.delays, session)
-        clock = WaitingClock(template.clock, session.pause, self.desk, pauses.defers)
+        clock = WaitingClock(template.clock, pauses.wait, self.desk, pauses.defers)
         complete = call if self.desk is None else self.desk.run
         known = open_keys_of(template, complete) if session.capabilities.flags_while_connected else OpenKeys()
         return attrs.evolve(

@@ -119,7 +119,17 @@ def test_a_copy_names_its_original():
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{}", "[]", "1", "nonsense", '["/queue/orders"]', '["/queue/orders", 1, ""]', '["/queue/orders", "", ""]'],
+    [
+        "[" * 100_000,
+        "",
+        "{}",
+        "[]",
+        "1",
+        "nonsense",
+        '["/queue/orders"]',
+        '["/queue/orders", 1, ""]',
+        '["/queue/orders", "", ""]',
+    ],
 )
 def test_what_is_no_origin_makes_no_copy(text):
     assert origin_of({COPY_OF: text}, QUEUE) is None
@@ -323,6 +333,53 @@ def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog
     assert delays.defers(Recording(), message(), 5.0)
 
 
+def test_copies_that_are_never_confirmed_are_given_up_as_if_they_were_refused(caplog):
+    delays = Delays("schedule")
+    for _ in range(2):
+        give_back(delays, Recording(CommitInDoubtError()), 5.0)
+    give_back(delays, Recording(), 5.0)  # one that is confirmed begins the count anew
+    for _ in range(2):
+        give_back(delays, Recording(CommitInDoubtError()), 5.0)
+    assert delays.refused_for() == 0.0
+    give_back(delays, Recording(CommitInDoubtError()), 5.0)
+    assert REFUSED_SECONDS - 5 < delays.refused_for() <= REFUSED_SECONDS
+    assert [record.levelname for record in caplog.records].count("ERROR") == 1
+
+
+class Passing(Recording):
+    """Its pauses move a clock, up to the end of the session."""
+
+    def __init__(self, monkeypatch, end=1e9):
+        super().__init__()
+        self.now, self.end = 1_000.0, 1_000.0 + end
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+    def pause(self, seconds):
+        self.asked.append(round(seconds, 3))
+        self.now += seconds
+        return self.now <= self.end
+
+
+def test_while_copies_are_refused_a_session_waits_no_longer_than_until_they_are_tried_again(monkeypatch):
+    delays, session = Delays("schedule"), Passing(monkeypatch)
+    pauses = Pauses(delays, session, message())
+    give_back(delays, Recording(BrokerRefusedError(broker="b", what="a copy", reason="no")), 5.0)
+    assert not pauses.defers(3_600.0)
+    with pytest.raises(PutOffError) as put_off:
+        pauses.wait(3_600.0)
+    assert (session.asked, put_off.value.seconds) == ([REFUSED_SECONDS], 3_600.0 - REFUSED_SECONDS)
+    assert pauses.wait(5.0)
+    pauses.message = None
+    assert pauses.wait(7_200.0)
+    assert session.asked[1:] == [5.0, 7_200.0]
+
+
+def test_a_session_that_ends_while_copies_are_refused_ends_its_pause(monkeypatch):
+    delays, session = Delays("schedule"), Passing(monkeypatch, end=10.0)
+    give_back(delays, Recording(BrokerRefusedError(broker="b", what="a copy", reason="no")), 5.0)
+    assert not Pauses(delays, session, message()).wait(3_600.0)
+
+
 def test_a_rest_is_put_off_unless_it_is_of_a_copy_that_came_early_by_itself():
     delays = Delays("schedule")
     copy = {COPY_OF: Origin(QUEUE, "m-1", "").to_header()}
@@ -376,8 +433,8 @@ def test_only_a_pause_that_was_put_off_is_still_due():
     interrupted = BackOffInterruptedError(name="orders", key="k", seconds=3.0)
     interrupted.__cause__ = InterruptedError("stopping")
     assert still_due(interrupted) == 0.0
-    interrupted.__cause__ = PutOffError()
-    assert still_due(interrupted) == 3.0
+    interrupted.__cause__ = PutOffError(2.0)
+    assert still_due(interrupted) == 2.0
     assert still_due(ValueError()) == 0.0
 
 
