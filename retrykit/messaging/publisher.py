@@ -38,7 +38,7 @@ def _publishing() -> RetryTemplate:
     return RetryTemplate(
         name="publisher",
         retry_policy=SimpleRetryPolicy(max_attempts=_TRIES, retry_for=lost),
-        back_off_policy=ExponentialBackOffPolicy(initial=0.1, multiplier=4.0, max_interval=2.0, jitter="full"),
+        back_off_policy=ExponentialBackOffPolicy(initial=0.2, multiplier=5.0, max_interval=1.0, jitter="full"),
     )
 
 
@@ -95,9 +95,10 @@ class Publisher:
     It connects at the first message, and again when the connection was lost. Threads may share it: one sends after the
     other. Nothing goes on in the background but the heart-beats of its connection.
 
-    `template` says what is tried again; without one, a lost connection is made again twice within about two seconds.
-    What was not confirmed is sent again under the same id (`retrykit-id`), so it may arrive twice, and a receiver that
-    knows its messages by that id sees it once: `StompBroker(identify=by_header("retrykit-id"))`, and marks.
+    `template` says what is tried again; without one, a lost connection is made again up to twice, after pauses of at
+    most 0.2 and 1 s. What was not confirmed is sent again under the same id (`retrykit-id`), so it may arrive twice;
+    a receiver that knows its messages by that id, and has marks, handles it once
+    (`StompBroker(identify=by_header("retrykit-id"))`).
     """
 
     broker: Broker = attrs.field(validator=_is_broker)

@@ -154,6 +154,7 @@ class StompBroker:
                 failures.append((address, error))
             else:
                 self.rota.used(address)
+                _log.info("%s: connected to %s (%s)", self.name, address.name, session.profile.name)
                 return session
         raise self._unavailable(failures)
 

@@ -111,6 +111,10 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         with self._sending:
             live.sendall(encoded_frame)
 
+    def is_connected(self) -> bool:
+        """Logged in, and not closed; the socket may go at any moment."""
+        return self.socket is not None and bool(self.connected)
+
     def disconnect_socket(self) -> None:
         """Wake the reader, and close; it is no matter who was first."""
         self.running = False
