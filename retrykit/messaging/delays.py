@@ -214,7 +214,12 @@ class Delays:
         if self.way == "hold" or self._checked:
             return
         with closing(broker.connect(consume=False)) as session:
-            lack = _lack(session, self.way)
+            try:
+                lack = _lack(session, self.way)
+            except BrokerError as fault:
+                # Perhaps it may not be asked. What it does not keep back is waited for, so nothing depends on this.
+                _log.warning("%s: whether it can keep messages back could not be found out: %s", broker.name, fault)
+                lack = ""
         if lack:
             raise DelayUnavailableError(broker=broker.name, way=self.way, lack=lack)
         self._checked = True

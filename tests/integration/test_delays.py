@@ -232,6 +232,21 @@ def test_a_copy_whose_original_is_not_acknowledged_is_a_second_delivery_of_one_m
     assert counters.duplicates == (1 if moment == "drop_before_commit" else 0)
 
 
+def test_without_marks_the_second_of_the_two_is_handled_when_the_first_has_come_to_its_end(double, queue):
+    late = Late(double, queue, failures=9, pause=0.2)
+    late.publish(b"bad")
+    double.drop_before_commit(times=1)
+    try:
+        with late.running():
+            late.wait_for(lambda: late.settled() == 2)
+            parked = late.parked()
+    finally:
+        double.clear_faults()
+    assert sorted(late.attempts()[2]) == [1, 1, 2, 2, 3, 3]
+    assert len({message.headers["retrykit-id"] for message in parked}) == 1
+    assert [message.headers["retrykit-attempts"] for message in parked] == ["3", "3"]
+
+
 def test_a_delay_longer_than_the_broker_keeps_is_kept_in_turns(server, queue):
     profile = attrs.evolve(RABBITMQ if is_rabbit(server) else ACTIVEMQ, longest_delay=0.4)
     late = Late(server, queue, pause=1.5, broker=StompBroker(server.url, destination=queue, profile=profile))

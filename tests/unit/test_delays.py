@@ -438,6 +438,52 @@ def test_only_a_pause_that_was_put_off_is_still_due():
     assert still_due(ValueError()) == 0.0
 
 
+class Asked(Recording):
+    """A broker, and its session, which answer `lacks` with an error, or with words."""
+
+    name = "asked"
+
+    def __init__(self, answer):
+        super().__init__()
+        self.answer, self.connections = answer, 0
+
+    def connect(self, *, consume=True):
+        assert not consume
+        self.connections += 1
+        return self
+
+    def close(self, *, wait=True):
+        self.asked.append("close")
+
+    def lacks(self, way):
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def test_a_broker_is_asked_once_and_not_at_all_where_sessions_wait():
+    broker, delays = Asked(""), Delays("schedule")
+    delays.check(broker)
+    delays.check(broker)
+    Delays().check(broker)
+    assert (broker.connections, broker.asked) == (1, ["close"])
+
+
+def test_a_broker_that_may_not_be_asked_is_believed_with_a_warning(caplog):
+    delays = Delays("schedule")
+    delays.check(Asked(ConnectionLostError(broker="b", reason="not authorized")))
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "not authorized" in caplog.text
+
+
+def test_a_broker_that_lacks_something_is_asked_again_by_the_next_worker():
+    broker, delays = Asked("a scheduler"), Delays("schedule")
+    for _ in range(2):
+        with pytest.raises(DelayUnavailableError, match="a scheduler"):
+            delays.check(broker)
+    assert broker.connections == 2
+
+
 # -- what is told
 
 
