@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 from inspect import isawaitable
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal
 
+import attrs
+
 from retrykit.batch.errors import ItemError
+from retrykit.batch.inplace import WriteInPlace
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
 from retrykit.context import RetryContext
 from retrykit.errors import RetryError
+from retrykit.failure import ErrorSummary, summary
 from retrykit.state import RetryState
 
 if TYPE_CHECKING:
@@ -50,7 +54,10 @@ class Attempt:
         self.refusal: str | None = None
         self.context: RetryContext | None = None
         self._named: set[int | None] = set()
-        self._blamed: int | None = None
+        self.blamed: int | None = None
+        """The item that the failure is of, if the processor was at it or the writer has named it."""
+        self._aside: list[SkippedItem] = []
+        """Those that this very attempt skips without a roll-back."""
         self._raised: Exception | None = None
         self._mark = 0.0
 
@@ -100,13 +107,14 @@ class Attempt:
         self.context = context
         self.tries += 1
         self._spend("transaction" if self.tries == 1 else "between")
-        self._blamed = None
+        self.blamed = None
+        self._aside = []
         try:
             tally = yield from self._settle(context.transaction)
         except Exception as error:
             self.failures += 1
             self._raised = error
-            self._named.add(self._blamed)
+            self._named.add(self.blamed)
             self._spend("failed")
             raise
         self.finish(tally)
@@ -131,8 +139,12 @@ class Attempt:
             outputs, origins = [self.chunk.items[index] for index in self.live], self.live
         else:
             outputs, origins = yield from self._process()
-        yield from self._write(transaction, outputs, origins)
-        tally = self.make_tally(len(outputs))
+        written = len(outputs)
+        if self.step.no_rollback_for and outputs:
+            written = yield from WriteInPlace(self, transaction, outputs, origins).run()
+        else:
+            yield from self.write(transaction, outputs, origins)
+        tally = self.make_tally(written, *self._aside)
         if joined is not None or tally.skipped:
             yield from self.store(transaction, joined, tally)
         return tally
@@ -144,7 +156,7 @@ class Attempt:
 
     def _skipped(self, others: tuple[SkippedItem, ...]) -> tuple[SkippedItem, ...]:
         condemned = self.chunk.condemned
-        if not condemned:
+        if not condemned and len(others) < 2:  # noqa: PLR2004 - one is in order
             return others
         skipped = [condemned[index] for index in range(self.chunk.done, self.end) if index in condemned]
         return tuple(sorted((*skipped, *others), key=lambda one: one.number))
@@ -153,7 +165,7 @@ class Attempt:
         """What the writer is given, and of each the index of the item that it was made of."""
         self.where = "process"
         outputs, origins = yield self._processed_later if self.step.asynchronous else self._processed
-        self._blamed = None
+        self.blamed = None
         self._spend("process")
         return outputs, origins
 
@@ -161,8 +173,12 @@ class Attempt:
         items, processor = self.chunk.items, self.step.processor
         outputs, origins = [], []
         for index in self.live:
-            self._blamed = index
-            output = processor(items[index])
+            self.blamed = index
+            try:
+                output = processor(items[index])
+            except self.step.no_rollback_for as error:
+                self._leave_out(index, error)
+                continue
             if output is not None:
                 outputs.append(output)
                 origins.append(index)
@@ -172,16 +188,22 @@ class Attempt:
         items, processor = self.chunk.items, self.step.processor
         outputs, origins = [], []
         for index in self.live:
-            self._blamed = index
-            output = processor(items[index])
-            output = await output if isawaitable(output) else output
+            self.blamed = index
+            try:
+                output = processor(items[index])
+                output = await output if isawaitable(output) else output
+            except self.step.no_rollback_for as error:
+                self._leave_out(index, error)
+                continue
             if output is not None:
                 outputs.append(output)
                 origins.append(index)
         return outputs, origins
 
-    def _write(self, transaction: Any, outputs: list[Any], origins: list[int]) -> Work[None]:
+    def write(self, transaction: Any, outputs: list[Any], origins: list[int]) -> Work[None]:
+        """Have the writer write what was made of the items with these indexes; `blamed` if it names one of them."""
         self.where = "write"
+        self.blamed = None
         named: ItemError | None = None
         try:
             if outputs:
@@ -201,8 +223,32 @@ class Attempt:
         if named.index >= len(origins):
             msg = f"ItemError({named.index}): the writer was given {len(origins)} items, counted from 0"
             raise IndexError(msg) from named
-        self._blamed = origins[named.index]
+        self.blamed = origins[named.index]
         raise named.__cause__ if isinstance(named.__cause__, Exception) else named
+
+    # -- without a roll-back
+
+    def stays(self, error: Exception) -> bool:
+        """Whether the transaction may go on after this failure."""
+        return isinstance(error, self.step.no_rollback_for) and self.is_items_fault(error)
+
+    def _leave_out(self, index: int, error: Exception) -> None:
+        """Skip an item that the processor has refused; what the database has refused is rolled back in any case."""
+        if hasattr(error, "orig") or not self.stays(error):
+            raise error
+        self.put_aside(index, error)
+
+    def put_aside(self, index: int, error: Exception) -> None:
+        """Skip an item in this transaction. If there are too many, raises its failure: then all is rolled back, and
+        groups are written one after the other up to the item that is too much.
+        """
+        if self.course.refusal(self.chunk, index, error, self._aside) is not None:
+            self.blamed = None
+            raise error
+        skipped = self.skipped(index, error, self.where)
+        once = ErrorSummary(1, *summary(error), time())
+        self._aside.append(attrs.evolve(skipped, attempts=1, errors=(once,), reason="no roll-back"))
+        self.blamed = None
 
     # -- what is ours in the transaction
 

@@ -43,14 +43,14 @@ its transaction cannot commit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from time import perf_counter
 from typing import Any
 
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError
-from retrykit.batch.isolation import Verdict, isolate
+from retrykit.batch.isolation import Verdict, isolate, next_group
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
 from retrykit.batch.work import Work
@@ -181,11 +181,11 @@ class Course:
             return
         live = chunk.live(size)
         search = isolate(len(live))
-        group = _next(search)
+        group = next_group(search)
         while group is not None:
             end = size if group[1] == len(live) else live[group[1]]
             verdict = yield from self._test(chunk, end, whole=False)
-            group = _next(search, verdict)
+            group = next_group(search, verdict)
 
     def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
@@ -283,10 +283,13 @@ class Course:
             raise SkipLimitError(name=self.step.name, number=skipped.number, reason=reason) from skipped.error
         chunk.condemned[index] = skipped
 
-    def refusal(self, chunk: Chunk, index: int, error: BaseException) -> str | None:
-        """Why the item cannot be skipped too; None if it can."""
+    def refusal(
+        self, chunk: Chunk, index: int, error: BaseException, besides: Iterable[SkippedItem] = ()
+    ) -> str | None:
+        """Why the item cannot be skipped too, beside those that have not been counted yet; None if it can."""
         policy = self.step.skip
         pending = [skipped.error for at, skipped in chunk.condemned.items() if at >= chunk.done]
+        pending += [skipped.error for skipped in besides]
         limited = dict(self.counts.limited)
         for name in filter(None, map(policy.limited_as, pending)):
             limited[name] = limited.get(name, 0) + 1
@@ -296,11 +299,3 @@ class Course:
             limited=limited,
             read=chunk.number + index + 1,
         )
-
-
-def _next(search: Generator[Any, Any, None], verdict: Verdict | None = None) -> Any:
-    """What is to be tested next, None at the end."""
-    try:
-        return search.send(verdict)
-    except StopIteration:
-        return None

@@ -109,3 +109,11 @@ def _search(known: _Known) -> Search:
         verdict: Any = yield start, end
         assert verdict is not Verdict.FAILED or end - start > 1, "a group of one has a verdict of its own"  # noqa: S101
         known.learn(end, verdict)
+
+
+def next_group(search: Search, verdict: Verdict | None = None) -> Group | None:
+    """What is to be tested next, after the verdict on what was tested last; None at the end."""
+    try:
+        return search.send(verdict)  # type: ignore[arg-type] # a generator is begun with None
+    except StopIteration:
+        return None

@@ -13,7 +13,16 @@ from retrykit.batch.report import Report, SkippedItem, kind_of
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import check_reader
 from retrykit.batch.work import async_drive, drive
-from retrykit.check import has, is_callable, is_callable_or_none, whole, wrong_type, wrong_value
+from retrykit.check import (
+    are_error_types,
+    as_types,
+    has,
+    is_callable,
+    is_callable_or_none,
+    whole,
+    wrong_type,
+    wrong_value,
+)
 from retrykit.key import canonical_key, namespace
 from retrykit.policy import CompositeRetryPolicy, PredicateRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
@@ -76,6 +85,9 @@ class _Step(Value):
     chunk_size: int = attrs.field(default=100, validator=whole(1))
     template: Any = attrs.field()
     skip: SkipPolicy = attrs.field(factory=SkipPolicy, validator=attrs.validators.instance_of(SkipPolicy))
+    no_rollback_for: tuple[type[Exception], ...] = attrs.field(
+        default=(), converter=as_types, validator=are_error_types
+    )
     key: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
     jobs: Any = attrs.field(
         default=None, validator=has("claim", "joined", "book", "moved", "release", "abandon", optional=True)
@@ -103,6 +115,13 @@ class _Step(Value):
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "templates", Templates.of(self.template, self.skip))
+
+    def savepoint(self, transaction: Any) -> Any:
+        """A savepoint in the open transaction, or an awaitable of it."""
+        from retrykit.sql.savepoints import AsyncSavepoint, Savepoint
+
+        sync = not self.asynchronous or not hasattr(transaction, "__aenter__")
+        return Savepoint(transaction) if sync else AsyncSavepoint.begin(transaction)
 
     def parked(self, skipped: Iterable[SkippedItem]) -> Sequence[dict[str, Any]]:
         """Skipped items as the job store records them: the arguments of `park_in`."""
@@ -147,8 +166,11 @@ class ChunkStep(_Step):
     such as `sessionmaker.begin`; None: there is none. Processor and writer are called in it, again for each attempt.
 
     `template`: whether a failed chunk is tried again, and when (default: 3 attempts at once). `skip`: which failures
-    are an item's own, so that the item is found, recorded and skipped (default: none; then they stop the step). `key`:
-    what names an item; then its attempts have a history, which survives a crash in a shared context cache.
+    are an item's own, so that the item is found, recorded and skipped (default: none; then they stop the step).
+    `no_rollback_for`: those of them after which the transaction goes on: they are not tried again, and the culprits are
+    found between savepoints, in the same transaction, which must be SQLAlchemy's. What a processor did in the
+    transaction before it raised one of them stays. `key`: what names an item; then its attempts have a history, which
+    survives a crash in a shared context cache.
 
     `jobs`: where position and counts are stored, and skipped items recorded: a `retrykit.sql.SqlJobStore`. Without one
     a run always begins at the beginning. `on_skip(transaction, skipped)` is called in the transaction that records a

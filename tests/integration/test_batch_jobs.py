@@ -15,7 +15,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
+from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
 from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
 from retrykit.failure import StoredError
@@ -384,22 +384,23 @@ def test_a_crash_is_not_skipped_unless_it_is_asked_for():
 # -- asynchronous
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("driver", ["aiosqlite", "asyncpg"])
-def test_the_asynchronous_step_commits_position_and_skipped_items_with_the_items(request, driver):
+def test_the_asynchronous_step_commits_position_and_skipped_items_with_the_items(request, driver, in_place):
     name = next(name for name, drivers in ASYNC_DRIVERS.items() if driver in drivers)
     place = empty_database(request, name, driver)
     plain = with_driver(place, {"sqlite": "pysqlite", "postgresql": "psycopg"}[name])
     with opened(plain) as engine:
         create_tables(engine)
         metadata.create_all(engine)
-        asyncio.run(load(place))
+        asyncio.run(load(place, in_place))
         assert rows(engine) == [item for item in range(20) if item != 7]
         assert [item.payload for item in parked_items(engine)] == [b"7"]
         job = only(engine)
         assert (job.status, job.position, job.counts["written"], job.runs) == ("finished", 20, 19, 2)
 
 
-async def load(place):
+async def load(place, in_place):
     async def write_later(session, items):
         await session.execute(insert(work), [{"id": item} for item in items])
         if 7 in items:
@@ -421,6 +422,7 @@ async def load(place):
                 transaction=async_sessionmaker(engine).begin,
                 template=AsyncRetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1)),
                 skip=SkipPolicy(skip_for=ValueError),
+                no_rollback_for=ValueError if in_place else (),
                 chunk_size=5,
                 jobs=AsyncSqlJobStore(engine),
             )
@@ -445,3 +447,115 @@ def test_each_store_wants_its_kind_of_engine(tmp_path, kind):
 def test_a_bad_lease_is_refused(tmp_path, lease):
     with pytest.raises((TypeError, ValueError), match=r"^lease: "):
         SqlJobStore(f"sqlite:///{tmp_path}/a.db", lease=lease)
+
+
+# -- without a roll-back
+
+
+def refuse(*culprits):
+    def fail(transaction, items):
+        write(transaction, items)
+        for item in items:
+            if item in culprits:
+                raise ValueError(item)
+
+    return fail
+
+
+def test_culprits_are_found_between_savepoints_of_one_transaction(engine, jobs):
+    with engine.begin() as connection:
+        connection.execute(insert(work), {"id": 4})
+    seen = []
+    event.listen(engine, "commit", lambda _: seen.append("commit"))
+    event.listen(engine, "rollback", lambda _: seen.append("rollback"))
+    both = (ValueError, IntegrityError)
+    report = step(
+        jobs,
+        engine,
+        range(20),
+        chunk_size=20,
+        writer=refuse(11, 12),
+        skip=SkipPolicy(skip_for=both),
+        no_rollback_for=both,
+        transaction=engine.begin,
+        processor=lambda item: int("x") if item == 7 else item,
+    ).run()
+    assert rows(engine) == [item for item in range(20) if item not in (7, 11, 12)]
+    # Claimed; written; released.
+    assert seen.count("commit") == 3
+    assert [(item.number, item.phase, item.attempts) for item in report.skipped] == [
+        (5, "write", 1),
+        (8, "process", 1),
+        (12, "write", 1),
+        (13, "write", 1),
+    ]
+    assert (report.counts.written, report.counts.commits, report.counts.rollbacks) == (16, 1, 0)
+    assert len(list(parked_items(engine))) == 4
+
+
+@pytest.mark.parametrize("begin", ["session", "connection"])
+def test_nothing_is_committed_by_a_savepoint(engine, jobs, begin):
+    # Of Python's SQLite driver the savepoint would be the transaction, unless one was begun before.
+    transaction = sessionmaker(engine).begin if begin == "session" else engine.begin
+
+    def fail(transaction, items):
+        write(transaction, items)
+        if 3 in items and len(items) > 1:
+            raise ValueError(items)
+        if 3 in items:
+            raise OSError("and now something else")
+
+    with pytest.raises(OSError, match="something else"):
+        step(
+            jobs,
+            engine,
+            range(5),
+            chunk_size=5,
+            writer=fail,
+            transaction=transaction,
+            skip=SkipPolicy(skip_for=ValueError),
+            no_rollback_for=ValueError,
+        ).run()
+    assert rows(engine) == []
+
+
+def test_limits_hold_without_a_roll_back_too(engine, jobs):
+    one = step(
+        jobs,
+        engine,
+        chunk_size=10,
+        writer=refuse(2, 5, 8),
+        skip=SkipPolicy(skip_for=ValueError, limit=2),
+        no_rollback_for=ValueError,
+    )
+    with pytest.raises(ValueError, match=r"item 9, .* limit=2 items are skipped already"):
+        raise_cause(one.run)
+    assert rows(engine) == [0, 1, 3, 4, 6, 7]
+    assert len(list(parked_items(engine))) == 2
+
+
+def test_what_the_database_refused_to_a_processor_is_rolled_back_in_any_case(engine, jobs):
+    def process(item):
+        if item == 3:
+            current_context().transaction.execute(insert(work), [{"id": 77}, {"id": 77}])
+        return item
+
+    report = step(
+        jobs,
+        engine,
+        processor=process,
+        chunk_size=10,
+        skip=SkipPolicy(skip_for=IntegrityError),
+        no_rollback_for=IntegrityError,
+    ).run()
+    assert rows(engine) == [item for item in range(10) if item != 3]
+    assert report.counts.rollbacks == 1
+
+
+def test_savepoints_need_a_transaction_of_sqlalchemy(engine):
+    @contextmanager
+    def begin():
+        yield "no session"
+
+    with pytest.raises(TypeError, match="a savepoint needs a transaction of SQLAlchemy, not str"):
+        ChunkStep(name="load", reader=[1], writer=write, transaction=begin, no_rollback_for=ValueError).run()

@@ -89,16 +89,16 @@ class Cord:
 
 class World:
     """`fates`: of each item. `hiccups`: the numbers of transactions that fail for no item's fault when they write;
-    `doubts`: of those that commit and say that they have not.
+    `doubts`: of those that commit and say that they have not. `in_place`: culprits are found between savepoints.
     """
 
-    def __init__(self, engine, fates, *, chunk_size, max_attempts=2, hiccups=(), doubts=(), elsewhere=None):
+    def __init__(self, engine, fates, *, chunk_size, max_attempts=2, hiccups=(), doubts=(), in_place=False):
         self.engine = engine
         self.fates = fates
         self.cord = Cord(engine)
         self.hiccups, self.doubts = set(hiccups), set(doubts)
         self.session = sessionmaker(engine)
-        self.jobs = SqlJobStore(engine if elsewhere is None else elsewhere)
+        self.jobs = SqlJobStore(engine)
         self.step = ChunkStep(
             name="load",
             reader=range(len(fates)),
@@ -108,6 +108,7 @@ class World:
             chunk_size=chunk_size,
             template=RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(max_attempts)),
             skip=SkipPolicy(skip_for=(ValueError, IntegrityError), limit=None),
+            no_rollback_for=(ValueError, IntegrityError) if in_place else (),
             jobs=self.jobs,
         )
 

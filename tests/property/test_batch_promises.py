@@ -39,12 +39,10 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=40)
-@given(fates=fates, chunk_size=st.integers(1, 25), max_attempts=st.integers(1, 3))
-def test_good_items_are_written_once_and_bad_ones_recorded_with_their_own_error(
-    folder, fates, chunk_size, max_attempts
-):
+@given(fates=fates, chunk_size=st.integers(1, 25), max_attempts=st.integers(1, 3), in_place=st.booleans())
+def test_good_items_are_written_once_and_bad_ones_recorded_with_their_own_error(folder, fates, chunk_size, **options):
     with fresh_sqlite(folder) as engine:
-        world = World(engine, fates, chunk_size=chunk_size, max_attempts=max_attempts)
+        world = World(engine, fates, chunk_size=chunk_size, **options)
         assert world.run()
         world.check()
 
@@ -52,7 +50,12 @@ def test_good_items_are_written_once_and_bad_ones_recorded_with_their_own_error(
 # What befalls a job: the statements at which its process is gone, transactions that fail for no item's fault, commits
 # that are made and not confirmed.
 troubles = st.fixed_dictionaries(
-    {"pulls": st.lists(st.integers(0, 80), max_size=6), "hiccups": numbers, "doubts": numbers},
+    {
+        "pulls": st.lists(st.integers(0, 80), max_size=6),
+        "hiccups": numbers,
+        "doubts": numbers,
+        "in_place": st.booleans(),
+    },
 )
 
 
@@ -116,6 +119,22 @@ def test_a_named_culprit_costs_one_transaction(folder, size, culprits):
         assert world.run()
         world.check()
         assert world.cord.transactions == 1 + len(culprits)
+
+
+@settings(max_examples=20)
+@given(
+    size=st.integers(2, 150),
+    culprits=st.dictionaries(
+        st.integers(0, 149), st.sampled_from(["writer", "check", "named", "processor"]), min_size=1, max_size=8
+    ),
+)
+def test_what_is_found_between_savepoints_costs_no_transaction(folder, size, culprits):
+    fates = [culprits.get(item, "good") for item in range(size)]
+    with fresh_sqlite(folder) as engine:
+        world = World(engine, fates, chunk_size=size, in_place=True)
+        assert world.run()
+        world.check()
+        assert world.cord.transactions == 1
 
 
 @settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
