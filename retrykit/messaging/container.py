@@ -71,8 +71,8 @@ class ListenerContainer(Lifetime):
     delivered before; should that attempt kill its process, it is not counted. "always" stores it first, at the price of
     one write a message. "never" counts neither crashes nor attempts that run at the same time.
 
-    `delay` says where a message waits for its next attempt. "hold": the session that is delivered it next waits, and
-    its other messages with it; heart-beats go on. "schedule": at the broker, which is sent a copy to keep back (by the
+    `delay` says where a message waits for its next attempt. "hold": in a session. With a prefetch above 1 it stays in
+    hand and others go on; else whoever is delivered it next waits, and takes no other. "schedule": at the broker, which is sent a copy to keep back (by the
     scheduler of ActiveMQ, in queues on RabbitMQ), and then the message is acknowledged. "redeliver": where it came
     from, as the source's own redelivery policy says (the plug-in of ActiveMQ; `MemoryBroker`, which does so anyway). A
     broker that cannot is a `DelayUnavailableError` at the start. Which it is and what it means is logged.
@@ -88,7 +88,8 @@ class ListenerContainer(Lifetime):
     it was for more than a second. What it sends is put into the connection when it has returned, not before.
 
     `lifespan` is for what belongs to that loop: any callable that gives an asynchronous context manager, which is
-    entered before the first delivery and left after the last one (once for all containers of a group that name it).
+    entered before anything is consumed and left at the end (once for all containers of a group that name it). When
+    entering it fails, the container gives up.
     """
 
     broker: Broker = attrs.field(validator=_is_broker)
@@ -112,6 +113,7 @@ class ListenerContainer(Lifetime):
     _loop: HandlerLoop = attrs.field(factory=HandlerLoop, init=False, repr=False)
     _desks: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
+    _reasons: list[BaseException] = attrs.field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # Refuses what is no handler, before anything runs.
@@ -125,17 +127,15 @@ class ListenerContainer(Lifetime):
     # -- lifetime
 
     def start(self) -> None:
-        """Start the workers and return; they connect by themselves. `RuntimeError` at the second time.
-
-        With a `lifespan`, after that was entered; raises what entering it raises.
-        """
+        """Start the workers and return; they connect by themselves. `RuntimeError` at the second time."""
         with self._lock:
             if self._threads:
                 raise RuntimeError("this container was started before: a container is used once")
             work = self._prepared()
             self._threads = [self._thread(work, number) for number in range(1, self.concurrency + 1)]
             self._running = len(self._threads)
-        self._join_loop()
+        if self.template.asynchronous:
+            self._loop.join()
         for thread in self._threads:
             thread.start()
 
@@ -160,8 +160,9 @@ class ListenerContainer(Lifetime):
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all workers have left; False after `timeout` seconds.
 
-        Raises what made the container give up, such as `NoStableIdError`, or TypeError for a `transaction` that would
-        never commit (a Session itself), to the first who asks. Installs no signal handlers: `run` does.
+        Raises what made the container give up, such as `NoStableIdError`, TypeError for a `transaction` that would
+        never commit (a Session itself), or what a `lifespan` raised, to the first who asks. Installs no signal
+        handlers: `run` does.
         """
         return super().wait(timeout)
 
@@ -244,16 +245,10 @@ class ListenerContainer(Lifetime):
         """Run coroutines on this loop, with those of other containers; to be called before `start`."""
         self._loop = loop
 
-    def _join_loop(self) -> None:
-        try:
-            if self.template.asynchronous:
-                self._loop.join(self.lifespan)
-        except BaseException:
-            self._ending.finish()
-            raise
-
     def _work(self, worker: Worker) -> None:
         try:
+            if worker.desk is not None:
+                self._loop.enter(self.lifespan)
             worker.run()
         except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` and `run` raise it to the owner
             self._give_up(error)
@@ -277,9 +272,14 @@ class ListenerContainer(Lifetime):
             self._tally.add(stale_frames=session.stale_frames)
 
     def _give_up(self, error: BaseException) -> None:
-        _log.critical("the container gives up: %s", error, exc_info=error)
-        self._ending.fail(error)
-        self.stop()
+        with self._lock:
+            known = error in self._reasons
+            self._reasons.append(error)
+        # Several workers may have the same one.
+        if not known:
+            _log.critical("the container gives up: %s", error, exc_info=error)
+            self._ending.fail(error)
+            self.stop()
 
     def _leave(self) -> None:
         with self._lock:
@@ -294,5 +294,4 @@ class ListenerContainer(Lifetime):
             if self.template.asynchronous:
                 self._loop.leave()
         except BaseException as error:  # noqa: BLE001 - as in `_work`
-            if error is not self.error:
-                self._give_up(error)
+            self._give_up(error)
