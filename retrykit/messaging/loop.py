@@ -44,30 +44,28 @@ class HandlerLoop:
         self._users = 0
         self._running: _Running | None = None
 
-    def join(self, lifespan: Lifespan | None) -> None:
-        """Use the loop, until `leave`; what `lifespan` gives is entered on it first, once for all who name it.
-
-        Raises what entering raises; then there is nothing to be left.
-        """
+    def join(self) -> None:
+        """Use the loop, until `leave`."""
         with self._lock:
             self._running = self._running or _Running()
-            try:
-                self._running.enter(lifespan)
-            except BaseException:
-                self._end_unused()
-                raise
             self._users += 1
 
     def leave(self) -> None:
         """Use it no longer. The last one ends it, the lifespans first; raises what ends it badly."""
         with self._lock:
             self._users -= 1
-            self._end_unused()
+            if self._running is not None and not self._users:
+                running, self._running = self._running, None
+                running.end()
 
-    def _end_unused(self) -> None:
-        if self._running is not None and not self._users:
-            running, self._running = self._running, None
-            running.end()
+    def enter(self, lifespan: Lifespan | None) -> None:
+        """Return when what `lifespan` gives was entered on the loop, once for all who name it; raises what that raises.
+
+        It is left when the loop ends.
+        """
+        assert self._running is not None  # noqa: S101 - somebody has joined
+        if lifespan is not None:
+            self._running.entrance(lifespan).result()
 
     def start(self, desk: Desk, function: Callable[[], Any]) -> None:
         """Have a task call and await it, and tell the desk what came of that; raises what has ended the loop."""
@@ -94,26 +92,25 @@ class _Running:
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._waiting: dict[Desk, asyncio.Task[None] | None] = {}
-        self._lifespans: list[Lifespan] = []
-        self._entering: Future[None] | None = None
+        self._entrances: list[tuple[Lifespan, Future[None]]] = []
         self._asked: asyncio.Queue[tuple[Lifespan, Future[None]] | None] = asyncio.Queue()
         ready: Future[asyncio.AbstractEventLoop] = Future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="retrykit-loop", daemon=True)
         self._thread.start()
         self._loop = ready.result()
 
-    def enter(self, lifespan: Lifespan | None) -> None:
-        """Enter it, if it was not yet."""
-        if lifespan is None or lifespan in self._lifespans:
-            return
+    def entrance(self, lifespan: Lifespan) -> Future[None]:
+        """What came of entering it, which is begun if it was not yet."""
         entered: Future[None] = Future()
         with self._lock:
             if self.over:
                 raise self._reason()
-            self._entering = entered
+            for named, entrance in self._entrances:
+                if named == lifespan:
+                    return entrance
+            self._entrances.append((lifespan, entered))
         self.call(self._asked.put_nowait, (lifespan, entered))
-        entered.result()
-        self._lifespans.append(lifespan)
+        return entered
 
     def end(self) -> None:
         """Leave what was entered, end what still runs, and wait for the thread."""
@@ -168,8 +165,9 @@ class _Running:
             if not ready.done():
                 ready.set_exception(error)
         # What was to begin when it ended never will.
-        if self._entering is not None and not self._entering.done():
-            self._entering.set_exception(self._reason())
+        for _, entrance in self._entrances:
+            if not entrance.done():
+                entrance.set_exception(self._reason())
         for desk in tuple(self._waiting):
             desk.bring(_Outcome(error=self._reason()))
 

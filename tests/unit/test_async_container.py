@@ -245,8 +245,9 @@ def test_loop_that_has_ended_starts_no_other_container(broker):
     assert endless.running.wait(PATIENCE)
     first.start()
     wait_for(lambda: one_loop.over)
+    third.start()
     with pytest.raises(SystemExit):
-        third.start()
+        third.wait(PATIENCE)
     for one in (first, second):
         one.stop()
         with suppress(SystemExit):
@@ -716,15 +717,35 @@ def test_lifespan_that_containers_of_a_group_share_is_entered_once(broker):
     assert [event for event, *_ in log] == ["open", "close"]
 
 
-def test_lifespan_that_fails_is_told_by_start_and_nothing_is_consumed(broker):
+def test_lifespan_that_fails_is_told_once_and_nothing_is_consumed(broker, caplog):
     broker.publish("x")
     log = []
-    made = container(broker, nothing, lifespan=Life(log, fails_at="open"))
+    made = container(broker, nothing, lifespan=Life(log, fails_at="open"), concurrency=3)
     with pytest.raises(ConnectionError, match="no database"):
-        made.start()
-    assert made.wait(PATIENCE)
+        made.run()
     assert (made.counters.generations, bodies(broker)) == (0, [b"x"])
+    assert [event for event, *_ in log] == ["open"]
+    assert len([record for record in caplog.records if record.levelname == "CRITICAL"]) == 1
     assert not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"]
+
+
+def test_signal_ends_the_wait_for_a_lifespan_that_hangs(broker, monkeypatch):
+    monkeypatch.setattr("retrykit.messaging.container.FAREWELL", 0.05)
+
+    @asynccontextmanager
+    async def hangs():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await has_happened(made._stopping)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await go_on.wait()
+        yield
+
+    go_on = asyncio.Event()
+    made = container(broker, nothing, lifespan=hangs)
+    made_loop = made._loop
+    assert made.run() is False
+    made_loop.tell(go_on.set)
+    assert made.wait(PATIENCE)
 
 
 def test_lifespan_that_fails_stops_the_others_of_its_group(broker):
@@ -732,10 +753,9 @@ def test_lifespan_that_fails_stops_the_others_of_its_group(broker):
         container(broker.at("/queue/a"), nothing, template=attrs.evolve(template(), name="a")),
         container(broker.at("/queue/b"), nothing, lifespan=Life([], fails_at="open")),
     ]
-    group = ContainerGroup(made)
     with pytest.raises(ConnectionError, match="no database"):
-        group.start()
-    assert group.wait(PATIENCE)
+        ContainerGroup(made).run()
+    assert [one.health().consumers[0].state for one in made] == ["finished", "failed"]
 
 
 def test_lifespan_that_cannot_be_left_is_told_at_the_end(broker):
