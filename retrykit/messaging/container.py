@@ -72,10 +72,11 @@ class ListenerContainer(Lifetime):
     one write a message. "never" counts neither crashes nor attempts that run at the same time.
 
     `delay` says where a message waits for its next attempt. "hold": in a session. With a prefetch above 1 it stays in
-    hand and others go on; else whoever is delivered it next waits, and takes no other. "schedule": at the broker, which is sent a copy to keep back (by the
-    scheduler of ActiveMQ, in queues on RabbitMQ), and then the message is acknowledged. "redeliver": where it came
-    from, as the source's own redelivery policy says (the plug-in of ActiveMQ; `MemoryBroker`, which does so anyway). A
-    broker that cannot is a `DelayUnavailableError` at the start. Which it is and what it means is logged.
+    hand and others go on; else whoever is delivered it next waits, and takes no other. "schedule": at the broker, which
+    is sent a copy to keep back (by the scheduler of ActiveMQ, in queues on RabbitMQ), and then the message is
+    acknowledged. "redeliver": where it came from, as the source's own redelivery policy says (the plug-in of ActiveMQ;
+    `MemoryBroker`, which does so anyway). A broker that cannot is a `DelayUnavailableError` at the start. Which it is
+    and what it means is logged.
 
     `concurrency` is the number of workers: each has a thread and a connection of its own. Lost connections are made
     again, with the pauses of `reconnect`, which messages that are held up take too. A container is used once:
