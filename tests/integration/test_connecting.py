@@ -18,6 +18,7 @@ from retrykit.messaging.stomp import StompBroker
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 from tests.servers import Authority
+from tests.servers.proxy import TcpProxy
 
 PATIENCE = 60.0
 
@@ -150,6 +151,86 @@ def test_a_tls_connection_that_the_server_closes_is_lost_at_once(embedded_tls, q
             session.receive(PATIENCE)
         # Well before any heart-beat is missed.
         assert time.monotonic() - began < 5
+
+
+def through(proxy, server):
+    return f"stomp+ssl://127.0.0.1:{proxy.port}", trusting(server)
+
+
+def test_a_tls_connection_that_hangs_is_given_up_when_no_heart_beat_comes(embedded_tls, queue):
+    with TcpProxy(embedded_tls.port) as proxy:
+        url, context = through(proxy, embedded_tls)
+        with closing(StompBroker(url, destination=queue, ssl_context=context, heart_beat=0.2).connect()) as session:
+            proxy.stall()
+            with pytest.raises(ConnectionLostError):
+                session.receive(PATIENCE)
+
+
+@pytest.fixture
+def deaf(embedded_tls):
+    """Servers that answer CONNECT and read no more: their URL, over TLS or not."""
+    done = threading.Event()
+    threads = []
+
+    def serve(listening, context):
+        client, _ = listening.accept()
+        with client if context is None else context.wrap_socket(client, server_side=True) as peer:
+            peer.recv(1_000)
+            peer.sendall(b"CONNECTED\nversion:1.2\nserver:ActiveMQ/5\n\n\0")
+            done.wait(PATIENCE)
+
+    def start(*, tls):
+        listening = socket.create_server(("127.0.0.1", 0))
+        context = embedded_tls.authority.server_context() if tls else None
+        threads.append(threading.Thread(target=serve, args=(listening, context)))
+        threads[-1].start()
+        cleanup.append(listening)
+        return f"{'stomp+ssl' if tls else 'stomp'}://127.0.0.1:{listening.getsockname()[1]}"
+
+    cleanup = []
+    yield start
+    done.set()
+    for thread in threads:
+        thread.join()
+    for listening in cleanup:
+        listening.close()
+
+
+@pytest.mark.parametrize("tls", [True, False])
+def test_a_send_that_nobody_takes_ends_in_time(embedded_tls, deaf, queue, tls):
+    context = trusting(embedded_tls) if tls else None
+    broker = StompBroker(deaf(tls=tls), ssl_context=context, send_timeout=0.3)
+    with closing(broker.connect(consume=False)) as session:
+        began = time.monotonic()
+        # More than all buffers on the way can hold.
+        session.send(queue, bytes(30_000_000), {})
+        with pytest.raises(ConnectionLostError, match="SEND could not be sent"):
+            session.flush()
+        assert time.monotonic() - began < 10
+
+
+def test_a_tls_connection_that_is_cut_loses_and_repeats_nothing(embedded_tls, queue):
+    handled = []
+    with TcpProxy(embedded_tls.port) as proxy:
+        url, context = through(proxy, embedded_tls)
+
+        def handler(message):
+            handled.append(message.body)
+            if len(handled) % 5 == 0:
+                proxy.cut()
+
+        container = ListenerContainer(
+            StompBroker(url, destination=queue, ssl_context=context),
+            handler,
+            template=RetryTemplate(name="orders", remember_completed=60),
+            reconnect=FixedBackOffPolicy(0.02),
+        )
+        for number in range(30):
+            embedded_tls.publish(queue, str(number).encode())
+        with container:
+            until(lambda: embedded_tls.depth(queue) == 0)
+    assert set(handled) == {str(number).encode() for number in range(30)}
+    assert container.counters.generations > 1
 
 
 def test_an_idle_tls_connection_costs_no_time(embedded_tls, queue):
