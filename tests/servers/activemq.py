@@ -25,7 +25,17 @@ _XML = """\
                            http://activemq.apache.org/schema/core/activemq-core.xsd">
   <broker xmlns="http://activemq.apache.org/schema/core" brokerName="tests" dataDirectory="{base}/data"
           useJmx="false" schedulerSupport="{scheduler}" useShutdownHook="true">
-{plugins}    <persistenceAdapter>
+{plugins}    <destinationPolicy>
+      <policyMap>
+        <policyEntries>
+          <!-- Queues of which the broker holds as much as this in memory, and lets nobody send more. -->
+          <policyEntry queue="limited.>" memoryLimit="100 kb" producerFlowControl="true">
+            <pendingQueuePolicy><vmQueueCursor/></pendingQueuePolicy>
+          </policyEntry>
+        </policyEntries>
+      </policyMap>
+    </destinationPolicy>
+    <persistenceAdapter>
       <kahaDB directory="{base}/data/kahadb" journalMaxFileLength="4mb"/>
     </persistenceAdapter>
 {keys}    <systemUsage>
