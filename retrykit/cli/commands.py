@@ -30,6 +30,7 @@ GROUPS: Final = {
     "consume": "retrykit.cli.consume",
     "contexts": "retrykit.cli.contexts",
     "db": "retrykit.cli.db",
+    "jobs": "retrykit.cli.jobs",
     "parked": "retrykit.cli.parked",
 }
 

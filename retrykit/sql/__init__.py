@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
 
 from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
-from retrykit.sql.jobs import AsyncSqlJobStore, Job, SqlJobStore, stored_job, stored_jobs
+from retrykit.sql.jobs import AsyncSqlJobStore, Job, SqlJobStore, restart_job, stored_job, stored_jobs
 from retrykit.sql.migrations import migrations_path
 from retrykit.sql.parked import (
     ParkedItem,
@@ -51,6 +51,7 @@ __all__ = [
     "parked_item",
     "parked_items",
     "remove_parked_in",
+    "restart_job",
     "rk_context",
     "rk_job",
     "rk_parked",

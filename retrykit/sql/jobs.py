@@ -536,3 +536,30 @@ class AsyncJoinedJobs:
     async def moved(self, claim: Claim) -> bool:
         """As `JoinedJobs.moved`."""
         return await greenlet_spawn(self._joined.moved, claim)
+
+
+def restart_job(bind: Engine, number: int) -> Job | None:
+    """Let a job begin anew when it is started next; None if there is no such job.
+
+    Position and counts are forgotten; what it has written and parked stays. `JobRunningError` while somebody runs it.
+    """
+    database = database_of(bind)
+    if database is None:
+        raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)
+    clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
+    with connections_of(bind, database, None, in_loop=False).several() as connection:
+        row = connection.execute(select(rk_job).where(_c.id == number).with_for_update()).first()
+        if row is None:
+            return None
+        _check_free(row, clock.now(), again=True)
+        anew: dict[str, Any] = {
+            "status": "new",
+            "reason": None,
+            "position": None,
+            "counts": "{}",
+            "finished_at": None,
+            "owner": None,
+        }
+        anew |= {"revision": row.revision + 1, "fence": row.fence + 1, "updated_at": clock.now(), "lease_until": None}
+        connection.execute(update(rk_job).where(_c.id == number).values(anew))
+        return _job(connection.execute(select(rk_job).where(_c.id == number)).one())

@@ -18,6 +18,8 @@ COMMANDS = [
     ["consume"],
     ["contexts"],
     *(["contexts", name] for name in ("list", "show", "veto", "withdraw", "forget", "export", "prune")),
+    ["jobs"],
+    *(["jobs", name] for name in ("list", "show", "restart")),
     ["parked"],
     *(["parked", name] for name in ("list", "show", "requeue", "discard")),
 ]
@@ -47,3 +49,8 @@ def test_page_names_every_key_of_the_json_form_of_a_parked_item():
     sql = pytest.importorskip("retrykit.sql")
     fields = {field.name for field in attrs.fields(sql.ParkedItem)} - {"payload"}
     assert documented("A parked item (`parked show --json`") == fields | {"format", "bytes", "body"}
+
+
+def test_page_names_every_key_of_the_json_form_of_a_job():
+    sql = pytest.importorskip("retrykit.sql")
+    assert documented("A job (`jobs show --json`") == {field.name for field in attrs.fields(sql.Job)} | {"format"}

@@ -1,0 +1,123 @@
+"""`retrykit jobs …`: what batch jobs have come to, and beginning anew."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from retrykit import RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import ChunkStep, SkipPolicy
+from retrykit.cli.commands import retrykit
+from retrykit.sql import SqlJobStore, sqlite_engine, stored_job
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"sqlite:///{tmp_path}/orders.db"
+
+
+@pytest.fixture
+def engine(url):
+    engine = sqlite_engine(url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def jobs(engine):
+    return SqlJobStore(engine)
+
+
+@pytest.fixture
+def run(url, jobs):
+    # The tables are there: commands make none.
+    jobs.abandon(jobs.claim("somebody's", {}))
+
+    def run(*arguments, status=0):
+        found = CliRunner().invoke(retrykit, ["jobs", *arguments], env={"RETRYKIT_STORE": url})
+        assert found.exit_code == status, found.output
+        return found.output
+
+    return run
+
+
+def load(jobs, file, *, last=10):
+    def read():
+        yield from range(last)
+        if last < 10:
+            raise OSError("no line")
+
+    def process(item):
+        return int("x") if item == 3 else item
+
+    ChunkStep(
+        name="load",
+        reader=read(),
+        processor=process,
+        writer=lambda *_: None,
+        chunk_size=2,
+        template=RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1)),
+        skip=SkipPolicy(skip_for=ValueError),
+        jobs=jobs,
+    ).run({"file": file})
+
+
+def test_list_shows_state_counts_and_reason(run, jobs):
+    load(jobs, "a.csv")
+    with pytest.raises(OSError, match="no line"):
+        load(jobs, "b.csv", last=5)
+    lines = [line.split("\t") for line in run("list").splitlines()]
+    assert lines[0] == ["id", "name", "status", "runs", "read", "written", "skipped", "changed", "parameters", "reason"]
+    assert lines[1][1:7] == ["somebody's", "running", "1", "0", "0", "0"]
+    assert lines[2][1:7] == ["load", "finished", "1", "10", "9", "1"]
+    assert lines[3][1:7] == ["load", "failed", "1", "4", "3", "1"]
+    assert lines[3][8:] == ["file='b.csv'", "OSError: no line"]
+    found = json.loads(run("list", "--name", "load", "--limit", "1", "--json"))
+    assert [job["parameters"] for job in found["jobs"]] == [{"file": "a.csv"}]
+    rest = json.loads(run("list", "--name", "load", "--after", str(found["next"]), "--json"))
+    assert [job["status"] for job in rest["jobs"]] == ["failed"]
+    assert rest["next"] is None
+    assert json.loads(run("list", "--status", "stopped", "--json")) == {"jobs": [], "next": None}
+    assert "is no number of a job" in run("list", "--after", "x", status=2)
+
+
+def test_show_tells_what_is_known_of_one(run, jobs):
+    load(jobs, "a.csv")
+    shown = run("show", "2")
+    for line in (
+        "status: finished",
+        "written: 9",
+        "skipped: 1",
+        "ValueError: 1",
+        "position: 10",
+        "parameters: file='a.csv'",
+    ):
+        assert line in [" ".join(one.split()) for one in shown.splitlines()]
+    job = json.loads(run("show", "2", "--json"))
+    assert (job["format"], job["position"], job["counts"]["skipped"]) == (1, 10, {"builtins.ValueError": 1})
+    assert "run by:" in run("show", "1")
+    assert "there is no job 9" in run("show", "9", status=1)
+
+
+def test_restart_lets_a_finished_job_begin_anew(run, engine, jobs):
+    load(jobs, "a.csv")
+    assert "say --yes" in run("restart", "2", status=2)
+    assert run("restart", "2", "--yes") == "job 2 begins anew when it is started next\n"
+    job = stored_job(engine, 2)
+    assert (job.status, job.position, dict(job.counts), job.finished_at) == ("new", None, {}, None)
+    load(jobs, "a.csv")
+    job = stored_job(engine, 2)
+    assert (job.status, job.counts["read"], job.runs) == ("finished", 10, 2)
+    assert "there is no job 9" in run("restart", "9", "--yes", status=1)
+
+
+def test_a_job_that_somebody_runs_is_left_alone(run, engine, jobs):
+    claim = jobs.claim("busy", {})
+    try:
+        assert "is run by" in run("restart", str(claim.id), "--yes", status=1)
+        assert stored_job(engine, claim.id).status == "running"
+    finally:
+        jobs.abandon(claim)
+    assert "begins anew" in run("restart", str(claim.id), "--yes")
