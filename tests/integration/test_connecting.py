@@ -19,6 +19,7 @@ from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 from tests.servers import Authority
 from tests.servers.proxy import TcpProxy
+from tests.servers.rabbitmq import USER
 
 PATIENCE = 60.0
 
@@ -380,6 +381,15 @@ def test_credentials_are_asked_for_at_each_connection(queue):
             broker.connect()
         with closing(broker.connect()) as session:
             assert session.receive(0.01) is None
+
+
+def test_rabbitmq_is_shown_the_credentials_of_the_moment(rabbitmq, queue):
+    secrets = iter([(USER, "yesterday's"), (USER, rabbitmq.password)])
+    url = f"stomp://{rabbitmq.host}:{rabbitmq.port}"
+    broker = StompBroker(url, destination=queue, profile="rabbitmq", credentials=lambda: next(secrets))
+    with pytest.raises(BrokerUnavailableError, match=f"Access refused for user '{USER}'"):
+        broker.connect()
+    broker.connect().close()
 
 
 def test_a_container_connects_with_the_secret_of_the_hour(queue):
