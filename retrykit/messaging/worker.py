@@ -16,7 +16,7 @@ from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
-from retrykit.messaging.errors import DelayUnavailableError, NoStableIdError, NotSupportedError
+from retrykit.messaging.errors import BrokerError, DelayUnavailableError, NoStableIdError, NotSupportedError
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.messaging.unit_of_work import TransactionMisuseError
 from retrykit.messaging.waiting import WaitingClock
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
 
 _FATAL: Final = (NoStableIdError, TransactionMisuseError, DelayUnavailableError, NotSupportedError)
 _log = logging.getLogger("retrykit.messaging")
+
+
+def _told(error: Exception) -> str:
+    """What ended a connection, in the words of whoever knows: what left a commit in doubt is its cause."""
+    return str(error) if isinstance(error, BrokerError) else str(error.__cause__ or "") or str(error)
 
 
 @attrs.frozen(eq=False)
@@ -110,6 +115,6 @@ class Worker:
             self.broker.name,
             delivered,
             context.attempt,
-            str(error.__cause__ or "") or error,
+            _told(error),
             exc_info=None if expected else error,
         )

@@ -435,6 +435,15 @@ def test_credentials_that_cannot_be_had_are_told_without_them(credentials, reaso
     assert "sesame" not in f"{unavailable.value}{broker!r}{caplog.text}"
 
 
+def test_the_log_says_why_a_container_is_not_connected(queue, caplog):
+    broker = StompBroker("stomp://127.0.0.1:1", destination=queue, credentials=vault_is_sealed)
+    template = RetryTemplate(name="orders")
+    with ListenerContainer(broker, print, template=template, reconnect=FixedBackOffPolicy(0.01)):
+        until(lambda: len(caplog.records) > 1)
+    assert "(try 2): No connection to the broker stomp://127.0.0.1:1" in caplog.text
+    assert "credentials() raised builtins.PermissionError" in caplog.text
+
+
 def test_nothing_that_was_asked_for_is_logged(queue, caplog):
     caplog.set_level(logging.DEBUG)
     with StompServer(user="me", password="open sesame") as server:

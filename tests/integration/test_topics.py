@@ -215,6 +215,17 @@ def test_a_message_of_a_topic_that_is_given_back_is_the_next_and_is_flagged(serv
         assert session.stale_frames == 0
 
 
+def test_brokers_of_unknown_kinds_are_given_nothing_of_a_topic_back(activemq_kind, topic):
+    broker = StompBroker(activemq_kind.url, destination=topic, profile="generic")
+    with closing(broker.connect()) as session, Publisher(StompBroker(activemq_kind.url)) as publisher:
+        publisher.send(topic, "1")
+        session.rollback(session.receive(PATIENCE))
+        message = session.receive(PATIENCE)
+        assert (message.text, message.redelivered) == ("1", True)
+        session.commit(message)
+        assert session.receive(0.1) is None
+
+
 def test_a_durable_subscription_survives_its_broker(server, publisher, topic):
     broker = durable(server, topic)
     with Reader(broker) as reader:
