@@ -183,6 +183,9 @@ class StompSession:
             ours["content-length"] = str(len(body))
         declared = self._broker.declare if destination.startswith(_QUEUE) else {}
         full = {"persistent": "true", **declared, **headers, **special, **marks, **ours}
+        if full["persistent"] == "false":
+            # Nothing says the same everywhere; "false" makes RabbitMQ want a queue that goes with this connection.
+            del full["persistent"]
         self._sends.append(self._wire.put_confirmed("SEND", full, body, f"a message to {destination!r}"))
 
     def _name(self, headers: Mapping[str, str]) -> dict[str, str]:
