@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,8 @@ class Run:
         nursery: Nursery,
         folder: Path,
         *,
-        messages: int,
+        messages: int = 0,
+        numbers: Sequence[int] = (),
         seed: int,
         journal: str = "redelivered",
         declare: dict[str, str] | None = None,
@@ -51,7 +52,7 @@ class Run:
         self.broker = broker
         self.database = database
         self.chance = random.Random(seed)
-        self.numbers = range(messages)
+        self.numbers = numbers or range(messages)
         self.queue = f"/queue/fire.{seed}.{folder.name}"
         self.declare = declare or {}
         self.ledger = Ledger(folder / "ledger")
@@ -87,6 +88,13 @@ class Run:
         """Start one that is going to die, between some two steps of its work."""
         return self.start(dies_after=self.chance.randrange(1, 400))
 
+    def start_and_await_its_death(self, after: int) -> None:
+        """Have a consumer kill itself after so many steps."""
+        worker = self.start(dies_after=after)
+        assert worker.wait() == -signal.SIGKILL, f"worker {worker.number} ended with {worker.status}"
+        self.workers.remove(worker)
+        self.kills += 1
+
     def replace(self, worker: Worker) -> None:
         """Put another in the place of one that has ended."""
         self.workers.remove(worker)
@@ -121,11 +129,10 @@ class Run:
         if isinstance(self.broker, RabbitMq):
             self.broker.keep_queues()
         with closing(StompBroker(self.broker.url, declare=self.declare).connect(consume=False)) as session:
-            for number in self.numbers:
-                session.send(self.queue, b"%d" % number, {"content-type": "text/plain"})
-                if number % 100 == 99:
-                    session.commit()
-            session.commit()
+            for first in range(0, len(self.numbers), 100):
+                for number in self.numbers[first : first + 100]:
+                    session.send(self.queue, b"%d" % number, {"content-type": "text/plain"})
+                session.commit()
 
     def reach(self, share: float) -> None:
         """Wait until this share of the messages has come to its end, or as many acknowledgements."""

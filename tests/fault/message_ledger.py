@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import attrs
 
@@ -57,7 +57,7 @@ class MessageLedger:
     acknowledged. `journaled`: every attempt was stored before it began.
     """
 
-    numbers: range
+    numbers: Sequence[int]
     ledger: Ledger
     effects: Counter[int]
     sent: list[Copy]

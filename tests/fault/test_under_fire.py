@@ -80,6 +80,22 @@ def test_whatever_fails_nothing_is_lost_and_every_effect_happens_once(request, b
         assert run.kills >= 6
 
 
+# From a delivery to its settlement a message that is handled takes seven steps, one that fails three.
+STEPS = 8
+
+
+@pytest.mark.parametrize("first", [0, 3, 7], ids=["good", "flaky", "poison"])
+def test_a_consumer_may_die_after_any_step(broker, nursery, tmp_path, seed, first):  # noqa: PLR0917
+    database = f"sqlite:///{tmp_path}/work.db"
+    options = {"numbers": (first, 1, 13, 57), "seed": seed, "journal": "always"}
+    with run_of(broker, database, nursery, tmp_path, **options) as run:
+        run.publish()
+        for steps in range(1, STEPS + 1):
+            run.start_and_await_its_death(steps)
+        run.start()
+        check(run)
+
+
 AT_CONSUMERS = (
     *[fire.kill_a_consumer] * 3,
     *[fire.let_a_consumer_die_between_two_steps] * 4,
