@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.orm import Session, sessionmaker
 
-from retrykit import ExponentialBackOffPolicy, RetryListener, RetryTemplate, SimpleRetryPolicy
+from retrykit import AsyncRetryTemplate, ExponentialBackOffPolicy, RetryListener, RetryTemplate, SimpleRetryPolicy
 from retrykit.errors import CommitInDoubtError
 from retrykit.messaging import ListenerContainer, park
 from retrykit.messaging.stomp import StompBroker
@@ -103,12 +104,14 @@ class Reporter(RetryListener):
 
 
 class Consumer:
-    """One process, as an order describes it.
+    """One process, as an order describes it; `AsyncConsumer` is one whose handlers are coroutines.
 
     `broker`: what a `StompBroker` is made of, its queue included; what handlers send goes to QUEUE.out, poison to
     QUEUE.parked. `database`: of the work, the histories and the marks. `dies_after`: so many steps, then SIGKILL.
     `takes`: how long a slow handler takes. `journal`, `concurrency`: of the container.
     """
+
+    template_class: type[RetryTemplate | AsyncRetryTemplate] = RetryTemplate
 
     def __init__(self, order: dict[str, Any]) -> None:
         self.order = order
@@ -116,7 +119,8 @@ class Consumer:
         self.broker = StompBroker(**order["broker"])
         self.engine = engine_for(order["database"])
         self.begun = sessionmaker(self.engine).begin
-        self.present = threading.local()
+        self.options: dict[str, Any] = {}
+        self.present: ContextVar[dict[str, Any]] = ContextVar("present")
         self.lock = threading.Lock()
         self.steps_left = order.get("dies_after")
         self.deliveries = 0
@@ -127,7 +131,7 @@ class Consumer:
         container = ListenerContainer(
             self,
             self.handle,
-            template=RetryTemplate(
+            template=self.template_class(
                 name="orders",
                 retry_policy=SimpleRetryPolicy(max_attempts=MAX_ATTEMPTS),
                 back_off_policy=ExponentialBackOffPolicy(initial=0.005, max_interval=0.05, jitter="full"),
@@ -140,6 +144,7 @@ class Consumer:
             journal=self.order["journal"],
             concurrency=self.order.get("concurrency", 1),
             reconnect=ExponentialBackOffPolicy(initial=0.02, max_interval=0.5, jitter="full"),
+            **self.options,
         )
         self.pen("began")
         container.run()
@@ -182,13 +187,13 @@ class Consumer:
         """A delivery has come."""
         with self.lock:
             self.deliveries += 1
-            self.present.facts = {"d": self.deliveries, "k": int(message.text)}
+            self.present.set({"d": self.deliveries, "k": int(message.text)})
         self.note("receive", again=message.redelivered)
         self.step()
 
     def note(self, event: str, **facts: Any) -> None:
         """Write an event of the delivery in hand."""
-        self.pen(event, **self.present.facts, **facts)
+        self.pen(event, **self.present.get(), **facts)
 
     def step(self) -> None:
         """Between two steps: this may be where the process dies."""
