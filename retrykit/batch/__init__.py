@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from retrykit.batch.errors import ItemError, SkipLimitError
+from retrykit.batch.errors import ItemError, SkipLimitError, stop
 from retrykit.batch.files import CsvReader, JsonLinesReader
+from retrykit.batch.partitions import Division, run_partitions
 from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import Reader, Unreadable
@@ -21,6 +22,7 @@ __all__ = [
     "ChunkStep",
     "Counts",
     "CsvReader",
+    "Division",
     "ItemError",
     "JsonLinesReader",
     "Reader",
@@ -31,6 +33,8 @@ __all__ = [
     "SqlCursorReader",
     "SqlWriter",
     "Unreadable",
+    "run_partitions",
+    "stop",
 ]
 
 

@@ -45,11 +45,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
+from functools import partial
 from time import perf_counter
 from typing import Any
 
 from retrykit.batch.attempt import Attempt, Where
-from retrykit.batch.errors import SkipLimitError
+from retrykit.batch.errors import SkipLimitError, StepStopped
 from retrykit.batch.isolation import Verdict, isolate, next_group
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
@@ -90,6 +91,11 @@ class Course:
             if self.claim is not None:
                 self.step.jobs.abandon(self.claim)
             raise
+        except StepStopped as stopped:
+            if stopped.job and self.claim is not None:
+                claim = self.claim
+                yield from self._quietly(partial(self.step.jobs.stop_others, claim, stopped.reason), "stopping the job")
+            return (yield from self._leave(source, "stopped", stopped.reason))
         except BaseException as error:
             status: Status = "failed" if isinstance(error, Exception) else "stopped"
             yield from self._leave(source, status, f"{type(error).__name__}: {message_of(error)}")

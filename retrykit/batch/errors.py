@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from retrykit.check import wrong_type, wrong_value
 from retrykit.errors import RetryError
 
@@ -29,3 +31,26 @@ class SkipLimitError(RetryError):
 
     Raised from the item's own failure. What was written before the item is committed; a restart begins with it.
     """
+
+
+class StepStopped(BaseException):
+    """Raised by `stop`. Nothing that handles failures sees it: it is not tried again, and no item is skipped for it."""
+
+    def __init__(self, reason: str, *, job: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.job = job
+
+
+def stop(reason: str, *, job: bool = False) -> NoReturn:
+    """Stop the step that the caller is a part of (its reader, processor, writer or hook), for a reason.
+
+    The open transaction is rolled back, the job is "stopped" with the reason, and goes on from there when it is started
+    again. Of a step that is one of several partitions only this one is stopped; with `job` the others are too, at their
+    next commit. (`retrykit.veto` forbids further attempts of an item.)
+    """
+    if not isinstance(reason, str):
+        raise wrong_type("reason", "a str", reason)
+    if not reason:
+        raise wrong_value("reason", "a text that says why", reason)
+    raise StepStopped(reason, job=job)

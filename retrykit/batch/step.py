@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
@@ -96,6 +96,7 @@ class _Step(Value):
     on_progress: Callable[[Report], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
     payload: Callable[[Any], tuple[bytes, str]] = attrs.field(default=payload_of, validator=is_callable)
     templates: Templates = attrs.field(init=False, eq=False, repr=False)
+    _begun: list[bool] = attrs.field(init=False, factory=list, eq=False, repr=False)
 
     asynchronous: ClassVar[bool]
     _kind: ClassVar[type[Any]]
@@ -115,6 +116,16 @@ class _Step(Value):
 
     def __attrs_post_init__(self) -> None:
         object.__setattr__(self, "templates", Templates.of(self.template, self.skip))
+
+    def course(self, parameters: Mapping[str, Any] | None, perform: Callable[[Any], Any]) -> Course:
+        """One run. `ValueError` for a second one with a reader that is an iterator: what it gave is gone."""
+        course = Course(self, _parameters(parameters), perform)
+        if self._begun and isinstance(self.reader, Iterator | AsyncIterator):
+            raise wrong_value(
+                "reader", "an iterable, or for each run another iterator (this one was read)", self.reader
+            )
+        self._begun.append(True)
+        return course
 
     def savepoint(self, transaction: Any) -> Any:
         """A savepoint in the open transaction, or an awaitable of it."""
@@ -170,7 +181,7 @@ class ChunkStep(_Step):
     `no_rollback_for`: those of them after which the transaction goes on: they are not tried again, and the culprits are
     found between savepoints, in the same transaction, which must be SQLAlchemy's. What a processor did in the
     transaction before it raised one of them stays. `key`: what names an item; then its attempts have a history, which
-    survives a crash in a shared context cache.
+    with `jobs` survives a crash in a shared context cache.
 
     `jobs`: where position and counts are stored, and skipped items recorded: a `retrykit.sql.SqlJobStore`. Without one
     a run always begins at the beginning. `on_skip(transaction, skipped)` is called in the transaction that records a
@@ -194,7 +205,7 @@ class ChunkStep(_Step):
         Raises the failure that stopped the step, as it is; `SkipLimitError` when too many items would be skipped. What
         was committed stays, and the next run goes on behind it.
         """
-        return drive(Course(self, _parameters(parameters), drive).run(again=again))
+        return drive(self.course(parameters, drive).run(again=again))
 
 
 class AsyncChunkStep(_Step):
@@ -206,4 +217,4 @@ class AsyncChunkStep(_Step):
 
     async def run(self, parameters: Mapping[str, Any] | None = None, *, again: bool = False) -> Report:
         """As `ChunkStep.run`, awaited."""
-        return await async_drive(Course(self, _parameters(parameters), async_drive).run(again=again))
+        return await async_drive(self.course(parameters, async_drive).run(again=again))

@@ -201,6 +201,35 @@ class _JobRows:
         ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
         return connection.execute(ours.values(values)).rowcount == 1
 
+    def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
+        stopped = [self._stop(connection, claim, one, reason) for one in partitions_of(claim.parameters)]
+        return sum(stopped)
+
+    def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
+        now, instance = self.clock.now(), instance_of(claim.name, parameters)
+        found = connection.execute(select(_c.id, _c.status).where(_c.instance == instance).with_for_update()).first()
+        values: dict[str, Any] = {"status": "stopped", "reason": reason[:_REASON], "updated_at": now}
+        if found is None:
+            connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
+            return 1
+        if found.id == claim.id or found.status == "finished":
+            return 0
+        # Under another fence its runner cannot commit any more.
+        values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
+        connection.execute(update(rk_job).where(_c.id == found.id).values(values))
+        return 1
+
+
+def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """The parameters of one of the jobs that a step is divided into; `part` counts from 1."""
+    return {**parameters, "partition": f"{part}/{parts}"}
+
+
+def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of all jobs of the step that is divided as these say; none if it is not."""
+    _, _, parts = str(parameters.get("partition", "")).partition("/")
+    return [partition(parameters, part, int(parts)) for part in range(1, int(parts) + 1)] if parts.isdecimal() else []
+
 
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:
     """What identifies a job: a digest of its name and parameters, in whatever order these are."""
@@ -372,6 +401,21 @@ class SqlJobStore:
         """Whether something was stored behind the claim's revision: by a commit that was not confirmed."""
         return self._do(lambda connection: self._rows.moved(connection, claim))
 
+    def state(self, name: str, parameters: Mapping[str, Any]) -> Job | None:
+        """The job as it stands; None if it was never started."""
+        instance = instance_of(name, parameters)
+        row = self._do(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
+        return None if row is None else _job(row)
+
+    def now(self) -> float:
+        """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""
+        self._open()
+        return self._rows.clock.now()
+
+    def stop_others(self, claim: Claim, reason: str) -> int:
+        """Stop the other partitions of the claim's job, those that run at their next commit; how many."""
+        return self._do(lambda connection: self._rows.stop_others(connection, claim, reason))
+
     def release(self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]) -> None:
         """End the run. `JobLostError` if the job is another's by now and this one has finished it."""
         try:
@@ -513,6 +557,16 @@ class AsyncSqlJobStore(SqlJobStore):
     async def moved(self, claim: Claim) -> bool:  # type: ignore[override]
         """As `SqlJobStore.moved`."""
         return await self._run(super().moved, claim)
+
+    async def state(  # type: ignore[override]
+        self, name: str, parameters: Mapping[str, Any]
+    ) -> Job | None:
+        """As `SqlJobStore.state`."""
+        return await self._run(super().state, name, parameters)
+
+    async def stop_others(self, claim: Claim, reason: str) -> int:  # type: ignore[override]
+        """As `SqlJobStore.stop_others`."""
+        return await self._run(super().stop_others, claim, reason)
 
     async def release(  # type: ignore[override]
         self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]

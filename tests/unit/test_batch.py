@@ -333,6 +333,17 @@ def test_no_transaction_is_open_while_the_reader_waits_not_even_after_a_failure(
     assert table.rows == [0, 2, 3, 5]
 
 
+def test_an_iterator_is_not_read_by_a_second_run_which_would_leave_out_what_it_gave(table):
+    for reader in (iter(range(10)), (item for item in range(10))):
+        one = step(table, reader, chunk_size=2, processor=poison(5))
+        with pytest.raises(ValueError, match="item 5"):
+            one.run()
+        with pytest.raises(ValueError, match=r"^reader: .* \(this one was read\)"):
+            one.run()
+    one = step(table, range(3))
+    assert [one.run().counts.read for _ in range(2)] == [3, 3]
+
+
 # -- limits
 
 

@@ -1,0 +1,214 @@
+"""A step divided into partitions: each runs once, whoever runs it; the database says who."""
+
+from __future__ import annotations
+
+import threading
+
+import attrs
+import pytest
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, select
+from sqlalchemy.orm import sessionmaker
+
+from retrykit import RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import ChunkStep, run_partitions, stop
+from retrykit.errors import JobError, JobLostError
+from retrykit.sql import SqlJobStore, create_tables, sqlite_engine, stored_jobs
+from tests.doubles import ManualClock
+from tests.servers.databases import DATABASES, empty_database
+
+metadata = MetaData()
+# Nothing is unique: what is written twice shows.
+work = Table("work", metadata, Column("item", Integer, nullable=False), Column("part", Integer, nullable=False))
+ITEMS = range(60)
+
+
+@pytest.fixture(params=DATABASES)
+def url(request):
+    return empty_database(request, request.param)
+
+
+@pytest.fixture
+def engine(url):
+    engine = engine_of(url)
+    create_tables(engine)
+    metadata.create_all(engine)
+    yield engine
+    engine.dispose()
+
+
+def engine_of(url):
+    return sqlite_engine(url) if url.startswith("sqlite") else create_engine(url)
+
+
+def steps(engine, *, process=lambda item: item):
+    """What makes the steps: each has the items that leave the same rest."""
+
+    def make(part, parts):
+        def write(session, items):
+            session.execute(insert(work), [{"item": item, "part": part} for item in items])
+
+        return ChunkStep(
+            name="load",
+            reader=[item for item in ITEMS if item % parts == part - 1],
+            processor=process,
+            writer=write,
+            transaction=sessionmaker(engine).begin,
+            chunk_size=4,
+            template=RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1)),
+            jobs=SqlJobStore(engine),
+        )
+
+    return make
+
+
+def written(engine):
+    with engine.connect() as connection:
+        return sorted(connection.scalars(select(work.c.item)))
+
+
+def states(engine):
+    return {job.parameters["partition"]: (job.status, job.reason) for job in stored_jobs(engine)}
+
+
+def test_one_worker_runs_all_partitions(engine):
+    division = run_partitions(steps(engine), 3, {"day": 1})
+    assert written(engine) == list(ITEMS)
+    assert division.finished
+    assert sorted(division.reports) == [1, 2, 3]
+    assert states(engine) == dict.fromkeys(("1/3", "2/3", "3/3"), ("finished", None))
+    assert [job.parameters["day"] for job in stored_jobs(engine)] == [1, 1, 1]
+    # All is done: there is nothing for a second one.
+    again = run_partitions(steps(engine), 3, {"day": 1})
+    assert (again.finished, again.reports) == (True, {})
+    assert written(engine) == list(ITEMS)
+
+
+def test_workers_share_the_partitions_and_each_runs_once(url, engine):
+    start, found = threading.Barrier(3), []
+
+    def run():
+        own = engine_of(url)
+        start.wait(30)
+        found.append(run_partitions(steps(own), 6, poll=0.01))
+        own.dispose()
+
+    workers = [threading.Thread(target=run) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert written(engine) == list(ITEMS)
+    assert sorted(part for division in found for part in division.reports) == [1, 2, 3, 4, 5, 6]
+    assert all(division.finished for division in found)
+
+
+def test_a_partition_that_fails_leaves_the_others_alone_and_is_not_started_again(engine):
+    def process(item):
+        if item == 4:
+            raise OSError("no line")
+        return item
+
+    division = run_partitions(steps(engine, process=process), 3)
+    assert division.failures == {2: "OSError: no line"}
+    assert sorted(division.reports) == [1, 3]
+    # Another worker of the same campaign does not try it again; a later one does.
+    begun = min(job.started_at.timestamp() for job in stored_jobs(engine))
+    other = run_partitions(steps(engine), 3, since=begun)
+    assert (other.failures, other.reports) == ({2: "OSError: no line"}, {})
+    later = run_partitions(steps(engine), 3)
+    assert (later.finished, sorted(later.reports)) == (True, [2])
+    assert written(engine) == list(ITEMS)
+
+
+def test_a_partition_of_a_dead_process_is_taken_over(engine):
+    jobs = SqlJobStore(engine)
+    jobs.abandon(jobs.claim("load", {"partition": "2/3"}))
+    assert run_partitions(steps(engine), 3).finished
+    assert written(engine) == list(ITEMS)
+
+
+def test_what_runs_elsewhere_is_waited_for(engine):
+    jobs = SqlJobStore(engine)
+    claim = jobs.claim("load", {"partition": "2/2"})
+
+    class Clock(ManualClock):
+        def sleep(self, seconds):
+            super().sleep(seconds)
+            jobs.abandon(claim)
+
+    clock = Clock()
+    assert run_partitions(steps(engine), 2, clock=clock, poll=3).finished
+    assert clock.slept == [3]
+    assert written(engine) == list(ITEMS)
+
+
+def test_a_partition_is_stopped_for_a_reason_and_goes_on_from_there(engine):
+    def process(item):
+        if item == 40:
+            stop("the customer has cancelled")
+        return item
+
+    division = run_partitions(steps(engine, process=process), 3)
+    assert division.failures == {2: "stopped: the customer has cancelled"}
+    assert states(engine)["2/3"] == ("stopped", "the customer has cancelled")
+    assert division.reports[2].status == "stopped"
+    assert [item for item in written(engine) if item % 3 == 1] == [item for item in range(1, 36) if item % 3 == 1]
+    assert run_partitions(steps(engine), 3).finished
+    assert written(engine) == list(ITEMS)
+
+
+def test_the_whole_job_is_stopped_for_a_reason_also_what_was_not_begun(engine):
+    def process(item):
+        if item == 1:
+            stop("wrong file", job=True)
+        return item
+
+    division = run_partitions(steps(engine, process=process), 4)
+    assert sorted(division.reports) == [1, 2]
+    assert division.failures == dict.fromkeys((2, 3, 4), "stopped: wrong file")
+    assert states(engine) == {"1/4": ("finished", None)} | dict.fromkeys(
+        ("2/4", "3/4", "4/4"), ("stopped", "wrong file")
+    )
+    assert run_partitions(steps(engine), 4).finished
+    assert written(engine) == list(ITEMS)
+
+
+def test_a_running_partition_of_a_stopped_job_commits_nothing_more(engine):
+    jobs = SqlJobStore(engine)
+    other = jobs.claim("load", {"partition": "1/2"})
+
+    def hear(report):
+        # Between two chunks: SQLite lets one write at a time.
+        if report.counts.written == 8:
+            SqlJobStore(engine).stop_others(other, "wrong file")
+
+    second = attrs.evolve(steps(engine)(2, 2), on_progress=hear)
+    with pytest.raises(JobLostError):
+        second.run({"partition": "2/2"})
+    assert len(written(engine)) == 8
+    assert states(engine)["2/2"] == ("stopped", "wrong file")
+    jobs.abandon(other)
+    assert run_partitions(steps(engine), 2).finished
+    assert written(engine) == list(ITEMS)
+
+
+@pytest.mark.parametrize("parts", [0, -1, 1.5, True, "3"])
+def test_a_bad_number_of_parts_is_refused(parts):
+    with pytest.raises(ValueError, match=r"^parts: "):
+        run_partitions(lambda *_: None, parts)
+
+
+def test_what_makes_no_step_with_a_store_is_refused():
+    with pytest.raises(TypeError, match=r"^make: "):
+        run_partitions(None, 2)
+    with pytest.raises(TypeError, match=r"^make: "):
+        run_partitions(lambda *_: None, 2)
+    step = ChunkStep(name="load", reader=[], writer=print)
+    with pytest.raises(JobError, match="give the step `jobs`"):
+        run_partitions(lambda *_: step, 2)
+
+
+@pytest.mark.parametrize("reason", ["", 1, None])
+def test_stopping_needs_a_reason(reason):
+    with pytest.raises((TypeError, ValueError), match=r"^reason: "):
+        stop(reason)
