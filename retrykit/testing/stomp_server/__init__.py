@@ -12,8 +12,8 @@ SUBSCRIBE under an id in use, no selectors, no limits of memory or disk. Of Acti
 says.
 
 Layers, from the bottom: `frames` (bytes), `queues` (who gets what), `topics` (whose copy), `journal` (what survives),
-`broker`, `session` (the commands), `rabbit` and `rabbit_session` (both as RabbitMQ has them), `engine` (sockets on an
-event loop), `server` and `process` (in this process, in a child).
+`broker`, `asked` (what headers mean), `session` (the commands), `rabbit` and `rabbit_session` (broker and session as
+RabbitMQ has them), `engine` (sockets on an event loop), `server` and `process` (in this process, in a child).
 """
 
 from __future__ import annotations

@@ -15,11 +15,12 @@ from retrykit.testing.stomp_server.broker import Broker
 from retrykit.testing.stomp_server.faults import Faults
 from retrykit.testing.stomp_server.frames import Frame, FrameError, FrameParser, encode
 from retrykit.testing.stomp_server.journal import Journal
+from retrykit.testing.stomp_server.outlet import Outlet
 from retrykit.testing.stomp_server.profiles import Profile
 from retrykit.testing.stomp_server.queues import Message
 from retrykit.testing.stomp_server.rabbit import RabbitBroker
 from retrykit.testing.stomp_server.rabbit_session import RabbitSession
-from retrykit.testing.stomp_server.session import Outlet, Session
+from retrykit.testing.stomp_server.session import Session
 
 log = logging.getLogger(__name__)
 

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import hmac
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
+from retrykit.testing.stomp_server import asked
 from retrykit.testing.stomp_server.broker import TEMPORARY, Broker, StompError
 from retrykit.testing.stomp_server.faults import DroppedError, Faults
 from retrykit.testing.stomp_server.frames import Frame
+from retrykit.testing.stomp_server.outlet import Outlet
 from retrykit.testing.stomp_server.queues import Delivery, Message, Queue, Subscription
 from retrykit.testing.stomp_server.topics import is_topic, queue_name, topic_of
 
-VERSIONS = ("1.2", "1.1", "1.0")
-ACK_MODES = ("auto", "client", "client-individual")
 STALE_IDS = 10_000
-_KNOWN = ("activemq.prefetchSize", "activemq.subscriptionName")
-
-
-class Outlet(Protocol):
-    """What a session needs of its connection."""
-
-    def send(self, frame: Frame) -> None:
-        """Write a frame, after everything before it is durable."""
-
-    def send_receipt(self, frame: Frame) -> None:
-        """Write a receipt, as late as the ordered faults want it."""
-
-    def agreed(self, version: str, send_every: float, expect_every: float) -> None:
-        """Learn the protocol version and the heart-beats, in seconds (0: none)."""
-
-    def finish(self) -> None:
-        """End the connection after what is written."""
-
-    def abort(self) -> None:
-        """End the connection now."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,13 +123,11 @@ class Session:
     def _connect(self, frame: Frame) -> None:
         if self._version is not None:
             raise StompError("Already connected.")
-        wanted = [version.strip() for version in frame.headers.get("accept-version", "1.0").split(",")]
-        version = next((version for version in VERSIONS if version in wanted), None)
-        if version is None:
-            raise StompError(f"Invalid Protocol version{wanted}, supported versions are: {VERSIONS}", fatal=True)
-        self._check_login(frame)
+        version = asked.version(frame.headers)
+        if not asked.knows(frame.headers, self._login):
+            raise self._refused_login(frame.headers.get("login", ""))
+        can_send, wants = asked.heart_beat(frame.headers)
         self._claim(frame.headers.get("client-id"))
-        can_send, wants = _heart_beat(frame.headers.get("heart-beat", "0,0"))
         self._version = version
         headers = {
             "server": self._broker.profile.server,
@@ -172,13 +147,6 @@ class Session:
             raise StompError(f"Broker: embedded - Client: {client} already connected", fatal=True)
         self._broker.clients.add(client)
         self._client = client
-
-    def _check_login(self, frame: Frame) -> None:
-        if self._login is None:
-            return
-        given = f"{frame.headers.get('login', '')}\n{frame.headers.get('passcode', '')}"
-        if not hmac.compare_digest(given.encode(), "\n".join(self._login).encode()):
-            raise self._refused_login(frame.headers.get("login", ""))
 
     def _refused_login(self, user: str) -> StompError:
         return StompError("User name or password is invalid.", fatal=True)
@@ -204,27 +172,17 @@ class Session:
 
     def _subscribe(self, frame: Frame) -> None:
         headers = frame.headers
-        id_ = headers.get("id")
-        if id_ is None and self._version == "1.0":
-            id_ = headers.get("destination")
-        if id_ is None:
-            raise StompError("SUBSCRIBE received without a subscription id!")
-        if not headers.get("destination"):
-            raise StompError("Invalid empty or 'null' Destination header")
+        id_ = asked.subscription_id(headers, self._version)
         if id_ in self._subscriptions:
             # ActiveMQ replaces the old one and keeps its messages from everybody until the connection ends.
             raise StompError(f"The subscription id is in use already: {id_}")
-        unknown = [name for name in headers if name == "selector" or name.startswith("activemq.")]
-        if unknown := [name for name in unknown if name not in _KNOWN]:
-            raise StompError(f"The embedded server has no subscriptions with {' '.join(unknown)}")
         queue = self._queue_of(headers)
         if headers.get("browser") == "true" and self._broker.profile.browses:
             self._show(id_, queue)
             return
-        mode = headers.get("ack", "auto")
-        mode = mode if mode in ACK_MODES else "auto"
+        prefetch = asked.prefetch(headers, self._broker.profile)
         name = self._broker.name_delivery
-        self._subscribed(Subscription(id_, queue, mode, self._prefetch(headers), name, self._deliver))
+        self._subscribed(Subscription(id_, queue, asked.mode(headers), prefetch, name, self._deliver))
 
     def _show(self, id_: str, queue: Queue) -> None:
         """Show all that lies in a queue, in flight or not, as at this moment, and take nothing."""
@@ -263,15 +221,6 @@ class Session:
     def _subscribed(self, subscription: Subscription) -> None:
         self._subscriptions[subscription.id] = subscription
         self._broker.attach(subscription)
-
-    def _prefetch(self, headers: dict[str, str]) -> int:
-        profile = self._broker.profile
-        text = headers.get(profile.prefetch_header)
-        if text is None:
-            return profile.default_prefetch
-        if not (text.isascii() and text.isdigit() and int(text) > 0):
-            raise StompError(f"{profile.prefetch_header} must be a positive number: {text}")
-        return int(text)
 
     def _unsubscribe(self, frame: Frame) -> None:
         headers = frame.headers
@@ -450,11 +399,3 @@ def _up_to(last: Delivery) -> list[Delivery]:
         if delivery is last:
             break
     return settled
-
-
-def _heart_beat(text: str) -> tuple[int, int]:
-    """Read `cx,cy` in milliseconds: what the client will send, what it wants."""
-    match = re.fullmatch(r"\s*([0-9]{1,9})\s*,\s*([0-9]{1,9})\s*", text)
-    if match is None:
-        raise StompError(f"Invalid heart-beat header: {text}", fatal=True)
-    return int(match[1]), int(match[2])
