@@ -10,12 +10,13 @@ from contextlib import closing
 
 import pytest
 
+from retrykit.backoff import FixedBackOffPolicy
 from retrykit.messaging import BrokerRefusedError, ListenerContainer, OutgoingMessage, Publisher, SendInDoubtError
 from retrykit.messaging.stomp import StompBroker
-from retrykit.policy import NeverRetryPolicy
+from retrykit.policy import NeverRetryPolicy, SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
-from tests.servers import ActiveMq, Wire
+from tests.servers import ActiveMq, RabbitMq, Wire
 
 PATIENCE = 60.0
 LARGE = 10_000_000
@@ -255,6 +256,44 @@ def test_a_publisher_outlives_its_broker(tmp_path, activemq, queue):
             message = session.receive(PATIENCE)
             assert message.body == body
             session.commit(message)
+
+
+@pytest.mark.parametrize("kind", ["activemq", "rabbitmq"])
+def test_whatever_was_confirmed_is_there_though_the_broker_was_killed(request, queue, kind):
+    real = request.getfixturevalue(kind)
+    reading = StompBroker(real.url, destination=queue, prefetch=100, connect_timeout=20.0, receipt_timeout=20.0)
+    reading.connect().close()
+    if isinstance(real, RabbitMq):
+        real.keep_queues()
+    patient = RetryTemplate(
+        name="publisher",
+        retry_policy=SimpleRetryPolicy(max_attempts=None, no_retry_for=(BrokerRefusedError,)),
+        back_off_policy=FixedBackOffPolicy(0.1),
+    )
+    confirmed = {}
+
+    def send(number):
+        for place in range(40):
+            body = f"{number}.{place}"
+            confirmed[publisher.send(queue, body)] = body
+
+    with Publisher(StompBroker(real.url, connect_timeout=20.0), template=patient) as publisher:
+        threads = [threading.Thread(target=send, args=(number,)) for number in range(3)]
+        for thread in threads:
+            thread.start()
+        while len(confirmed) < 30 and all(thread.is_alive() for thread in threads):
+            threads[0].join(0.001)
+        real.kill()
+        real.start()
+        for thread in threads:
+            thread.join()
+    found = {}
+    with closing(reading.connect()) as session:
+        while (message := session.receive(PATIENCE if len(found) < len(confirmed) else 0.5)) is not None:
+            found.setdefault(message.headers["retrykit-id"], message.text)
+            session.commit(message)
+    assert len(confirmed) == 120
+    assert found == confirmed
 
 
 # -- an end in time, and an order of importance
