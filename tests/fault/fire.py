@@ -47,6 +47,7 @@ class Run:
         seed: int,
         journal: str = "redelivered",
         declare: dict[str, str] | None = None,
+        patience: dict[str, float] = IMPATIENT,
         **consumer: Any,
     ) -> None:
         self.broker = broker
@@ -67,7 +68,7 @@ class Run:
             "journal": journal,
             "takes": 1.5 * HEART_BEAT,
             "broker": {"url": self.proxy.via(broker.url), "destination": self.queue, "declare": self.declare}
-            | IMPATIENT,
+            | patience,
             **consumer,
         }
         self._engine = engine_for(database, poolclass=sa.NullPool)
@@ -140,7 +141,7 @@ class Run:
 
     def reach_the_end(self) -> None:
         """Wait until every message has come to its end and nothing moves any more."""
-        self.await_that(lambda: (self._quiet(1.0) and self._done()) or self._quiet(20.0))
+        self.await_that(lambda: (self._quiet(1.0) and self._done()) or self._quiet(8.0))
 
     def _done(self) -> bool:
         finished = {event["k"] for event in self.ledger.events if event["e"] in ("acked", "recovered")}
@@ -167,10 +168,15 @@ class Run:
 
     def finish(self, *, forgets: int = 0) -> MessageLedger:
         """Let the consumers end in good order: what they have left behind."""
-        for worker in self.workers:
-            worker.signal(signal.SIGTERM)
-        for worker in self.workers:
-            self.await_end(worker)
+        self._drain_all()
+        deadline = time.monotonic() + PATIENCE
+        # What a slow reconnection has left: nobody had the time to take it.
+        while (left := self._all_in(self.queue, set(), take=False)) and time.monotonic() < deadline:
+            connected = self.ledger.count("connected")
+            self.start()
+            self.ledger.wait("connected", connected + 1)
+            self.reach_the_end()
+            self._drain_all()
         self.ledger.close()
         done = self.effects()
         poison = {number for number in self.numbers if is_poison(number)}
@@ -180,13 +186,20 @@ class Run:
             effects=done,
             sent=[copy_of(frame) for frame in self._all_in(f"{self.queue}.out", set(done))],
             parked=[copy_of(frame) for frame in self._all_in(f"{self.queue}.parked", poison)],
-            left=len(self._all_in(self.queue, set())),
+            left=len(left),
             atomic=not isinstance(self.broker, RabbitMq),
             forgets=forgets,
             journaled=self._order["journal"] == "always",
         )
 
-    def _all_in(self, queue: str, expected: set[int]) -> list[Any]:
+    def _drain_all(self) -> None:
+        for worker in self.workers:
+            worker.signal(signal.SIGTERM)
+        for worker in self.workers:
+            self.await_end(worker)
+        self.workers.clear()
+
+    def _all_in(self, queue: str, expected: set[int], *, take: bool = True) -> list[Any]:
         """Everything that lies in a queue; what must be there is waited for."""
         found = []
         with Wire(self.broker.host, self.broker.port, virtual_host=None) as wire:
@@ -194,7 +207,8 @@ class Run:
             wire.subscribe(queue, prefetch=100, **kind)
             while (frame := wire.next(PATIENCE if expected else 0.5)) is not None:
                 assert frame.command == "MESSAGE", frame
-                wire.send("ACK", id=frame["ack"])
+                if take:
+                    wire.send("ACK", id=frame["ack"])
                 expected.discard(int(frame.body))
                 found.append(frame)
             wire.ask("UNSUBSCRIBE", id="1")

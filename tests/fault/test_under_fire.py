@@ -133,7 +133,8 @@ def test_a_quorum_queue_forgets_nothing_that_was_acknowledged(rabbitmq, nursery,
 
 def test_a_clean_end_loses_and_repeats_nothing(broker, nursery, tmp_path, seed):
     database = f"sqlite:///{tmp_path}/work.db"
-    options = {"messages": FEWER, "seed": seed, "concurrency": 2}
+    # With time enough for every answer: a connection that is lost is no clean end.
+    options = {"messages": FEWER, "seed": seed, "concurrency": 2, "patience": {"receipt_timeout": 60.0}}
     with run_of(broker, database, nursery, tmp_path, **options) as run:
         run.publish()
         run.start()
