@@ -42,17 +42,18 @@ class AsyncDelivery(Delivery):
 
     async def attempt(self, context: RetryContext) -> Any:
         """As `Delivery.attempt`, awaited."""
-        message = self._opened(context)
-        with self._desk.hearing():
-            result = await finished(self.work.call(message, context))
-        return self._obey(result, context, "handler")
+        with self._open(context) as message:
+            with self._desk.hearing():
+                result = await finished(self.work.call(message, context))
+            return self._obey(result, context, "handler")
 
     async def recovery(self, context: RetryContext) -> Any:
         """As `Delivery.recovery`, awaited."""
-        recover, message = self._recovering(context)
-        with self._desk.hearing():
-            result = await finished(recover(message, context))
-        return self._obey(result, context, "recover")
+        with self._open(context) as message:
+            recover = self._recoverer()
+            with self._desk.hearing():
+                result = await finished(recover(message, context))
+            return self._obey(result, context, "recover")
 
     def put(self, outgoing: Outgoing) -> None:
         """Keep it, until `flush`."""
@@ -60,9 +61,9 @@ class AsyncDelivery(Delivery):
 
     def flush(self) -> None:
         """Send what was kept, in order, and wait for it."""
-        for outgoing in self._outgoing:
+        kept, self._outgoing = self._outgoing, []
+        for outgoing in kept:
             super().put(outgoing)
-        self._outgoing.clear()
         super().flush()
 
     def undo(self) -> None:

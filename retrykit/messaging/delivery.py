@@ -26,8 +26,10 @@ template runs elsewhere, and whose sends wait for 3.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
@@ -115,7 +117,8 @@ class Delivery:
         self.context: RetryContext | None = None
         self.committed = False
         self.recovering = False
-        self.sends = False
+        self._sending = threading.Lock()
+        self._sender: object | None = None
         self.sent = 0
         self.refused: BrokerRefusedError | None = None
 
@@ -211,22 +214,37 @@ class Delivery:
 
     def attempt(self, context: RetryContext) -> Any:
         """The template's callback: the handler, and what its result asks for."""
-        return self._obey(self.work.call(self._opened(context), context), context, "handler")
+        with self._open(context) as message:
+            return self._obey(self.work.call(message, context), context, "handler")
 
-    def _opened(self, context: RetryContext) -> Message:
-        """The message as the handler gets it: it can send, and nothing of an earlier attempt has been sent."""
-        self.context, self.sends = context, True
+    @contextmanager
+    def _open(self, context: RetryContext) -> Iterator[Message]:
+        """The message as a handler gets it: it can send meanwhile, and nothing of an earlier attempt has been sent."""
+        self.context, self._sender = context, (sender := object())
         if self.sent:
             self.sent = 0
             context.outbox.clear()
-        return with_sender(self.message, self.send)
+        try:
+            yield with_sender(self.message, partial(self._send_as, sender))
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        """Let no one send any more."""
+        with self._sending:
+            self._sender = None
+
+    def _send_as(self, sender: object, *sent: Any) -> None:
+        with self._sending:
+            if sender is not self._sender:
+                # Left behind by its handler, a thread or task: it would be sent by another attempt, or never.
+                raise RuntimeError("a message can send while it is handled, and its handler has returned")
+            self.send(*sent)
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:
         """Send in the broker's transaction; kept beside the completion mark, should the database have one."""
         context, template = self.context, self.work.template
-        if context is None or not self.sends:
-            # A thread or task that the handler has left behind: it would be sent with another message, or never.
-            raise RuntimeError("a message can send while it is handled, and its handler has returned")
+        assert context is not None  # noqa: S101 - only an attempt sends
         outgoing = Outgoing(destination, body, identified(headers, given, f"{template.name} {self.key!r}", self.sent))
         self.put(outgoing)
         self.sent += 1
@@ -247,17 +265,16 @@ class Delivery:
 
     def recovery(self, context: RetryContext) -> Any:
         """The template's recovery: the recoverer, and what its result asks for."""
-        recover, message = self._recovering(context)
-        return self._obey(recover(message, context), context, "recover")
+        with self._open(context) as message:
+            return self._obey(self._recoverer()(message, context), context, "recover")
 
-    def _recovering(self, context: RetryContext) -> tuple[Recoverer, Message]:
-        message = self._opened(context)
+    def _recoverer(self) -> Recoverer:
         if self.refused is not None:
             # The connection went with the first try: this delivery has no other answer.
             raise self.refused
         assert self.work.recover is not None  # noqa: S101 - the template is given a recovery only if there is one
         self.recovering = True
-        return self.work.recover, message
+        return self.work.recover
 
     def _obey(self, result: Any, context: RetryContext, whose: str) -> Any:
         refuse_unfinished(result, whose)
@@ -273,7 +290,7 @@ class Delivery:
                 named = {name: value for name, value in headers.items() if name != ID} if again else headers
                 self.send(destination, self.message.body, named, stable)
         # What was sent is now stored with the mark.
-        self.sends = False
+        self._close()
         if (self.sent or self.recovering) and self.work.template.remember_completed is None:
             # No mark would say what is done: until the broker has confirmed, the history has to say where it stands.
             # The cache finds no transaction to join, so it outlives the database's commit.

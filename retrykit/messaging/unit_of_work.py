@@ -61,7 +61,6 @@ class UnitOfWork:
     def _ending(self, error: BaseException | None) -> _Steps:
         """The end of an attempt that has failed, or not."""
         delivery = self._delivery
-        delivery.sends = False
         if error is not None:
             # Sends first: they must not be taken for those of the next try in the same delivery.
             yield _AtBroker(delivery.undo)

@@ -442,6 +442,34 @@ def test_task_that_outlives_its_handler_can_send_no_more(broker):
     assert failures == ["a message can send while it is handled, and its handler has returned"]
 
 
+def test_task_of_a_failed_attempt_sends_nothing_with_the_recovery(broker):
+    broker.publish("poison")
+    recovering, tried = asyncio.Event(), asyncio.Event()
+    failures = []
+
+    async def bill(message):
+        await recovering.wait()
+        with suppress(RuntimeError):
+            message.send("/queue/bills", "of the attempt that failed")
+            failures.append("it was sent")
+        tried.set()
+
+    async def check(message):
+        raise ValueError("it is poison")
+
+    async def handler(message):
+        await asyncio.gather(check(message), bill(message))
+
+    async def recover(message, context):
+        recovering.set()
+        await asyncio.wait_for(tried.wait(), PATIENCE)
+        return Park(PARKED, reason="poison")
+
+    made = consume(broker, handler, template=template(max_attempts=1), recover=recover)
+    assert (failures, made.counters.parked) == ([], 1)
+    assert (bodies(broker, PARKED), bodies(broker, "/queue/bills")) == ([b"poison"], [])
+
+
 def test_send_that_the_session_cannot_make_is_a_failed_attempt(broker):
     class Picky(MemoryBroker):
         def connect(self, *, consume=True):

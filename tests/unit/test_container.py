@@ -466,6 +466,24 @@ def test_what_a_handler_leaves_behind_can_send_no_more(broker):
     assert broker.at("/queue/next").messages() == ()
 
 
+def test_the_message_of_a_failed_attempt_sends_nothing_in_the_next_one(broker):
+    broker.publish("x")
+    attempts, refused = [], []
+
+    def handler(message, context):
+        attempts.append(message)
+        if context.attempt == 1:
+            raise ConnectionError
+        with pytest.raises(RuntimeError, match="its handler has returned"):
+            attempts[0].send("/queue/next", "of the first")
+        refused.append(message.body)
+        message.send("/queue/next", "of the second")
+
+    consume(broker, handler, template=template(back_off_policy=FixedBackOffPolicy(0.001)))
+    assert refused == [b"x"]
+    assert [message.body for message in broker.at("/queue/next").messages()] == [b"of the second"]
+
+
 # -- messages that are held up
 
 
