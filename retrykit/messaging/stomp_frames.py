@@ -1,8 +1,8 @@
-"""What of frames is not left to stomp.py: where they begin and end, and what a header can carry.
+"""What of frames is not left to stomp.py: where they begin and end, how they are written and read.
 
 stomp.py 9 loses the frame that comes in one read with two heart-beats (after a pause of this process, say), and copies
-all that it has of a large frame with each read. It is given one whole frame at a time, or one heart-beat, and has
-neither occasion.
+all that it has of a large frame with each read. And what it does for one frame takes longer than all else that is done
+for a message.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from typing import Final
 
 HEART_BEAT: Final = b"\n"
 _EOLS: Final = b"\r\n"
-_HEAD_END: Final = re.compile(rb"\n\r?\n")
+_HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
 _LENGTH: Final = re.compile(rb"\ncontent-length:[ \t]*([0-9]+)")
 _MARKS: Final = re.compile(r"[\\:\r\n]")
 _ESCAPES: Final = {"\\": "\\\\", ":": "\\c", "\r": "\\r", "\n": "\\n"}
+_ESCAPED: Final = re.compile(r"\\[\\crn]")
+_PLAIN: Final = {escape: mark for mark, escape in _ESCAPES.items()}
 
 
 def escaped(text: str) -> str:
@@ -28,6 +30,26 @@ def encoded(command: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """A frame of STOMP 1.2."""
     head = "".join([f"{escaped(name)}:{escaped(value)}\n" for name, value in headers.items()])
     return f"{command}\n{head}\n".encode() + body + b"\0"
+
+
+def decoded(frame: bytes) -> tuple[str, dict[str, str], bytes]:
+    """Command, headers and body of a frame as `FrameCutter` gives it; of a repeated header the first counts."""
+    end = _HEAD_END.search(frame)
+    assert end is not None  # noqa: S101 - or the end of the frame would not have been found
+    command, *lines = frame[: end.start()].decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        if "\\" in line:
+            name, value = _unescaped(name), _unescaped(value)
+        if name and colon and name not in headers:
+            headers[name] = value
+    return command, headers, frame[end.end() : -1]
+
+
+def _unescaped(text: str) -> str:
+    # What the protocol does not define stays as it is.
+    return _ESCAPED.sub(lambda escape: _PLAIN[escape[0]], text)
 
 
 def check_headers(headers: Mapping[str, str]) -> None:

@@ -26,7 +26,7 @@ import attrs
 from retrykit.messaging.address import Address
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
 from retrykit.messaging.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
-from retrykit.messaging.stomp_frames import FrameCutter, encoded
+from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, decoded, encoded
 from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ try:
     from stomp.listener import ConnectionListener
     from stomp.protocol import Protocol12
     from stomp.transport import Transport
-    from stomp.utils import Frame, convert_frame, pack
+    from stomp.utils import HEARTBEAT_FRAME, Frame, convert_frame, default_create_thread, pack
 except ModuleNotFoundError as missing:
     if (missing.name or "").partition(".")[0] != "stomp":
         raise
@@ -74,6 +74,15 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         self._frames = FrameCutter()
         self._sending = threading.Lock()
         self.failure: OSError | None = None
+        self.override_threading(lambda _stomp_pys_own_loop: default_create_thread(self._read))
+
+    def _read(self) -> None:
+        """Tell of each frame, until the connection ends."""
+        try:
+            while self.running and (piece := self.receive()):
+                self.process_frame(HEARTBEAT_FRAME if piece == HEART_BEAT else Frame(*decoded(piece)), piece)
+        finally:
+            self.disconnect_socket()
 
     def attempt_connection(self) -> None:
         """Once, to one address; whoever asked decides what is tried next."""

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, encoded, escaped
-from retrykit.testing.stomp_server.frames import FrameParser
+from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, decoded, encoded, escaped
+from retrykit.testing.stomp_server.frames import Frame, FrameParser, encode
 
 FRAMES = (
     b"CONNECTED\nversion:1.2\n\n\x00",
@@ -82,3 +82,25 @@ def test_a_frame_is_written_as_others_read_it(headers, body):
     full = {**headers, "content-length": str(len(body))}
     (frame,) = FrameParser("1.2").feed(encoded("SEND", full, body))
     assert (frame.command, dict(frame.headers), frame.body) == ("SEND", full, body)
+
+
+@given(st.dictionaries(texts.filter(bool), texts, max_size=5), st.binary(max_size=50))
+def test_a_frame_is_read_as_others_write_it(headers, body):
+    full = {**headers, "content-length": str(len(body))}
+    (frame,) = cut([encode(Frame("MESSAGE", full, body), "1.2")])
+    assert decoded(frame) == ("MESSAGE", full, body)
+
+
+@pytest.mark.parametrize(
+    ("frame", "headers", "body"),
+    [
+        (FRAMES[2], {"content-length": "5", "message-id": "2"}, b"a\0\n\nb"),
+        (FRAMES[4], {"message-id": "3", "content-length": "2"}, b"\0\0"),
+        (b"MESSAGE\na:1\na:2\n\n\0", {"a": "1"}, b""),
+        (b"MESSAGE\na:x:y\nb\n:c\nd:\n\n\0", {"a": "x:y", "d": ""}, b""),
+        (rb"MESSAGE" + b"\n" + rb"a:\x\\c\n" + b"\n\n\0", {"a": "\\x\\c\n"}, b""),
+        (b"MESSAGE\na:\xff\n\n\0", {"a": "\ufffd"}, b""),
+    ],
+)
+def test_what_a_frame_says(frame, headers, body):
+    assert decoded(frame) == ("MESSAGE", headers, body)
