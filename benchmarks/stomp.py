@@ -49,7 +49,7 @@ class Plan:
 
 
 QUICK = Plan((1, 10), Batches(rounds=3, messages=20, slow_messages=4), in_memory=20_000, at_brokers=0)
-FULL = Plan((1, 10, 100), Batches(rounds=15, messages=100, slow_messages=10), in_memory=1_000_000, at_brokers=100_000)
+FULL = Plan((1, 10, 100), Batches(rounds=11, messages=100, slow_messages=10), in_memory=1_000_000, at_brokers=100_000)
 
 
 @attrs.frozen

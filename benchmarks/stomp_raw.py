@@ -51,9 +51,9 @@ class Consumer(stomp.ConnectionListener):  # type: ignore[misc] # stomp.py has n
         self.numbers = count(1)
         self.work = work
         place, kind = (seat.server.host, seat.server.port), seat.server.kind
-        self.connection = stomp.Connection12(
-            [place], heartbeats=(BEAT, BEAT), vhost=kind.virtual_host, auto_decode=False, reconnect_attempts_max=1
-        )
+        # Brokers beat only when the last interval was silent: with less patience an idle connection is cut.
+        patience = {"heartbeats": (BEAT, BEAT), "heart_beat_receive_scale": 2.5}
+        self.connection = stomp.Connection12([place], vhost=kind.virtual_host, auto_decode=False, **patience)
         self.connection.set_listener("", self)
         if tuned:
             self._acknowledge_at_once()
