@@ -27,6 +27,7 @@ from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
 from retrykit.messaging.broker import Session
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, DelayUnavailableError
 from retrykit.messaging.recoverers import COPY_OF, escaped_size
+from retrykit.messaging.stomp_frames import check_headers
 
 if TYPE_CHECKING:
     from retrykit.backoff import BackOffPolicy
@@ -90,10 +91,14 @@ def origin_of(headers: Mapping[str, str], destination: str) -> Origin | None:
         return None
     try:
         origin = Origin(*json.loads(text))
+        known = all(isinstance(fact, str) for fact in (origin.destination, origin.id, origin.message_id))
+        if not known or not origin.id or origin.destination != destination:
+            return None
+        # JSON can say what no header can: such a message could be neither copied nor parked.
+        check_headers({"id": origin.id, "message-id": origin.message_id})
     except (ValueError, TypeError, RecursionError):
         return None
-    known = all(isinstance(fact, str) for fact in (origin.destination, origin.id, origin.message_id))
-    return origin if known and origin.id and origin.destination == destination else None
+    return origin
 
 
 # -- queues of RabbitMQ

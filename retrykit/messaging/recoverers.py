@@ -162,7 +162,7 @@ def original_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Of a parked copy's headers: those that the original had, as far as another copy may have them."""
     try:
         others = json.loads(headers.get(OTHER_HEADERS, "{}"))
-    except ValueError:
+    except (ValueError, RecursionError):
         others = {}
     found = {name: str(value) for name, value in others.items()} if isinstance(others, dict) else {}
     own = {name: value for name, value in headers.items() if not name.startswith("retrykit-")}

@@ -313,6 +313,7 @@ class StompSession:
         self._own(message)
         try:
             headers = copy_headers(self._profile, message, delay)
+            check_headers(headers)
         except ValueError as fault:
             raise BrokerRefusedError(broker=self._broker.name, what="a copy", reason=str(fault)) from fault
         self._wire.put_confirmed("SEND", headers, message.body, f"a copy to {headers['destination']!r}")

@@ -277,6 +277,17 @@ def test_a_copy_that_the_broker_refuses_leaves_the_message_to_be_waited_for(rabb
     assert "inequivalent arg" in refusals[0].getMessage()
 
 
+def test_a_message_whose_id_no_header_can_carry_is_waited_for_in_the_session(double, queue, caplog):
+    broker = StompBroker(double.url, destination=queue, identify=lambda *_: "\ud800")
+    late = Late(double, queue, broker=broker, pause=0.2)
+    late.publish(b"bad")
+    with late.running():
+        late.wait_for(lambda: late.settled() == 1)
+    assert late.attempts()[2] == (1, 2)
+    assert (late.container.counters.postponed, late.container.counters.generations) == (0, 1)
+    assert "cannot be sent as UTF-8" in caplog.text
+
+
 def test_a_copy_survives_a_crash_of_the_broker(server, queue):
     # A classic queue of RabbitMQ forgets the acknowledgement: then there are the original and its copy.
     late = Late(server, queue, pause=3.0, remember_completed=3600)

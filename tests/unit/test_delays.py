@@ -129,6 +129,10 @@ def test_a_copy_names_its_original():
         '["/queue/orders"]',
         '["/queue/orders", 1, ""]',
         '["/queue/orders", "", ""]',
+        # No header can carry these.
+        r'["/queue/orders", "\ud800x", "m"]',
+        r'["/queue/orders", "\u0000", "m"]',
+        r'["/queue/orders", "m-1", "\u0000"]',
     ],
 )
 def test_what_is_no_origin_makes_no_copy(text):

@@ -7,6 +7,7 @@ import pytest
 from retrykit.context import RetryContext
 from retrykit.message import Discard, Message, Park, Republish
 from retrykit.messaging import discard, park, republish
+from retrykit.messaging.recoverers import original_headers
 
 HEADERS = {
     "content-type": "application/json",
@@ -128,6 +129,11 @@ def test_other_headers_fit_into_a_line_once_they_are_escaped(value):
 
 def test_a_key_that_no_header_can_carry_is_left_out():
     assert "retrykit-key" not in park("/queue/p")(message(), context(key=["/queue/a", ":" * 8000])).headers
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "no JSON", "[]"])
+def test_other_headers_that_are_none_of_ours_are_passed_over(text):
+    assert original_headers({"retrykit-other-headers": text, "x-tenant": "blue"}) == {"x-tenant": "blue"}
 
 
 def test_too_many_other_headers_are_left_out():
