@@ -27,6 +27,7 @@ INTERRUPTED: Final = 128 + signal.SIGINT
 
 # Each group, and each longer command, is in a module of its own, which is imported when it is needed.
 GROUPS: Final = {
+    "batch": "retrykit.cli.batch",
     "consume": "retrykit.cli.consume",
     "contexts": "retrykit.cli.contexts",
     "db": "retrykit.cli.db",

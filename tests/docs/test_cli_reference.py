@@ -15,6 +15,8 @@ from retrykit.summary import HistorySummary  # noqa: E402
 
 PAGE = (Path(__file__).parents[2] / "docs/reference/cli.md").read_text(encoding="utf-8")
 COMMANDS = [
+    ["batch"],
+    ["batch", "run"],
     ["consume"],
     ["contexts"],
     *(["contexts", name] for name in ("list", "show", "veto", "withdraw", "forget", "export", "prune")),

@@ -1,0 +1,310 @@
+"""`retrykit batch run …`: a job as a command, in one process or several."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from xml.etree import ElementTree as ET
+
+import attrs
+import pytest
+from click.testing import CliRunner
+from sqlalchemy import text
+
+from retrykit.cli.batch import progress
+from retrykit.cli.commands import retrykit
+from retrykit.cli.plot import POINTS, Point, Series, svg
+from retrykit.cli.steps import made_by, step_of
+from retrykit.cli.target import LoadingError, TargetError
+from retrykit.sql import sqlite_engine, stored_jobs
+
+ROOT = Path(__file__).parents[2]
+PATIENCE = 30.0
+
+PROGRAM = """
+import os
+import signal
+import time
+from pathlib import Path
+
+from sqlalchemy import text
+from sqlalchemy.orm import sessionmaker
+
+from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
+from retrykit.sql import SqlJobStore, sqlite_engine
+
+engine = sqlite_engine("sqlite:///shop.db", durability="process")
+policy = SimpleRetryPolicy(1)
+
+
+def write(session, items):
+    if items[0] == "hang":
+        Path("hangs").touch()
+        time.sleep(60)
+    session.execute(text("INSERT INTO work VALUES (:item)"), [{"item": item} for item in items])
+
+
+def check(item):
+    return int("x") if item == 13 else item
+
+
+def step_for(reader, **options):
+    options = {"processor": check, "skip": SkipPolicy(skip_for=ValueError)} | options
+    return ChunkStep(
+        name="load", reader=reader, writer=write, transaction=sessionmaker(engine).begin, chunk_size=5,
+        template=RetryTemplate(name="load", retry_policy=policy), jobs=SqlJobStore(engine), **options,
+    )
+
+
+step = step_for(range(40))
+unskipped = step_for(range(40), skip=SkipPolicy())
+hanging = step_for([1, 2, 3, 4, 5, "hang"])
+number = 7
+
+
+def make():
+    return step
+
+
+def make_async():
+    return AsyncChunkStep(
+        name="later", reader=range(3), writer=lambda _, items: None,
+        template=AsyncRetryTemplate(name="later", retry_policy=policy),
+    )
+
+
+def make_part(part, parts):
+    def kill_once(item):
+        # The first that comes to this item, in whatever process but the one that was started by hand.
+        if item == 33 and "--since" in __import__("sys").argv:
+            try:
+                Path("killed").touch(exist_ok=False)
+            except FileExistsError:
+                return item
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.002)
+        return item
+
+    return step_for([item for item in range(100) if item % parts == part - 1], processor=kill_once)
+
+
+def make_failing_part(part, parts):
+    return step_for([13] if part == 2 else [part], skip=SkipPolicy())
+
+
+def make_nothing(*_):
+    return 7
+
+
+def fail(*_):
+    raise RuntimeError("the application cannot be loaded")
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "shop.py").write_text(textwrap.dedent(PROGRAM))
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/shop.db")
+    with engine.begin() as connection:
+        connection.execute(text("CREATE TABLE work (item INTEGER)"))
+    engine.dispose()
+    return tmp_path
+
+
+def started(folder, *arguments):
+    command = [sys.executable, "-m", "retrykit.cli", "batch", "run", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(folder, *arguments, status=0):
+    process = started(folder, *arguments)
+    out, err = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == status, out + err
+    return out, err
+
+
+def written(folder):
+    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
+    try:
+        with engine.connect() as connection:
+            return sorted(connection.scalars(text("SELECT item FROM work")))
+    finally:
+        engine.dispose()
+
+
+def picture_of(text):
+    return ET.fromstring(text)  # noqa: S314 - our own
+
+
+def jobs(folder):
+    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
+    try:
+        return list(stored_jobs(engine))
+    finally:
+        engine.dispose()
+
+
+def test_a_step_runs_to_its_end_and_says_what_has_come_of_it(folder):
+    out, err = run(folder, "shop:step", "--param", "file=a.csv", "--plot", "run.svg")
+    assert written(folder) == [item for item in range(40) if item != 13]
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[:3] == ["job load file='a.csv'", "status finished", "read 40"]
+    assert "item 14 is skipped" in err
+    picture = picture_of((folder / "run.svg").read_text())
+    assert len(picture.find("{*}polyline").get("points").split()) == 7
+    # The same again is refused; asked for, it begins anew.
+    _, err = run(folder, "shop:make", "--param", "file=a.csv", status=1)
+    assert "was finished at" in err
+    out, _ = run(folder, "shop:make", "--param", "file=a.csv", "--again", "--json")
+    assert json.loads(out)["counts"]["written"] == 39
+    assert len(written(folder)) == 2 * 39
+
+
+def test_a_job_that_fails_ends_with_status_1_and_the_traceback_in_the_log(folder):
+    _, err = run(folder, "shop:unskipped", status=1)
+    assert "the job has failed" in err
+    assert "invalid literal for int()" in err
+    (job,) = jobs(folder)
+    assert (job.status, job.position) == ("failed", 10)
+
+
+def test_an_asynchronous_step_runs_too(folder):
+    out, _ = run(folder, "shop:make_async", "--json")
+    assert json.loads(out)["counts"]["written"] == 3
+
+
+def test_sigterm_stops_the_job_and_what_was_committed_stays(folder):
+    process = started(folder, "shop:hanging")
+    deadline = time.monotonic() + PATIENCE
+    while not (folder / "hangs").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert "what was committed stays" in err
+    assert written(folder) == [1, 2, 3, 4, 5]
+    (job,) = jobs(folder)
+    assert (job.status, job.reason, job.position) == ("stopped", "KeyboardInterrupt: SIGTERM", 5)
+
+
+def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_others(folder):
+    out, _ = run(folder, "shop:make_part", "--partitions", "6", "--workers", "3", "--param", "day=1", "--json")
+    assert written(folder) == list(range(100))
+    found = json.loads(out)
+    assert [row["status"] for row in found["partitions"]] == ["finished"] * 6
+    assert sum(row["counts"]["written"] for row in found["partitions"]) == 100
+    assert {job.parameters["day"] for job in jobs(folder)} == {"1"}
+    # Asked for, it begins anew.
+    run(folder, "shop:make_part", "--partitions", "6", "--param", "day=1", "--again")
+    assert written(folder) == sorted([*range(100), *range(100)])
+
+
+def test_a_partition_that_failed_is_told_and_the_others_are_done(folder):
+    out, _ = run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0].startswith("1/3 finished 1 read 1 written 0 skipped")
+    assert lines[1].startswith("2/3 failed 0 read 0 written 0 skipped ValueError")
+    assert lines[2].startswith("3/3 finished")
+
+
+@pytest.fixture
+def module(folder, monkeypatch):
+    """The program under a name of its own, to be imported here."""
+    name = f"shop_{folder.name.replace('-', '_')}"
+    (folder / "shop.py").rename(folder / f"{name}.py")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    yield name
+    sys.modules.pop(name).engine.dispose()
+
+
+def test_what_is_no_step_is_refused(module):
+    for name, words in {
+        "nobody": r"has no 'nobody'; it has step, unskipped, hanging",
+        "number": "is a int: wanted is a ChunkStep",
+        "make_nothing": r"make_nothing\(\) gave a int",
+        "Path": "is a type: wanted is a ChunkStep",
+    }.items():
+        with pytest.raises(TargetError, match=words):
+            step_of(f"{module}:{name}")
+    with pytest.raises(TargetError, match="wanted for partitions is a function"):
+        made_by(f"{module}:step")
+    with pytest.raises(TargetError, match=r"make_nothing\(1, 2\) gave a int: wanted is a ChunkStep"):
+        made_by(f"{module}:make_nothing")(1, 2)
+    with pytest.raises(LoadingError, match="the application cannot be loaded"):
+        step_of(f"{module}:fail")
+    assert step_of(f"{module}:make").name == "load"
+    assert made_by(f"{module}:make_part")(1, 2).name == "load"
+
+
+def test_a_target_that_is_not_there_is_a_word_for_people(folder):
+    _, err = run(folder, "shop:nobody", status=2)
+    assert "it has step, unskipped, hanging" in " ".join(err.split())
+    _, err = run(folder, "shop:fail", status=1)
+    assert "RuntimeError: the application cannot be loaded" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workers", "2"], "--workers needs --partitions"),
+        (["--partitions", "2", "--plot", "a.svg"], "--plot is of one process"),
+        (["--param", "a"], "'a' is not NAME=VALUE"),
+        (["--partitions", "0"], "0 is not in the range"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(arguments, words):
+    found = CliRunner().invoke(retrykit, ["batch", "run", "shop:step", *arguments])
+    assert found.exit_code == 2
+    assert words in found.output
+
+
+@pytest.fixture
+def hurried(module, monkeypatch):
+    monkeypatch.setattr("retrykit.cli.batch.EVERY", 0.0)
+    return module, monkeypatch
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_is_a_bar_on_a_terminal_and_lines_in_the_log_elsewhere(hurried, capsys, caplog, terminal):
+    module, monkeypatch = hurried
+    monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
+    step = step_of(f"{module}:make")
+    with caplog.at_level("INFO", "retrykit.batch"), progress(step) as show:
+        attrs.evolve(step, on_progress=show).run()
+    if terminal:
+        assert re.search(r"load, 1 skipped.*40/40", capsys.readouterr().err, re.DOTALL)
+    else:
+        assert "load: 40 read, 39 written, 1 skipped, 1 rolled back" in caplog.messages
+        assert capsys.readouterr().err == ""
+
+
+def test_a_series_stays_small_and_keeps_its_span():
+    series = Series()
+    for number in range(100_000):
+        series.add(Point(float(number), number, 0))
+    assert POINTS / 2 <= len(series.points) <= 2 * POINTS
+    assert series.points[-1].seconds > 99_000
+
+
+def test_a_picture_shows_rates_failures_and_an_escaped_title():
+    points = [Point(1.0, 100, 0), Point(2.0, 300, 0), Point(3.0, 400, 2)]
+    picture = picture_of(svg("a < b & c", points))
+    assert len(picture.find("{*}polyline").get("points").split()) == 2
+    assert len(picture.findall("{*}line")) == 1
+    assert "a < b & c" in [one.text for one in picture.findall("{*}text")]
+    assert "200/s" in [one.text for one in picture.findall("{*}text")]
+    picture_of(svg("nothing", []))
