@@ -33,10 +33,14 @@ def encoded(command: str, headers: Mapping[str, str], body: bytes) -> bytes:
 
 
 def decoded(frame: bytes) -> tuple[str, dict[str, str], bytes]:
-    """Command, headers and body of a frame as `FrameCutter` gives it; of a repeated header the first counts."""
+    """Command, headers and body of a frame as `FrameCutter` gives it; of a repeated header the first counts.
+
+    A NUL in a header, which brokers hand on and nobody could send again, is U+FFFD in it.
+    """
     end = _HEAD_END.search(frame)
     assert end is not None  # noqa: S101 - or the end of the frame would not have been found
-    command, *lines = frame[: end.start()].decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
+    head = frame[: end.start()].decode("utf-8", "replace").replace("\0", "\ufffd")
+    command, *lines = head.replace("\r\n", "\n").split("\n")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")

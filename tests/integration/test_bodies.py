@@ -11,7 +11,14 @@ from contextlib import closing
 import pytest
 
 from retrykit.backoff import FixedBackOffPolicy
-from retrykit.messaging import BrokerRefusedError, ListenerContainer, OutgoingMessage, Publisher, SendInDoubtError
+from retrykit.messaging import (
+    BrokerRefusedError,
+    ListenerContainer,
+    OutgoingMessage,
+    Publisher,
+    SendInDoubtError,
+    park,
+)
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import NeverRetryPolicy, SimpleRetryPolicy
 from retrykit.template import RetryTemplate
@@ -163,6 +170,21 @@ def test_names_and_values_of_headers_arrive_as_they_were(publisher, take, queue)
     publisher.send(queue, b"x", odd)
     headers = take().headers
     assert {name: headers.get(name) for name in odd} == odd
+
+
+def test_a_nul_in_a_header_of_a_producer_is_replaced_and_the_message_can_be_parked(server, take, queue):
+    def handler(_message):
+        raise ConnectionError
+
+    template = RetryTemplate(name="nul", retry_policy=NeverRetryPolicy())
+    with Wire(server.host, server.port, virtual_host=None) as peer:
+        peer.publish(f"{queue}.all", b"x", **{"amqp-message-id": "m", "odd": "x\0RECEIPT", "receipt-id": "r-1"})
+    broker = StompBroker(server.url, destination=f"{queue}.all")
+    recover = park(queue, headers=("odd",))
+    with ListenerContainer(broker, handler, template=template, recover=recover) as container:
+        message = take()
+        assert (message.body, message.headers["odd"]) == (b"x", "x\ufffdRECEIPT")
+        assert container.counters.generations == 1
 
 
 @pytest.mark.parametrize("version", ["1.1", "1.2"])

@@ -63,6 +63,13 @@ def test_the_first_content_length_counts():
     assert cut([frame]) == [frame]
 
 
+def test_a_nul_in_a_header_ends_no_frame_and_is_replaced():
+    frame = b"MESSAGE\na\0:bin\0RECEIPT\nreceipt-id:r-1\ncontent-length:3\n\n\0x\0\0"
+    assert cut([frame, FRAMES[1]]) == [frame, FRAMES[1]]
+    headers = {"a\ufffd": "bin\ufffdRECEIPT", "receipt-id": "r-1", "content-length": "3"}
+    assert decoded(frame) == ("MESSAGE", headers, b"\0x\0")
+
+
 def test_names_and_values_are_escaped_as_1_2_wants_it():
     assert escaped("a:b\\c\r\nd") == "a\\cb\\\\c\\r\\nd"
     assert escaped("plain") == "plain"
