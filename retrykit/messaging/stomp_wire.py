@@ -74,6 +74,8 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         self._frames = FrameCutter()
         self._sending = threading.Lock()
         self.failure: OSError | None = None
+        self.silent = False
+        self._ended = False
         self.override_threading(lambda _stomp_pys_own_loop: default_create_thread(self._read))
 
     def _read(self) -> None:
@@ -82,6 +84,7 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
             while self.running and (piece := self.receive()):
                 self.process_frame(HEARTBEAT_FRAME if piece == HEART_BEAT else Frame(*decoded(piece)), piece)
         finally:
+            self._ended = True
             self.disconnect_socket()
 
     def attempt_connection(self) -> None:
@@ -96,21 +99,23 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         self.current_host_and_port = (address.host, address.port)
 
     def receive(self) -> bytes:
-        """One frame or heart-beat; b"" at the end."""
-        while (piece := self._frames.next()) is None:
-            live = self.socket
-            if live is None:
-                return b""
-            try:
-                data: bytes = live.recv(_CHUNK)
-            except OSError as error:
-                self.failure = error
-                return b""
-            if not data:
-                return b""
-            acknowledge_at_once(live)
-            self._frames.feed(data)
-        return piece
+        """One frame or heart-beat, or what is as good as one, a part of a frame; b"" at the end."""
+        if (piece := self._frames.next()) is not None:
+            return piece
+        live = self.socket
+        if live is None:
+            return b""
+        try:
+            data: bytes = live.recv(_CHUNK)
+        except OSError as error:
+            self.failure = error
+            return b""
+        if not data:
+            return b""
+        acknowledge_at_once(live)
+        self._frames.feed(data)
+        # Within a frame no broker can beat: one that takes its time is a sign of life all the same.
+        return self._frames.next() or HEART_BEAT
 
     def send(self, encoded_frame: bytes) -> None:
         """One frame after the other. Whoever sends tells what goes wrong; stomp.py's own would log each as an error."""
@@ -126,6 +131,8 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
 
     def disconnect_socket(self) -> None:
         """Wake the reader, and close; it is no matter who was first."""
+        # While it is being read stomp.py closes a connection only if no heart-beat came, and says why afterwards.
+        self.silent = self.silent or not self._ended
         self.running = False
         live, self.socket = self.socket, None
         if live is not None:
@@ -234,12 +241,9 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 
     def on_disconnected(self) -> None:
         """The socket is closed, by whomever."""
-        failure = self._connection.transport.failure
-        self._server_lost("the connection was closed" + (f": {explained(failure)}" if failure is not None else ""))
-
-    def on_heartbeat_timeout(self) -> None:
-        """The broker has been silent for too long."""
-        self._server_lost("no heart-beat came in time")
+        transport = self._connection.transport
+        why = f": {explained(transport.failure)}" if transport.failure is not None else ""
+        self._server_lost("no heart-beat came in time" if transport.silent else f"the connection was closed{why}")
 
     def _server_lost(self, reason: str) -> None:
         """The server is gone, or might as well be: the next connection tries another one first."""

@@ -163,8 +163,41 @@ def test_a_tls_connection_that_hangs_is_given_up_when_no_heart_beat_comes(embedd
         url, context = through(proxy, embedded_tls)
         with closing(StompBroker(url, destination=queue, ssl_context=context, heart_beat=0.2).connect()) as session:
             proxy.stall()
-            with pytest.raises(ConnectionLostError):
+            with pytest.raises(ConnectionLostError, match="no heart-beat came in time"):
                 session.receive(PATIENCE)
+
+
+def test_a_message_may_take_longer_to_arrive_than_a_heart_beat_may_be_late(queue):
+    body = bytes(40)
+
+    def serve():
+        client, _ = listening.accept()
+        with client:
+            client.recv(1_000)
+            client.sendall(b"CONNECTED\nversion:1.2\nserver:ActiveMQ/5\nheart-beat:100,100\n\n\0")
+            subscribed = client.recv(1_000)
+            receipt = subscribed.partition(b"receipt:")[2].partition(b"\n")[0]
+            head = b"MESSAGE\nmessage-id:1\nack:1\nsubscription:s-1\ncontent-length:%d\n\n" % len(body)
+            client.sendall(b"RECEIPT\nreceipt-id:%b\n\n\0%b" % (receipt, head))
+            # In all 2 s; 2.5 * 0.2 s of silence would be too much.
+            for place in range(0, len(body), 2):
+                done.wait(0.1)
+                client.sendall(body[place : place + 2])
+            client.sendall(b"\0")
+            done.wait(PATIENCE)
+
+    done = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = threading.Thread(target=serve)
+        server.start()
+        broker = StompBroker(f"stomp://127.0.0.1:{listening.getsockname()[1]}", destination=queue, heart_beat=0.2)
+        try:
+            with closing(broker.connect()) as session:
+                assert session.receive(PATIENCE).body == body
+                done.set()
+        finally:
+            done.set()
+            server.join()
 
 
 @pytest.fixture
