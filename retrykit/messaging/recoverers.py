@@ -76,24 +76,26 @@ _OF_THE_ORIGINAL: Final = frozenset(
     }
 )
 _NEVER: Final = _OF_THE_FRAME | _OF_THE_ORIGINAL
-# Commands to the broker (delays, the arguments by which RabbitMQ makes the queue), which a handler may give, but no
-# pattern of header names by accident.
-_COMMANDS: Final = (
-    EXPIRES_AT,
-    "AMQ_SCHEDULED_",
-    "durable",
-    "auto-delete",
-    "exclusive",
-    "x-queue-",
-    "x-message-ttl",
-    "x-expires",
-    "x-max-",
-    "x-overflow",
-    "x-dead-letter-",
-    "x-single-active-consumer",
-    "x-quorum-",
-    "x-delivery-limit",
-    "x-stream-",
+# Commands to the broker, which a handler may give, but no pattern of header names by accident: delays, and by what
+# RabbitMQ makes a queue. Whole names: `exclusiveOffer` is somebody's own.
+_DELAYS: Final = "AMQ_SCHEDULED_"
+_QUEUE_ARGUMENTS: Final = frozenset(
+    {
+        "durable",
+        "auto-delete",
+        "exclusive",
+        "x-queue-name",
+        "x-queue-type",
+        "x-message-ttl",
+        "x-expires",
+        "x-max-age",
+        "x-max-length",
+        "x-max-length-bytes",
+        "x-max-priority",
+        "x-dead-letter-exchange",
+        "x-dead-letter-routing-key",
+        "x-stream-max-segment-size-bytes",
+    }
 )
 
 
@@ -169,9 +171,14 @@ def original_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in {**found, **own}.items() if _matches(name, ("*",))}
 
 
-def in_copies(headers: Mapping[str, str]) -> dict[str, str]:
-    """The headers of the message itself: for a copy that stands for it. No commands to the broker."""
-    return {name: value for name, value in may_travel(headers).items() if not name.startswith(_COMMANDS)}
+def in_copies(headers: Mapping[str, str], *, makes_queues: bool) -> dict[str, str]:
+    """The headers of the message itself: for a copy that stands for it. No commands to the broker; `makes_queues`:
+    whether the arguments of queues are such.
+    """
+    own = {
+        name: value for name, value in may_travel(headers).items() if not (makes_queues and name in _QUEUE_ARGUMENTS)
+    }
+    return {name: value for name, value in own.items() if name != EXPIRES_AT and not name.startswith(_DELAYS)}
 
 
 def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
@@ -179,7 +186,7 @@ def _travelling(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    stays = name in _NEVER or name.startswith(_COMMANDS)
+    stays = name in _NEVER or name in _QUEUE_ARGUMENTS or name == EXPIRES_AT or name.startswith(_DELAYS)
     return not stays and any(fnmatchcase(name, pattern) for pattern in patterns)
 
 

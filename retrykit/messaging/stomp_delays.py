@@ -76,7 +76,7 @@ def copy_headers(profile: Profile, message: Message, delay: float) -> dict[str, 
         waiting = delay_queue(unquote(queue), bounded, time.time())
         ours |= {name: str(value) for name, value in waiting.arguments.items()}
         ours["destination"] = f"/queue/{queue}{waiting.name.removeprefix(unquote(queue))}"
-    return in_copies(message.headers) | ours | _form(profile, message)
+    return in_copies(message.headers, makes_queues=profile.delays == "queues") | ours | _form(profile, message)
 
 
 def _expiry(headers: Mapping[str, str], wait: int) -> dict[str, str]:

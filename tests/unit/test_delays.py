@@ -161,7 +161,6 @@ OF_THE_DELIVERY = {
     "scheduledJobId": "j",
     "user-id": "u",
     "x-delivery-count": "2",
-    "x-queue-type": "quorum",
     "AMQ_SCHEDULED_DELAY": "1",
 }
 
@@ -171,8 +170,20 @@ def test_a_copy_has_the_headers_of_the_message_and_none_of_its_delivery(profile)
     headers = copy_headers(profile, message(headers=OWN | OF_THE_DELIVERY), 2.0)
     assert {name: headers[name] for name in OWN} == OWN
     assert not {"message-id", "subscription", "ack", "redelivered", "timestamp", "scheduledJobId"} & set(headers)
-    assert not {"user-id", "x-delivery-count", "x-queue-type"} & set(headers)
+    assert not {"user-id", "x-delivery-count"} & set(headers)
     assert headers["persistent"] == "true"
+
+
+ARGUMENTS = {"durable": "no", "auto-delete": "no", "exclusive": "no", "x-queue-type": "quorum", "x-max-priority": "9"}
+LIKE_ARGUMENTS = {"durable-goods": "1", "exclusiveOffer": "yes", "x-max-retries": "7", "x-expires-at": "noon"}
+
+
+def test_a_header_that_only_begins_like_a_command_is_in_the_copy_and_an_argument_of_queues_not_on_rabbitmq():
+    headers = LIKE_ARGUMENTS | ARGUMENTS
+    on_activemq = copy_headers(ACTIVEMQ, message(headers=headers), 2.0)
+    assert {name: on_activemq.get(name) for name in headers} == headers
+    on_rabbitmq = copy_headers(RABBITMQ, message(headers=headers), 2.0)
+    assert {name: on_rabbitmq[name] for name in headers if name in on_rabbitmq} == LIKE_ARGUMENTS
 
 
 def test_activemq_is_told_the_delay_and_rabbitmq_a_queue():
@@ -233,7 +244,7 @@ def test_a_copy_comes_as_the_original_did():
 
 def test_nothing_that_a_handler_sends_on_says_that_it_is_a_copy():
     given_on = {COPY_OF: "[]", "scheduledJobId": "j", "my": "own"}
-    assert may_travel(given_on) == {"my": "own"} == in_copies(given_on)
+    assert may_travel(given_on) == {"my": "own"} == in_copies(given_on, makes_queues=True)
 
 
 # -- what a broker lacks

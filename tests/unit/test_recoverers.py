@@ -89,6 +89,11 @@ def test_patterns_let_an_applications_own_headers_travel():
     assert "correlation-id" not in headers
 
 
+def test_a_header_that_only_begins_like_a_command_travels():
+    own = {"exclusiveOffer": "yes", "durable-goods": "1", "x-max-retries": "7"}
+    assert park("/queue/p", headers=tuple(own))(message(headers=own), context()).headers.items() >= own.items()
+
+
 def test_headers_that_do_not_travel_are_kept_as_text():
     kept = json.loads(park("/queue/p")(message(), context()).headers["retrykit-other-headers"])
     assert kept["x-tenant"] == "blue"
