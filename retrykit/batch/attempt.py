@@ -73,9 +73,13 @@ class Attempt:
         return (templates.whole if self.whole else templates.group).execute(self, transaction=transaction)
 
     def _state(self) -> RetryState | None:
-        if self.step.key is None:
+        if self.step.key is not None:
+            key = self.step.key(self.chunk.items[self.live[0]])
+        elif self.course.careful:
+            # What has no name is known by its place, for as long as it may kill.
+            key = (self.course.claim.id, self.chunk.number + self.live[0] + 1)
+        else:
             return None
-        key = self.step.key(self.chunk.items[self.live[0]])
         # What a run has counted that ended in good order says nothing of what came since: a mended program, or file.
         fresh = not self.course.continues_a_crash
         return RetryState(key=key, rollback_for=_in_place, recover_on_redelivery=False, fresh=fresh)

@@ -31,6 +31,10 @@ is condemned but by his own failure.
 can join the transaction: then a restart loses nothing and repeats nothing. Else they are stored after it, and a crash
 between the two has the chunk written again: at least once.
 
+*An item that kills* its process is found too, if such items are to be skipped (`skip_crashes`): the chunk that comes
+after a crash is written carefully, one item first and then in groups that double. So each run that dies leaves less
+before the killer, until it is alone, and then its history counts the attempts that never ended.
+
 *A commit that is not confirmed*, because the connection was lost in it, looks like one that failed. So after a failed
 commit the job store is asked before anything is done again: each transaction advances its revision by one, and a
 revision that has advanced says that it was committed after all.
@@ -51,7 +55,7 @@ from typing import Any
 
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped
-from retrykit.batch.isolation import Verdict, isolate, next_group
+from retrykit.batch.isolation import Search, Verdict, isolate, next_group, tread_carefully
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
 from retrykit.batch.work import Work
@@ -74,6 +78,8 @@ class Course:
         """The last commit may have happened although it failed."""
         self.continues_a_crash = False
         """The run before was not ended by its program: what it has begun to count goes on."""
+        self.careful = False
+        """The next chunk may be the one in which that run died, because of one of its items."""
         self.skipped: list[SkippedItem] = []
         self.started_at = datetime.now(UTC)
         self.started = perf_counter()
@@ -109,6 +115,7 @@ class Course:
         claim = self.claim = yield lambda: jobs.claim(self.step.name, self.parameters, again=again)
         self.counts = Counts.from_json(claim.counts)
         self.continues_a_crash = claim.crashed
+        self.careful = claim.crashed and self.step.skip.skip_crashes
         return claim.position
 
     def _leave(self, source: Source | None, status: Status, reason: str) -> Work[Report]:
@@ -182,11 +189,18 @@ class Course:
     def _settle(self, chunk: Chunk) -> Work[None]:
         """Bring every item of the chunk to its end: at once, or after a search for the culprits."""
         size = len(chunk.items)
-        verdict = yield from self._test(chunk, size, whole=True)
-        if verdict is not Verdict.FAILED:
-            return
+        if self.careful:
+            yield from self._search(chunk, tread_carefully)
+            self.careful = False
+        elif (yield from self._test(chunk, size, whole=True)) is Verdict.FAILED:
+            yield from self._search(chunk, isolate)
+
+    def _search(self, chunk: Chunk, method: Callable[[int], Search]) -> Work[None]:
+        size = len(chunk.items)
         live = chunk.live(size)
-        search = isolate(len(live))
+        if not live:
+            yield from self._test(chunk, size, whole=False)
+        search = method(len(live))
         group = next_group(search)
         while group is not None:
             end = size if group[1] == len(live) else live[group[1]]

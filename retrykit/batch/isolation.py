@@ -54,6 +54,15 @@ def isolate(size: int) -> Search:
     return _search(_Known(size=size, failed_to=size, width=size))
 
 
+def tread_carefully(size: int) -> Search:
+    """As `isolate`, of a chunk that may kill whoever writes it: one item first, then groups that double.
+
+    Whoever dies in it leaves everything written that stands before the last group; so the next one comes at least
+    twice as near to the item that kills, and at last tests it alone.
+    """
+    return _search(_Known(size=size, failed_to=0, width=1, believes=False))
+
+
 @attrs.define
 class _Known:
     """What is known: items before `start` are done, one of those from there to `failed_to` is at fault."""

@@ -24,8 +24,8 @@ class SkipPolicy(Value):
     The class nearest to the failure's own decides among `skip_for` and `no_skip_for`; what is named in neither stops
     the step. `limit`: so many items of all runs of a job (None: any number). `limits`: so many for an exception class
     and those derived from it, the nearest class counting. `share`: at most this part (0 to 1) of the items read so
-    far, from the item number `share_from` on. `skip_crashes`: an item with a key whose attempts never ended, because
-    they killed their process, is skipped too.
+    far, from the item number `share_from` on. `skip_crashes`: an item that kills its process is found and skipped
+    too, over several restarts; it takes a job store, and a context cache that outlives the process.
     """
 
     skip_for: tuple[type[Exception], ...] = attrs.field(default=(), converter=as_types, validator=are_error_types)

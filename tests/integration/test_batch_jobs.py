@@ -375,6 +375,56 @@ def test_an_item_that_kills_its_process_uses_up_its_attempts(url, engine):
     assert only(engine).counts["skipped"] == {"retrykit.Crash": 1}
 
 
+KILLER = """
+import os, signal, sys
+from sqlalchemy.orm import sessionmaker
+from sqlalchemy import create_engine
+from retrykit import RetryTemplate, SimpleRetryPolicy
+from retrykit.batch import ChunkStep, SkipPolicy
+from retrykit.sql import SqlJobStore, SqlRetryContextCache
+from tests.integration.test_batch_jobs import write
+
+def run(url):
+    engine = create_engine(url)
+
+    def kill(transaction, items):
+        write(transaction, items)
+        if 13 in items:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ChunkStep(
+        name="load", reader=range(40), writer=kill, transaction=sessionmaker(engine).begin, chunk_size=20,
+        template=RetryTemplate(
+            name="load", retry_policy=SimpleRetryPolicy(2), context_cache=SqlRetryContextCache(engine)
+        ),
+        skip=SkipPolicy(skip_crashes=True), jobs=SqlJobStore(engine),
+    ).run()
+
+deaths = 0
+while (child := os.fork()) and os.waitpid(child, 0)[1]:
+    deaths += 1
+if child == 0:
+    run(sys.argv[1])
+    os._exit(0)
+print(deaths)
+"""
+
+
+def test_an_item_without_a_name_that_kills_whoever_writes_it_is_found_over_restarts(url, engine):
+    if engine.dialect.name == "mariadb":
+        pytest.skip("the databases differ in nothing here: two of them are enough")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", KILLER, url]
+    done = subprocess.run(command, env=environment, check=False, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # The chunk; groups that come nearer; twice the item alone.
+    assert 3 <= int(done.stdout) <= 7
+    assert rows(engine) == [item for item in range(40) if item != 13]
+    assert [(item.payload, item.attempts) for item in parked_items(engine)] == [(b"13", 2)]
+    assert only(engine).counts["skipped"] == {"retrykit.Crash": 1}
+    assert list(SqlRetryContextCache(engine).items()) == []
+
+
 def test_a_crash_is_not_skipped_unless_it_is_asked_for():
     crash = StoredError.of_crash(1, "somebody")
     assert not SkipPolicy(skip_for=Exception).may_skip(crash)

@@ -76,12 +76,12 @@ def test_the_same_after_crashes_at_any_statement_and_commits_that_were_not_confi
         world.check()
 
 
-@pytest.mark.parametrize("fate", ["good", "named", "commit"])
+@pytest.mark.parametrize("fate", ["named", "commit"])
 def test_a_crash_at_each_single_statement_in_turn(tmp_path, fate):
-    fates = ["good", "good", fate, "good", "good", "filtered", fate, "good"]
+    fates = ["good", fate, "good", "filtered", "good"]
     for number in itertools.count():
         with fresh_sqlite(tmp_path) as engine:
-            world = World(engine, fates, chunk_size=5)
+            world = World(engine, fates, chunk_size=3)
             ended = world.run(number)
             if not ended:
                 assert world.run()

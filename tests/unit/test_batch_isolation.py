@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.batch.isolation import Verdict, isolate
+from retrykit.batch.isolation import Verdict, isolate, tread_carefully
 
 
-def search(size, fails):
+def search(size, fails, method=isolate):
     """Let a search test groups, of which `fails(start, end)` says what comes of them: the tests, and the condemned."""
     tests, condemned, done = [], [], 0
-    groups = isolate(size)
+    groups = method(size)
     group = next(groups, None)
     while group is not None:
         start, end = group
@@ -120,3 +120,35 @@ def test_a_named_culprit_ends_the_suspicion_against_the_rest_of_its_group():
     assert groups.send(Verdict.FOUND) == (8, 16)
     with pytest.raises(StopIteration):
         groups.send(Verdict.DONE)
+
+
+def test_a_careful_search_begins_with_one_item_and_doubles():
+    groups = tread_carefully(20)
+    found = [next(groups)]
+    for _ in range(4):
+        found.append(groups.send(Verdict.DONE))
+    assert found == [(0, 1), (1, 3), (3, 7), (7, 15), (15, 20)]
+
+
+@given(sizes_and_culprits)
+def test_a_careful_search_finds_the_culprits_too(example):
+    size, culprits = example
+    tests, condemned = search(size, poisoned(*culprits), tread_carefully)
+    assert condemned == sorted(culprits)
+    assert len(tests) <= 2 * size
+
+
+@given(st.integers(1, 200), st.data())
+def test_each_death_in_a_careful_search_comes_twice_as_near(size, data):
+    killer = data.draw(st.integers(0, size - 1))
+    position = deaths = 0
+    while True:
+        groups = tread_carefully(size - position)
+        start, end = next(groups)
+        while not start <= killer - position < end:
+            start, end = groups.send(Verdict.DONE)
+        if end - start == 1:
+            break
+        position, deaths = position + start, deaths + 1
+    assert position + start == killer
+    assert deaths <= log2(size) + 1
