@@ -73,6 +73,10 @@ def _check_name(_instance: Any, _field: Any, name: Any) -> None:
     namespace(name)
 
 
+def _default_template(step: Any) -> Any:
+    return step._kind(name=step.name)  # noqa: SLF001 - the step's own
+
+
 @attrs.frozen(kw_only=True, eq=False, repr=False)
 class _Step(Value):
     """What both kinds of steps are made of."""
@@ -83,7 +87,7 @@ class _Step(Value):
     processor: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
     transaction: Callable[[], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
     chunk_size: int = attrs.field(default=100, validator=whole(1))
-    template: Any = attrs.field()
+    template: Any = attrs.field(default=attrs.Factory(_default_template, takes_self=True))
     skip: SkipPolicy = attrs.field(factory=SkipPolicy, validator=attrs.validators.instance_of(SkipPolicy))
     no_rollback_for: tuple[type[Exception], ...] = attrs.field(
         default=(), converter=as_types, validator=are_error_types
@@ -100,10 +104,6 @@ class _Step(Value):
 
     asynchronous: ClassVar[bool]
     _kind: ClassVar[type[Any]]
-
-    @template.default
-    def _default_template(self) -> Any:
-        return self._kind(name=self.name)
 
     @template.validator
     def _check_template(self, field: Any, template: Any) -> None:

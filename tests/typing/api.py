@@ -9,7 +9,7 @@ import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from datetime import datetime, timedelta
-from typing import Any, assert_type
+from typing import Any, assert_never, assert_type
 
 from retrykit import (
     AlwaysRetryPolicy,
@@ -50,6 +50,7 @@ from retrykit import (
     retryable,
     veto,
 )
+from retrykit.batch import AsyncChunkStep, ChunkStep, CsvReader, Report, SkipPolicy, stop
 from retrykit.cache import StoredContext
 
 # -- functions
@@ -513,3 +514,42 @@ retryable(retry_policy=Patient(), back_off=Slow(), clock=Stopped(), listeners=[E
 retryable(template=RetryTemplate())
 
 as_coroutine_callable: Callable[[str], Coroutine[Any, Any, bytes]] = bare_later
+
+
+# -- batch jobs
+
+
+def parse(row: dict[str, str]) -> dict[str, Any] | None: ...
+
+
+def write_rows(transaction: Any, rows: list[Any]) -> None: ...
+
+
+async def write_later(transaction: Any, rows: list[Any]) -> None: ...
+
+
+load = ChunkStep(
+    name="load",
+    reader=CsvReader("orders.csv", dialect="excel-tab"),
+    processor=parse,
+    writer=write_rows,
+    chunk_size=1_000,
+    template=RetryTemplate(name="load"),
+    skip=SkipPolicy(skip_for=ValueError, no_skip_for=[UnicodeError], limits={ValueError: 3}, share=0.01),
+    no_rollback_for=(ValueError, KeyError),
+)
+assert_type(load.run({"file": "orders.csv"}, again=True), Report)
+assert_type(load.run().counts.skipped, dict[str, int])
+ChunkStep(name="load", reader=range(3))  # type: ignore[call-arg]
+ChunkStep("load", range(3), write_rows)  # type: ignore[call-arg]
+ChunkStep(name="load", reader=range(3), writer=3)  # type: ignore[arg-type]
+SkipPolicy(skip_for="ValueError")  # type: ignore[arg-type]
+
+
+async def run_later() -> None:
+    later = AsyncChunkStep(name="load", reader=range(3), writer=write_later)
+    assert_type(await later.run(), Report)
+
+
+def never() -> None:
+    assert_never(stop("no more"))
