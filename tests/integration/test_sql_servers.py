@@ -19,7 +19,16 @@ from sqlalchemy.orm import Session
 from retrykit import RetryState, RetryTemplate
 from retrykit.clock import SystemClock
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
-from retrykit.sql import SqlRetryContextCache, create_tables, park_in, parked_item, rk_context, rk_schema, rows
+from retrykit.sql import (
+    SCHEMA_VERSION,
+    SqlRetryContextCache,
+    create_tables,
+    park_in,
+    parked_item,
+    rk_context,
+    rk_schema,
+    rows,
+)
 from retrykit.sql.dialects import database_of
 from retrykit.sql.statements import statements_of
 from tests.servers.databases import SERVERS, empty_database, with_driver
@@ -656,7 +665,9 @@ def test_tables_that_are_not_there_are_asked_for_by_their_command_without_the_pa
     assert place.password not in str(caught.value)
 
 
-@pytest.mark.parametrize(("version", "advice"), [(3, "upgrade retrykit"), (1, "run: retrykit db upgrade")])
+@pytest.mark.parametrize(
+    ("version", "advice"), [(SCHEMA_VERSION + 1, "upgrade retrykit"), (1, "run: retrykit db upgrade")]
+)
 def test_tables_of_another_version_are_refused_with_what_to_do(cache, url, version, advice):
     with cache.engine.begin() as connection:
         connection.execute(update(rk_schema).where(rk_schema.c.name == "version").values(value=version))
