@@ -6,14 +6,13 @@ worker, who waits at its desk. Everything before and after (pauses that were due
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from retrykit.message import Message
 from retrykit.messaging.broker import Session
-from retrykit.messaging.delivery import CutShortError, Delivery, Work
-from retrykit.messaging.loop import Desk, finished
+from retrykit.messaging.delivery import Delivery, Work
+from retrykit.messaging.desk import Desk, finished
 from retrykit.messaging.outbox import Outgoing
 
 if TYPE_CHECKING:
@@ -35,10 +34,7 @@ class AsyncDelivery(Delivery):
 
     def complete(self, verb: Callable[[], Any]) -> Any:
         """Do something with the template, on the loop."""
-        try:
-            return self._desk.run(verb)
-        except asyncio.CancelledError as error:
-            raise CutShortError("it was cancelled, as the container stops at once") from error
+        return self._desk.run(verb)
 
     async def attempt(self, context: RetryContext) -> Any:
         """As `Delivery.attempt`, awaited."""

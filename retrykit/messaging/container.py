@@ -6,26 +6,30 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
 from retrykit.check import is_callable_or_none, one_of, whole, wrong_type, wrong_value
-from retrykit.messaging.async_delivery import AsyncDelivery
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
 from retrykit.messaging.delivery import Delivery, Work
+from retrykit.messaging.errors import CutShortError, LoopEndedError
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
-from retrykit.messaging.lifetime import Ending, Lifetime
-from retrykit.messaging.loop import Desk, HandlerLoop, Lifespan
+from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.worker import Worker
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
+
+if TYPE_CHECKING:
+    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.handler import Template
+    from retrykit.messaging.loop import HandlerLoop
 
 _log = logging.getLogger("retrykit.messaging")
 
@@ -48,6 +52,21 @@ def _shares_messages(container: Any, field: Any, value: int) -> None:
     if at_most is not None and value > at_most:
         wanted = f"at most {at_most} (several sessions would not share the messages of {container.broker.name})"
         raise wrong_value(field.name, wanted, value)
+
+
+def _new_loop() -> HandlerLoop:
+    # Here, since `import retrykit.messaging` must not cost what asyncio costs.
+    from retrykit.messaging.loop import HandlerLoop
+
+    return HandlerLoop()
+
+
+def _deliveries(template: Template) -> type[Delivery]:
+    if not template.asynchronous:
+        return Delivery
+    from retrykit.messaging.async_delivery import AsyncDelivery
+
+    return AsyncDelivery
 
 
 @attrs.define(eq=False)
@@ -111,7 +130,8 @@ class ListenerContainer(Lifetime):
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
     _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
     _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
-    _loop: HandlerLoop = attrs.field(factory=HandlerLoop, init=False, repr=False)
+    loop: HandlerLoop | None = attrs.field(default=None, init=False, repr=False)
+    """Where coroutines run. Those of other containers may run there too; to be set before `start`."""
     _desks: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
     _reasons: list[BaseException] = attrs.field(factory=list, init=False, repr=False)
@@ -120,10 +140,12 @@ class ListenerContainer(Lifetime):
         # Refuses what is no handler, before anything runs.
         calls_with(self.handler, self.template)
         refuse_generators("recover", self.recover)
-        if not self.template.asynchronous:
-            refuse_coroutines("recover", self.recover)
-            if self.lifespan is not None:
-                raise ValueError("lifespan: only with an AsyncRetryTemplate is there an event loop to enter it on")
+        if self.template.asynchronous:
+            self.loop = _new_loop()
+            return
+        refuse_coroutines("recover", self.recover)
+        if self.lifespan is not None:
+            raise ValueError("lifespan: only with an AsyncRetryTemplate is there an event loop to enter it on")
 
     # -- lifetime
 
@@ -135,8 +157,8 @@ class ListenerContainer(Lifetime):
             work = self._prepared()
             self._threads = [self._thread(work, number) for number in range(1, self.concurrency + 1)]
             self._running = len(self._threads)
-        if self.template.asynchronous:
-            self._loop.join()
+        if self.loop is not None:
+            self.loop.join(self._give_up)
         for thread in self._threads:
             thread.start()
 
@@ -225,7 +247,7 @@ class ListenerContainer(Lifetime):
             self.transaction,
             self._tally,
             patience,
-            AsyncDelivery if self.template.asynchronous else Delivery,
+            _deliveries(self.template),
             journal=self.journal,
             delays=Delays(self.delay),
         )
@@ -233,24 +255,21 @@ class ListenerContainer(Lifetime):
     def _thread(self, work: Work, number: int) -> threading.Thread:
         # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
         name = f"retrykit-{self.template.name}-{number}"
-        desk = self._desk() if self.template.asynchronous else None
+        desk = None if self.loop is None else self.loop.desk()
+        if desk is not None:
+            self._desks.append(desk)
         worker = Worker(self.broker, work, self.reconnect, self._stopping, self._enlist, desk)
         return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
 
-    def _desk(self) -> Desk:
-        desk = Desk(self._loop)
-        self._desks.append(desk)
-        return desk
-
-    def share_loop(self, loop: HandlerLoop) -> None:
-        """Run coroutines on this loop, with those of other containers; to be called before `start`."""
-        self._loop = loop
-
     def _work(self, worker: Worker) -> None:
         try:
-            if worker.desk is not None:
-                self._loop.enter(self.lifespan)
+            if self.loop is not None and worker.desk is not None:
+                self.loop.enter(self.lifespan, worker.desk)
             worker.run()
+        except LoopEndedError as ended:
+            self._give_up(ended.__cause__ or ended)
+        except CutShortError:
+            _log.info("the container stops before its lifespan was entered")
         except BaseException as error:  # noqa: BLE001 - a thread ends here; `wait` and `run` raise it to the owner
             self._give_up(error)
         finally:
@@ -292,7 +311,7 @@ class ListenerContainer(Lifetime):
 
     def _leave_loop(self) -> None:
         try:
-            if self.template.asynchronous:
-                self._loop.leave()
+            if self.loop is not None:
+                self.loop.leave(self._give_up)
         except BaseException as error:  # noqa: BLE001 - as in `_work`
             self._give_up(error)

@@ -40,7 +40,7 @@ from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due
-from retrykit.messaging.errors import BrokerRefusedError, NoStableIdError
+from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.logs import decision_facts
 from retrykit.messaging.open_keys import OpenKeys
@@ -52,14 +52,10 @@ from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
+    from retrykit.messaging.desk import Desk
     from retrykit.messaging.handler import Template
-    from retrykit.messaging.loop import Desk
 
 _log = logging.getLogger("retrykit.messaging")
-
-
-class CutShortError(Exception):
-    """The handler was cancelled, as the container stops at once."""
 
 
 @attrs.frozen(eq=False)
@@ -101,7 +97,7 @@ class Work:
             raise
         except BaseException as error:
             delivery.give_back(error)
-            if not isinstance(error, Exception):
+            if isinstance(error, LoopEndedError) or not isinstance(error, Exception):
                 raise
 
 

@@ -1,4 +1,4 @@
-"""What can go wrong between a consumer and its broker."""
+"""What can go wrong between a consumer and its broker, and what ends a delivery before its time."""
 
 from __future__ import annotations
 
@@ -57,3 +57,11 @@ class NoStableIdError(BrokerError):
     Without one its history could not be found again, and a poison message would be retried for ever: the container
     stops at the first. The message goes back to the broker.
     """
+
+
+class CutShortError(Exception):
+    """The handler was cancelled, as the container stops at once: nothing has failed."""
+
+
+class LoopEndedError(CutShortError):
+    """The event loop on which a handler was to run has ended, and the container gives up; the cause says why."""

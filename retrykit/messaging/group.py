@@ -13,7 +13,6 @@ from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.counters import Counters
 from retrykit.messaging.lifetime import Ending, Event, Lifetime
-from retrykit.messaging.loop import HandlerLoop
 from retrykit.messaging.readiness import Health, total_of
 
 
@@ -46,9 +45,10 @@ class ContainerGroup(Lifetime):
 
     def __attrs_post_init__(self) -> None:
         self._left = len(self.containers)
-        loop = HandlerLoop()
+        loops = [one.loop for one in self.containers if one.loop is not None]
         for one in self.containers:
-            one.share_loop(loop)
+            if one.loop is not None:
+                one.loop = loops[0]
             one.watch(partial(self._heard, one))
 
     def start(self) -> None:

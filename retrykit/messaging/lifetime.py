@@ -11,14 +11,15 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, contextmanager, suppress
 from queue import Empty, SimpleQueue
 from types import FrameType, TracebackType
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 _log = logging.getLogger("retrykit.messaging")
 
 Event = Literal["failed", "finished"]
+Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
 _Heard = Literal["failed", "finished", "signal", "late"]
 _LOOK: Final = 0.2
 

@@ -20,7 +20,7 @@ from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.delays import Way
 from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.handler import Handler
-from retrykit.messaging.loop import Lifespan
+from retrykit.messaging.lifetime import Lifespan
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.template import AsyncRetryTemplate, RetryTemplate

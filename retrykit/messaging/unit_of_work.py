@@ -20,7 +20,7 @@ from retrykit.messaging.errors import BrokerError, BrokerRefusedError, Connectio
 
 if TYPE_CHECKING:
     from retrykit.messaging.delivery import Delivery
-    from retrykit.messaging.loop import Desk
+    from retrykit.messaging.desk import Desk
 
 Transaction = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 

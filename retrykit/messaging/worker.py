@@ -16,7 +16,13 @@ from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
-from retrykit.messaging.errors import BrokerError, DelayUnavailableError, NoStableIdError, NotSupportedError
+from retrykit.messaging.errors import (
+    BrokerError,
+    DelayUnavailableError,
+    LoopEndedError,
+    NoStableIdError,
+    NotSupportedError,
+)
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.messaging.unit_of_work import TransactionMisuseError
 from retrykit.messaging.waiting import WaitingClock
@@ -26,9 +32,9 @@ from retrykit.template import RetryTemplate
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
     from retrykit.message import Message
-    from retrykit.messaging.loop import Desk
+    from retrykit.messaging.desk import Desk
 
-_FATAL: Final = (NoStableIdError, TransactionMisuseError, DelayUnavailableError, NotSupportedError)
+_FATAL: Final = (NoStableIdError, TransactionMisuseError, DelayUnavailableError, NotSupportedError, LoopEndedError)
 _log = logging.getLogger("retrykit.messaging")
 
 

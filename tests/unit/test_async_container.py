@@ -6,6 +6,7 @@ import asyncio
 import functools
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -18,6 +19,7 @@ from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, curre
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
 from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, loop, park
+from retrykit.messaging.errors import LoopEndedError
 from retrykit.messaging.memory import MemoryBroker
 from tests.doubles import AsyncCache
 
@@ -238,9 +240,10 @@ def test_loop_that_has_ended_starts_no_other_container(broker):
     second = container(broker.at("/queue/b"), endless.handle, template=attrs.evolve(template(), name="b"))
     third = container(broker.at("/queue/c"), nothing, lifespan=Life([]))
     # Not as a group, which would stop them all.
-    one_loop = loop.HandlerLoop()
+    one_loop, reasons = loop.HandlerLoop(), []
+    one_loop.join(reasons.append)
     for one in (first, second, third):
-        one.share_loop(one_loop)
+        one.loop = one_loop
     second.start()
     assert endless.running.wait(PATIENCE)
     first.start()
@@ -249,10 +252,152 @@ def test_loop_that_has_ended_starts_no_other_container(broker):
     with pytest.raises(SystemExit):
         third.wait(PATIENCE)
     for one in (first, second):
-        one.stop()
-        with suppress(SystemExit):
-            assert one.wait(PATIENCE)
+        with pytest.raises(SystemExit):
+            one.wait(PATIENCE)
+    with pytest.raises(SystemExit):
+        one_loop.leave(reasons.append)
     assert bodies(broker, "/queue/b") == [b"x"]
+
+
+@asynccontextmanager
+async def token_that_cannot_be_refreshed():
+    async def refresh():
+        raise ConnectionError("no token")
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(refresh())
+        yield
+
+
+@asynccontextmanager
+async def background_task_that_exits():
+    async def leave():
+        sys.exit(3)
+
+    task = asyncio.create_task(leave())
+    yield
+    await task
+
+
+@asynccontextmanager
+async def lifespan_that_hangs_while_something_else_exits():
+    asyncio.get_running_loop().call_soon(sys.exit, 3)
+    await asyncio.Event().wait()
+    yield
+
+
+@pytest.mark.parametrize(
+    ("lifespan", "reason"),
+    [
+        (token_that_cannot_be_refreshed, ExceptionGroup),
+        (background_task_that_exits, SystemExit),
+        (lifespan_that_hangs_while_something_else_exits, SystemExit),
+    ],
+)
+def test_loop_that_ends_by_itself_ends_containers_that_have_nothing_to_do(broker, lifespan, reason, caplog):
+    plain_one = ListenerContainer(broker.at("/queue/plain"), plain, template=RetryTemplate(name="plain"))
+    made = [
+        container(broker.at("/queue/a"), nothing, lifespan=lifespan, template=attrs.evolve(template(), name="a")),
+        container(broker.at("/queue/b"), nothing, lifespan=Life([]), concurrency=2),
+        plain_one,
+    ]
+    group = ContainerGroup(made)
+    group.start()
+    with pytest.raises(reason):
+        group.wait(PATIENCE)
+    states = [one.health().consumers[0].state for one in made]
+    # The second one may have been stopped by the first before it was told.
+    assert (states[0], states[2]) == ("failed", "finished")
+    assert caplog.text.count("the container gives up") == states.count("failed")
+    assert not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"]
+
+
+def test_loop_whose_tasks_are_all_cancelled_ends_the_container_and_says_so(broker):
+    async def handler(message):
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()
+        await asyncio.Event().wait()
+
+    broker.publish("x")
+    made = container(broker, handler)
+    made.start()
+    with pytest.raises(RuntimeError, match="something has cancelled all of its tasks"):
+        made.wait(PATIENCE)
+    assert (made.counters.received, made.counters.rolled_back, bodies(broker)) == (1, 0, [b"x"])
+
+
+def test_message_that_comes_to_an_ended_loop_goes_back_and_is_not_blamed(broker, caplog):
+    class Late(MemoryBroker):
+        def connect(self, *, consume=True):
+            session = super().connect(consume=consume)
+            receive = session.receive
+
+            def late():
+                message = receive()
+                made.loop.tell(fail.set)
+                wait_for(lambda: made.loop.over)
+                return message
+
+            session.receive = late
+            return session
+
+    @asynccontextmanager
+    async def lifespan():
+        async def fails():
+            await fail.wait()
+            raise ConnectionError
+
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(fails())
+            yield
+
+    late, fail = Late(ORDERS), asyncio.Event()
+    late.publish("x")
+    made = container(late, nothing, lifespan=lifespan)
+    made.start()
+    with pytest.raises(ExceptionGroup):
+        made.wait(PATIENCE)
+    assert (made.counters.received, made.counters.rolled_back, bodies(late)) == (1, 0, [b"x"])
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_each_who_comes_to_an_ended_loop_is_told_why_in_an_exception_of_its_own():
+    reasons = []
+    one_loop = loop.HandlerLoop()
+    one_loop.join(reasons.append)
+    desk = one_loop.desk()
+    desk.run(lambda: asyncio.get_running_loop().call_soon(sys.exit, 3) and None)
+    wait_for(lambda: reasons)
+    errors = []
+    for _ in range(2):
+        with pytest.raises(LoopEndedError) as raised:
+            desk.run(nothing)
+        errors.append(raised.value)
+    assert errors[0] is not errors[1]
+    assert [error.__cause__ for error in errors] == reasons * 2
+    one_loop.join(reasons.append)
+    assert reasons[0] is reasons[1]
+    one_loop.leave(reasons.append)
+    with pytest.raises(SystemExit):
+        one_loop.leave(reasons.append)
+
+
+def test_plain_handlers_need_no_asyncio():
+    code = """
+import sys
+from retrykit import RetryTemplate
+from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer
+from retrykit.messaging.memory import MemoryBroker
+
+broker, handled = MemoryBroker("/queue/a"), []
+broker.publish("x")
+with ContainerGroup([ListenerContainer(broker, handled.append, template=RetryTemplate())]):
+    assert broker.wait_until_empty(20)
+Consumers(broker, template=RetryTemplate()).add("/queue/b", handled.append)
+assert len(handled) == 1
+assert "asyncio" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 # -- what goes with what
@@ -696,6 +841,58 @@ def test_timeout_inside_a_handler_is_a_failure_like_others(broker):
     assert parked.headers["retrykit-error-type"] == "builtins.TimeoutError"
 
 
+@pytest.mark.parametrize("how", ["clean-up", "wrapped"])
+def test_handler_that_fails_when_it_is_cancelled_has_been_cancelled(broker, how, caplog):
+    broker.publish("x")
+    running = threading.Event()
+
+    async def handler(message):
+        running.set()
+        try:
+            await asyncio.Event().wait()
+        except BaseException as error:
+            if how == "wrapped":
+                raise RuntimeError("the partner") from error
+            raise
+        finally:
+            if how == "clean-up":
+                raise ConnectionError("the partner")
+
+    cache = MapRetryContextCache()
+    made = container(broker, handler, template=template(max_attempts=1, context_cache=cache), recover=park(PARKED))
+    made.start()
+    assert running.wait(PATIENCE)
+    made.stop(now=True)
+    assert made.wait(PATIENCE)
+    assert (made.counters.rolled_back, list(cache.items()), bodies(broker)) == (0, [], [b"x"])
+    assert "what was cancelled has ended with" in caplog.text
+
+
+def test_process_that_was_told_twice_to_stop_ends_although_a_call_in_a_thread_hangs():
+    code = """
+import asyncio, os, signal, sys, threading
+from retrykit import AsyncRetryTemplate
+from retrykit.messaging import ListenerContainer, container
+from retrykit.messaging.memory import MemoryBroker
+
+def hangs():
+    os.kill(os.getpid(), signal.SIGTERM)
+    made._stopping.wait(20)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait()
+
+async def handler(message):
+    await asyncio.to_thread(hangs)
+
+container.FAREWELL = 0.05
+broker = MemoryBroker("/queue/a")
+broker.publish("x")
+made = ListenerContainer(broker, handler, template=AsyncRetryTemplate())
+sys.exit(4 if made.run() is False else 5)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 4
+
+
 # -- what belongs to the loop
 
 
@@ -757,23 +954,83 @@ def test_lifespan_that_fails_is_told_once_and_nothing_is_consumed(broker, caplog
     assert not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"]
 
 
-def test_signal_ends_the_wait_for_a_lifespan_that_hangs(broker, monkeypatch):
-    monkeypatch.setattr("retrykit.messaging.container.FAREWELL", 0.05)
+def test_second_signal_cancels_a_lifespan_that_hangs_while_it_is_entered(broker):
+    ends = []
 
     @asynccontextmanager
     async def hangs():
         os.kill(os.getpid(), signal.SIGTERM)
         await has_happened(made._stopping)
         os.kill(os.getpid(), signal.SIGTERM)
-        await go_on.wait()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            ends.append("cancelled")
+            raise
         yield
 
-    go_on = asyncio.Event()
-    made = container(broker, nothing, lifespan=hangs)
-    made_loop = made._loop
+    made = container(broker, nothing, lifespan=hangs, concurrency=2)
     assert made.run() is False
-    made_loop.tell(go_on.set)
     assert made.wait(PATIENCE)
+    assert (ends, made.error) == (["cancelled"], None)
+
+
+def test_lifespan_is_entered_for_those_who_still_want_it(broker):
+    entering, go_on, log = threading.Event(), asyncio.Event(), []
+
+    @asynccontextmanager
+    async def lifespan():
+        entering.set()
+        await go_on.wait()
+        yield
+        log.append("left")
+
+    first = container(broker.at("/queue/a"), nothing, lifespan=lifespan, template=attrs.evolve(template(), name="a"))
+    second = container(broker, nothing, lifespan=lifespan)
+    group = ContainerGroup([first, second])
+    group.start()
+    assert entering.wait(PATIENCE)
+    first.stop(now=True)
+    assert first.wait(PATIENCE)
+    second.loop.tell(go_on.set)
+    broker.publish("x")
+    assert broker.wait_until_empty(PATIENCE)
+    group.stop()
+    assert group.wait(PATIENCE)
+    assert log == ["left"]
+
+
+def test_lifespan_that_nobody_wants_any_more_may_fail_and_is_entered_anew(broker, caplog):
+    entering, log = threading.Event(), []
+
+    @asynccontextmanager
+    async def lifespan():
+        log.append("open")
+        if len(log) == 1:
+            entering.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                raise ConnectionError("no clean end")
+        yield
+
+    one_loop = loop.HandlerLoop()
+    other = container(broker.at("/queue/b"), nothing)
+    made = [
+        container(broker, nothing, lifespan=lifespan, template=attrs.evolve(template(), name=name)) for name in "ab"
+    ]
+    for one in (other, *made):
+        one.loop = one_loop
+    with other:
+        made[0].start()
+        assert entering.wait(PATIENCE)
+        made[0].stop(now=True)
+        assert made[0].wait(PATIENCE)
+        broker.publish("x")
+        with made[1]:
+            assert broker.wait_until_empty(PATIENCE)
+    assert log == ["open", "open"]
+    assert "nobody waited for any more has ended with ConnectionError" in caplog.text
 
 
 def test_lifespan_that_fails_stops_the_others_of_its_group(broker):
