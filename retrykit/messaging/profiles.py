@@ -45,7 +45,7 @@ class Profile:
     prefetch_header: str | None = None
     """The header of SUBSCRIBE that bounds how many deliveries are on their way at once."""
     text_headers: Mapping[str, str] = attrs.field(factory=dict, hash=False)
-    """What marks the body of a SEND as text, for peers that tell text from bytes."""
+    """What marks the body of a SEND as text, for peers that tell text from bytes; text is then written as Java does."""
     names_virtual_hosts: bool = False
     """CONNECT's `host` header is a virtual host of the broker: left out where none is named."""
     tells_routes: bool = False

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
 from retrykit.messaging.delays import Origin, Way, delay_queue
+from retrykit.messaging.java_text import to_java
 from retrykit.messaging.recoverers import COPY_OF, in_copies
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ def _expiry(headers: Mapping[str, str], wait: int) -> dict[str, str]:
 
 def _form(profile: Profile, message: Message) -> dict[str, str]:
     """What makes the body the same kind of body: text, for peers that tell it from bytes, or bytes."""
-    if profile.text_headers and "content-length" not in message.headers and b"\0" not in message.body:
+    if profile.text_headers and "content-length" not in message.headers and b"\0" not in to_java(message.body):
         return dict(profile.text_headers)
     return {"content-length": str(len(message.body))}
 

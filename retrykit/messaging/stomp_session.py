@@ -19,6 +19,7 @@ from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
 from retrykit.messaging.identity import by_content, by_header
+from retrykit.messaging.java_text import from_java, is_text, to_java
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import ID
@@ -40,7 +41,7 @@ GOODBYE_SECONDS: Final = 2.0
 THE_COMMIT: Final = "the commit"
 _THE_SENDS: Final = "the sends"
 _QUEUE: Final = "/queue/"
-_TEXTUAL: Final = ("text/", "application/json", "application/xml")
+_LENGTH: Final = "content-length"
 
 
 @attrs.frozen(eq=False)
@@ -135,13 +136,14 @@ class StompSession:
     def _message(self, frame: Any) -> Message:
         headers = frame.headers
         destination = self._destination(headers)
+        body = from_java(frame.body) if self._profile.text_headers and _LENGTH not in headers else frame.body
         origin = origin_of(headers, destination)
-        stable = self._identified(headers, frame.body, destination) if origin is None else origin.id
+        stable = self._identified(headers, body, destination) if origin is None else origin.id
         ack = headers.get("ack", "")
         self._in_hand.add(ack)
         return Message(
             destination=destination,
-            body=frame.body,
+            body=body,
             headers=headers if origin is None else as_original(headers, origin),
             id=stable,
             key=(destination, stable),
@@ -177,10 +179,12 @@ class StompSession:
         """
         check_headers({"destination": destination, **headers})
         special = self._name(headers) | self._expiry(headers)
-        marks = self._profile.text_headers if _is_text(headers, body) else {}
+        marks = self._profile.text_headers if is_text(headers, body) else {}
         ours = {"destination": destination, "transaction": self._begun()}
-        if not marks or b"\0" in body:
-            ours["content-length"] = str(len(body))
+        if marks:
+            body = to_java(body)
+        else:
+            ours[_LENGTH] = str(len(body))
         declared = self._broker.declare if destination.startswith(_QUEUE) else {}
         full = {"persistent": "true", **declared, **headers, **special, **marks, **ours}
         if full["persistent"] == "false":
@@ -316,7 +320,8 @@ class StompSession:
             check_headers(headers)
         except ValueError as fault:
             raise BrokerRefusedError(broker=self._broker.name, what="a copy", reason=str(fault)) from fault
-        self._wire.put_confirmed("SEND", headers, message.body, f"a copy to {headers['destination']!r}")
+        body = message.body if _LENGTH in headers else to_java(message.body)
+        self._wire.put_confirmed("SEND", headers, body, f"a copy to {headers['destination']!r}")
         try:
             self._wire.settle(self._broker.receipt_timeout)
         except BrokerRefusedError:
@@ -382,16 +387,3 @@ class StompSession:
 def _again(headers: Mapping[str, str]) -> int:
     count = headers.get("x-delivery-count", "0")
     return int(count) if count.isascii() and count.isdigit() else 0
-
-
-def _is_text(headers: Mapping[str, str], body: bytes) -> bool:
-    """Whether the body can be called text, which peers are given decoded, as UTF-8."""
-    kind = headers.get("content-type", "").lower()
-    if not kind.startswith(_TEXTUAL):
-        return False
-    try:
-        body.decode()
-    except UnicodeDecodeError:
-        return False
-    _, named, charset = kind.replace(" ", "").partition("charset=")
-    return not named or charset.strip('"').startswith(("utf-8", "utf8", "us-ascii"))

@@ -146,6 +146,28 @@ def test_text_is_text_and_bytes_are_bytes_to_peers_that_tell_them_apart(activemq
     assert ["content-length" in frame.headers for frame in frames] == [False, True, False, True]
 
 
+WRITTEN_BY_JAVA = b"caf\xc3\xa9 \xed\xa0\xbd\xed\xb8\x80 \xc0\x80 end"
+READ_AS = "caf\xe9 \N{GRINNING FACE} \0 end"
+
+
+@pytest.mark.parametrize("kind", ["embedded", "activemq"])
+def test_text_is_what_java_writes_and_reads(request, queue, kind):
+    server = request.getfixturevalue(kind)
+    broker = StompBroker(server.url, destination=queue)
+    with Publisher(broker) as publisher, Wire(server.host, server.port) as wire:
+        # The broker keeps the body of a TextMessage as it is, whoever sends it.
+        wire.frame("SEND", {"destination": queue, "amq-msg-type": "text"}, WRITTEN_BY_JAVA)
+        with closing(broker.connect()) as session:
+            message = session.receive(PATIENCE)
+            assert (message.text, message.body) == (READ_AS, READ_AS.encode())
+            session.commit(message)
+        publisher.send(queue, READ_AS)
+        wire.subscribe(queue)
+        frame = wire.message()
+    assert frame.body == WRITTEN_BY_JAVA
+    assert "content-length" not in frame.headers
+
+
 def test_what_a_handler_sends_as_text_is_called_text(server, publisher, queue):
     publisher.send(queue, b"x", {"reply-to": f"{queue}.answers"})
     answers = StompBroker(server.url, destination=f"{queue}.answers")

@@ -187,6 +187,17 @@ def test_the_body_of_a_message_that_waited_is_unchanged(server, queue, body):
     assert late.bodies() == [body, body]
 
 
+def test_text_that_java_writes_otherwise_is_text_in_the_copy_too(server, queue):
+    text = "bad \N{GRINNING FACE} \0"
+    late = Late(server, queue, pause=0.2)
+    late.publish(text.encode(), **{"content-type": "text/plain"})
+    with late.running():
+        late.wait_for(lambda: late.settled() == 1)
+    first, second = late.attempts(text.encode())[1]
+    assert first.text == second.text == text
+    assert ("content-length" in first.headers, "content-length" in second.headers) == (is_rabbit(server),) * 2
+
+
 def test_attempts_are_counted_over_the_copies_and_the_last_is_parked_with_its_history(server, queue):
     late = Late(server, queue, failures=9, pause=0.3)
     late.publish(b"bad", **HEADERS)

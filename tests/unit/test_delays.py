@@ -214,6 +214,8 @@ def test_a_copy_expires_when_the_original_does():
 def test_what_came_as_text_goes_as_text_and_bytes_as_bytes():
     text = copy_headers(ACTIVEMQ, message(), 2.0)
     assert (text.get("amq-msg-type"), text.get("content-length")) == ("text", None)
+    odd = copy_headers(ACTIVEMQ, message(body=b"a NUL: \0"), 2.0)
+    assert (odd.get("amq-msg-type"), odd.get("content-length")) == ("text", None)
     binary = copy_headers(ACTIVEMQ, message(headers={"content-length": "1"}), 2.0)
     assert (binary.get("amq-msg-type"), binary.get("content-length")) == (None, "1")
 
