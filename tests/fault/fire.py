@@ -145,7 +145,12 @@ class Run:
 
     def _done(self) -> bool:
         finished = {event["k"] for event in self.ledger.events if event["e"] in ("acked", "recovered")}
-        return len(finished | set(self.effects())) == len(self.numbers)
+        finished |= set(self.effects())
+        if len(finished) < len(self.numbers) and self._quiet(2.0):
+            # Who parked a message and died did not live to tell.
+            parked = self._all_in(f"{self.queue}.parked", set(), take=False)
+            finished |= {int(frame.body) for frame in parked}
+        return len(finished) == len(self.numbers)
 
     def _quiet(self, seconds: float) -> bool:
         self.ledger.count("end")
@@ -205,7 +210,7 @@ class Run:
         with Wire(self.broker.host, self.broker.port, virtual_host=None) as wire:
             kind = {name.replace("-", "_"): value for name, value in self.declare.items()}
             wire.subscribe(queue, prefetch=100, **kind)
-            while (frame := wire.next(PATIENCE if expected else 0.5)) is not None:
+            while (frame := wire.next(PATIENCE / 4 if expected else 0.5)) is not None:
                 assert frame.command == "MESSAGE", frame
                 if take:
                     wire.send("ACK", id=frame["ack"])
