@@ -61,10 +61,14 @@ def as_sent(
     priority: int | None = None,
     expires_in: Seconds | None = None,
 ) -> tuple[bytes, dict[str, str]]:
-    """Body and headers of a message that is sent now; `TypeError` or `ValueError` names what is wrong."""
+    """Body and headers of a message that is sent now; `TypeError` or `ValueError` names what is wrong.
+
+    The end of another message, whose headers these were, is not this one's.
+    """
     if not isinstance(body, bytes | str):
         raise wrong_type("body", "bytes or a str", body)
     full = _headers({} if headers is None else headers)
+    full.pop(EXPIRES_AT, None)
     if isinstance(body, str):
         full.setdefault("content-type", "text/plain; charset=utf-8")
     if priority is not None:

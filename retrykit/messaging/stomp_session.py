@@ -22,7 +22,7 @@ from retrykit.messaging.identity import by_content, by_header
 from retrykit.messaging.java_text import from_java, is_text, to_java
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.profiles import Profile, profile_for
-from retrykit.messaging.recoverers import ID
+from retrykit.messaging.recoverers import COPY_OF, ID
 from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, lack_of
 from retrykit.messaging.stomp_frames import check_headers
 from retrykit.messaging.subscription import (
@@ -187,6 +187,8 @@ class StompSession:
             ours[_LENGTH] = str(len(body))
         declared = self._broker.declare if destination.startswith(_QUEUE) else {}
         full = {"persistent": "true", **declared, **headers, **special, **marks, **ours}
+        # Headers that were a copy's: what is sent here is a message of its own, and would be taken for the original.
+        full.pop(COPY_OF, None)
         if full["persistent"] == "false":
             # Nothing says the same everywhere; "false" makes RabbitMQ want a queue that goes with this connection.
             del full["persistent"]

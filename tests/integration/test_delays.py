@@ -16,7 +16,7 @@ import pytest
 
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.messaging import DelayUnavailableError, ListenerContainer, park
+from retrykit.messaging import DelayUnavailableError, ListenerContainer, Publisher, park
 from retrykit.messaging.delays import delay_queue
 from retrykit.messaging.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.messaging.stomp import StompBroker
@@ -346,10 +346,26 @@ def test_a_header_of_a_producer_takes_over_no_history(server, queue):
         late.wait_for(lambda: late.container.counters.postponed == 1)
         (victim,) = late.attempts()[1]
         claim = json.dumps([victim.destination, victim.id, "", 0])
-        late.publish(b"other", **{"retrykit-copy-of": claim, "retrykit-id": "another"})
+        with Wire(server.host, server.port, virtual_host=None) as producer:
+            producer.publish(queue, b"other", **{"retrykit-copy-of": claim, "retrykit-id": "another"})
         late.wait_for(lambda: late.settled() == 2)
     assert late.attempts(b"other")[2] == (1,)
     assert late.attempts()[2] == (1, 2, 3)
+
+
+def test_a_message_that_is_sent_with_the_headers_of_a_copy_is_one_of_its_own(double, queue):
+    late = Late(double, queue, pause=0.2, remember_completed=3600)
+    late.publish(b"bad")
+    with late.running(), Publisher(late.broker) as publisher:
+        late.wait_for(lambda: late.settled() == 1)
+        copy = late.attempts()[1][1]
+        # All but what brokers and publisher say themselves.
+        own = {name: copy.headers[name] for name in copy.headers if name.startswith("retrykit-")}
+        assert "retrykit-copy-of" in own
+        publisher.send(queue, b"bad", own, id="second round")
+        late.wait_for(lambda: late.settled() == 2)
+    assert late.attempts()[2] == (1, 2, 1, 2)
+    assert late.container.counters.duplicates == 0
 
 
 @pytest.mark.parametrize("way", ["schedule", "hold"])

@@ -62,6 +62,17 @@ def test_priority_expiry_and_transience_are_headers(broker):
     assert before + 59 < int(message.headers["retrykit-expires-at"]) / 1000 <= time.time() + 60
 
 
+def test_the_end_of_a_message_whose_headers_are_sent_on_is_not_that_of_the_new_one(broker):
+    old = {"retrykit-expires-at": "1", "type": "order"}
+    with Publisher(broker) as publisher:
+        publisher.send("/queue/a", b"1", old)
+        publisher.send("/queue/a", b"2", old, expires_in=60)
+    without, with_end = broker.messages()
+    assert "retrykit-expires-at" not in without.headers
+    assert without.headers["type"] == "order"
+    assert int(with_end.headers["retrykit-expires-at"]) / 1000 > time.time()
+
+
 def test_a_message_that_has_expired_is_delivered_to_nobody(broker):
     with Publisher(broker) as publisher:
         publisher.send("/queue/a", b"old", expires_in=0.001)
