@@ -87,6 +87,9 @@ def parse_servers(url: object) -> Servers:
     addresses = tuple(parse_address(one.strip(), part_of=url) for one in found["servers"].split(","))
     if len({address.path for address in addresses} - {""}) > 1:
         raise ValueError(f"url: its addresses must name one destination, not several: {_masked(url)!r}")
+    if len({address.tls for address in addresses}) > 1:
+        # Whoever can keep a server from answering would be told the password in clear by the next one.
+        raise ValueError(f"url: its addresses must all be encrypted, or none of them: {_masked(url)!r}")
     return Servers(addresses, _randomize(found["options"] or ""))
 
 

@@ -18,6 +18,7 @@ from retrykit.messaging.failover import Rota
 from retrykit.messaging.identity import Identify
 from retrykit.messaging.profiles import Profile, to_profile
 from retrykit.messaging.sockets import unverified
+from retrykit.messaging.stomp_frames import check_headers
 from retrykit.messaging.stomp_session import StompSession
 from retrykit.messaging.stomp_wire import Call, Wire
 from retrykit.messaging.subscription import check_durable, is_shared_out, subscribe_headers
@@ -34,6 +35,7 @@ def _duration(value: Any) -> float:
 def _headers(value: Any) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
         raise wrong_type("declare", "a mapping of str to str", value)
+    check_headers(value, "declare")
     return dict(value)
 
 
@@ -103,7 +105,7 @@ class StompBroker:
     selector: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     durable: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     client_id: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
-    host: str | None = attrs.field(default=None, kw_only=True)
+    host: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     heart_beat: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
     connect_timeout: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
     receipt_timeout: float = attrs.field(default=15.0, kw_only=True, converter=_duration, validator=more_than(0))
@@ -118,6 +120,7 @@ class StompBroker:
         object.__setattr__(self, "servers", servers)
         object.__setattr__(self, "rota", Rota(servers))
         object.__setattr__(self, "destination", self.destination or servers.path)
+        check_headers({"destination": self.destination}, "destination")
         self._check_secrets()
         check_durable(self)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.errors import NotSupportedError
 from retrykit.messaging.profiles import Profile
+from retrykit.messaging.stomp_frames import check_headers
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker
@@ -34,6 +35,7 @@ def subscribe_headers(value: Any) -> dict[str, str]:
     for name in value:
         if name in _RESERVED:
             raise ValueError(f"subscribe: {name!r} is reserved: {_RESERVED[name]}")
+    check_headers(value, "subscribe")
     return dict(value)
 
 

@@ -43,6 +43,7 @@ def test_the_destination_is_named_by_one_of_them_or_by_all():
     [
         ("failover:stomp://a,stomp://b", "must look like 'failover:"),
         ("failover:()", "must look like 'stomp:"),
+        ("failover:(stomp+ssl://a,stomp://b)", "must all be encrypted, or none"),
         ("failover:(stomp://a,tcp://b)", "must look like 'stomp:"),
         ("failover:(stomp://a)?randomize=maybe", "randomize must be true or false, not 'maybe'"),
         ("failover:(stomp://a)?maxReconnectAttempts=3", "`reconnect`, not 'maxReconnectAttempts'"),
@@ -63,6 +64,7 @@ def test_what_cannot_be_read_is_refused_by_name(url, names):
         "failover:(stomp://me:12)?secret@a)",
         "failover:(stomp://a,stomp://me:secret@b)?what=ever",
         "failover:(stomp://a,http://me:secret@b)",
+        "failover:(stomp+ssl://me:secret@a,stomp://me:secret@b)",
     ],
 )
 def test_no_password_is_shown_whether_it_can_be_read_or_not(url):
@@ -78,9 +80,9 @@ def test_no_password_is_shown_whether_it_can_be_read_or_not(url):
 
 
 def test_the_name_of_several_servers_is_their_url_without_credentials():
-    broker = StompBroker("failover:(stomp://me:secret@a,stomp+ssl://b)", destination="/queue/q")
-    assert broker.name == "failover:(stomp://a:61613,stomp+ssl://b:61614)/queue/q"
-    assert "failover:(stomp://me:***@a:61613,stomp+ssl://b:61614)?randomize=true" in repr(broker)
+    broker = StompBroker("failover:(stomp+ssl://me:secret@a,stomps://b)", destination="/queue/q")
+    assert broker.name == "failover:(stomp+ssl://a:61614,stomp+ssl://b:61614)/queue/q"
+    assert "failover:(stomp+ssl://me:***@a:61614,stomp+ssl://b:61614)?randomize=true" in repr(broker)
 
 
 def test_in_order_the_next_connection_begins_after_the_server_that_was_lost():

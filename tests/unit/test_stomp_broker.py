@@ -104,10 +104,20 @@ def test_the_destination_is_given_or_the_path_of_the_url():
         ("declare", {"x-message-ttl": 1000}),
         ("declare", "x-queue-type"),
         ("destination", 7),
+        ("host", 7),
+        ("host", ""),
+        ("host", "x\nlogin:shop\npasscode:pw"),
+        ("host", "x\0"),
+        ("destination", "/queue/a\0SEND"),
+        ("destination", "/queue/\ud800"),
+        ("declare", {"x": "a\0b"}),
+        ("declare", {"": "x"}),
+        ("subscribe", {"x\0": "a"}),
+        ("subscribe", {"x": "\ud800"}),
     ],
 )
 def test_a_wrong_option_is_refused(option, value):
-    with pytest.raises((ValueError, TypeError)):
+    with pytest.raises((ValueError, TypeError), match=option.removeprefix("receipt_").removeprefix("send_")):
         StompBroker("stomp://host", **{option: value})
 
 
