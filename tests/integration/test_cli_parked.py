@@ -304,7 +304,8 @@ def test_histories_may_be_in_another_store(run, cache, tmp_path):
         run("requeue", "1", "--yes", "--contexts", other)
         assert histories.load("orders/m-1") is None
     park(cache)
-    assert "--contexts" in run("requeue", "2", "--yes", "--contexts", other + ".typo", status=2).stderr
+    assert "there is no file" in run("requeue", "2", "--yes", "--contexts", other + ".typo", status=1).stderr
+    assert numbers(cache) == [2]
 
 
 def test_item_without_a_destination_goes_where_it_is_told(run, cache, server):
