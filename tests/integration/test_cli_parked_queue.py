@@ -403,3 +403,11 @@ def test_a_browser_is_shown_all_that_lies_in_a_queue_and_takes_nothing(request, 
             wire.ask("UNSUBSCRIBE", id=id_)
         wire.subscribe(queue, "c", prefetch=10)
         assert [frame.body for frame in wire.messages()] == [b"2", b"3"]
+
+
+def test_a_url_may_name_several_servers(embedded, queue):
+    consume(embedded, queue, [b"7"])
+    url = f"failover:(stomp://127.0.0.1:1,{embedded.url})"
+    found = run("requeue", "--all", "--yes", *of(1), "--broker", url, "--destination", f"{queue}.parked")
+    assert found.stdout == "sent back: 1\n", found.output
+    assert embedded.depth(queue) == 1
