@@ -27,6 +27,8 @@ from retrykit.messaging.spare_threads import SpareThreads
 
 Told = Callable[[BaseException], None]
 
+FAREWELL: Final = 2.0
+"""So many seconds has what is cancelled to come to its end."""
 LOOK: Final = 1.0
 """Every so many seconds it is looked whether the loop was blocked, for longer than that."""
 
@@ -97,6 +99,7 @@ class _Running:
         self.lifespans = Lifespans()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
+        self._served = threading.Event()
         self._watching: list[Told] = []
         self._waiting: dict[Desk, asyncio.Task[None] | None] = {}
         ready: Future[asyncio.AbstractEventLoop] = Future()
@@ -118,9 +121,12 @@ class _Running:
             self._watching.remove(tell)
 
     def end(self) -> None:
-        """Leave what was entered, end what still runs, and wait for the thread."""
+        """Leave what was entered, end what still runs, and wait for the thread, but not for what does not end."""
         self.call(self.lifespans.finish)
-        self._thread.join()
+        self._served.wait()
+        self._thread.join(FAREWELL)
+        if self._thread.is_alive():
+            _log.warning("the event loop of the handlers is left alone: a task or thread on it does not end")
         if self._error is not None:
             raise self._error
 
@@ -168,8 +174,10 @@ class _Running:
                     runner.run(self._serve())
                 finally:
                     self._end(sys.exception())
+                    self._served.set()
         except BaseException as error:  # noqa: BLE001 - a thread ends here; whoever uses the loop raises it
             self._end(error)
+            self._served.set()
             if not ready.done():
                 ready.set_exception(error)
         # What was to begin when it ended never will.
@@ -191,6 +199,20 @@ class _Running:
         watch = asyncio.create_task(_watch())
         await self.lifespans.serve()
         watch.cancel()
+        await _end_what_is_left()
+
+
+async def _end_what_is_left() -> None:
+    """Leave a moment to what handlers have left behind: asyncio would wait for it without end, and without a word."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        # Cancelled twice, a clean-up that is under way may be cut in two, and wait for itself ever after.
+        if not task.cancelling():
+            task.cancel()
+    if left:
+        _, left = await asyncio.wait(left, timeout=FAREWELL)
+    for task in left:
+        _log.warning("a task that a handler has left behind does not end when it is cancelled: %r", task)
 
 
 def _reason(error: BaseException) -> BaseException:

@@ -893,6 +893,53 @@ sys.exit(4 if made.run() is False else 5)
     assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 4
 
 
+def test_task_that_was_cancelled_already_is_left_to_clean_up(broker):
+    broker.publish("x")
+    log = []
+
+    async def cleans_up():
+        try:
+            await asyncio.Event().wait()
+        finally:
+            for _ in range(2_000):
+                await asyncio.sleep(0)
+            log.append("clean")
+
+    async def handler(message):
+        handler.task = asyncio.create_task(cleans_up())
+        await asyncio.sleep(0)
+        handler.task.cancel()
+        made.stop()
+
+    made = container(broker, handler)
+    made.start()
+    assert made.wait(PATIENCE)
+    assert log == ["clean"]
+
+
+def test_task_that_does_not_let_itself_be_cancelled_is_told_of_and_not_waited_for(broker, monkeypatch, caplog):
+    monkeypatch.setattr(loop, "FAREWELL", 0.05)
+    broker.publish("x")
+    go_on, left = asyncio.Event(), []
+
+    async def clings():
+        left.append((threading.current_thread(), asyncio.get_running_loop()))
+        while not go_on.is_set():
+            with suppress(asyncio.CancelledError):
+                await go_on.wait()
+
+    async def handler(message):
+        handler.task = asyncio.create_task(clings())
+
+    consume(broker, handler)
+    assert "does not end when it is cancelled: <Task" in caplog.text
+    assert "is left alone" in caplog.text
+    ((thread, its_loop),) = left
+    its_loop.call_soon_threadsafe(go_on.set)
+    thread.join(PATIENCE)
+    assert not thread.is_alive()
+
+
 # -- what belongs to the loop
 
 
