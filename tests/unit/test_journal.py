@@ -227,11 +227,13 @@ def test_the_stored_traceback_begins_where_the_work_begins(kind, redelivered):
     async def fails(context):
         fail(context)
 
-    with pytest.raises(ConnectionError):
+    def deliver():
         if kind is AsyncRetryTemplate:
             asyncio.run(template.execute(fails, state=state))
-        else:
-            template.execute(fail, state=state)
+        template.execute(fail, state=state)
+
+    with pytest.raises(ConnectionError):
+        deliver()
     history = asyncio.run(template.history("m-1")) if kind is AsyncRetryTemplate else template.history("m-1")
     assert "retrykit/driver.py" not in history.last_error.traceback
     assert history.last_error.traceback.count("in fail") == 1 + (kind is AsyncRetryTemplate)
