@@ -8,16 +8,18 @@ from typing import TYPE_CHECKING, Any
 
 from retrykit.batch.errors import ItemError, SkipLimitError, stop
 from retrykit.batch.files import CsvReader, JsonLinesReader
+from retrykit.batch.messages import MessageReader
 from retrykit.batch.partitions import Division, run_partitions
 from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
-from retrykit.batch.source import Reader, Unreadable
+from retrykit.batch.source import END_OF_CHUNK, Reader, Unreadable
 from retrykit.batch.step import AsyncChunkStep, ChunkStep
 
 if TYPE_CHECKING:
     from retrykit.sql.tabular import SqlCursorReader, SqlWriter
 
 __all__ = [
+    "END_OF_CHUNK",
     "AsyncChunkStep",
     "ChunkStep",
     "Counts",
@@ -25,6 +27,7 @@ __all__ = [
     "Division",
     "ItemError",
     "JsonLinesReader",
+    "MessageReader",
     "Reader",
     "Report",
     "SkipLimitError",

@@ -74,6 +74,7 @@ class Course:
         self.perform = perform
         self.counts = Counts()
         self.claim: Any = None
+        self.source: Source | None = None
         self.doubt = False
         """The last commit may have happened although it failed."""
         self.continues_a_crash = False
@@ -91,7 +92,7 @@ class Course:
         position = yield from self._claim(again=again)
         source = None
         try:
-            source = Source(self.step.reader, position, self.counts.read)
+            source = self.source = Source(self.step.reader, position, self.counts.read)
             yield from self._write_all(source)
         except GeneratorExit:
             if self.claim is not None:
@@ -264,7 +265,9 @@ class Course:
         self._count(self.counts, tally)
         if self.claim is not None:
             yield from self._store_position(attempt, tally)
-        chunk.done = attempt.end
+        done, chunk.done = chunk.done, attempt.end
+        if self.source is not None and self.source.settled is not None:
+            yield partial(self.source.settled, chunk.items[done : attempt.end])
         for skipped in tally.skipped:
             self._tell(skipped)
         if step.on_progress is not None:

@@ -24,8 +24,21 @@ class Reader(Protocol):
         """Each item from `position` on, with the position behind it (JSON-able); None: from the beginning.
 
         An async iterator does as well, in an `AsyncChunkStep`. Of a record that cannot be read an `Unreadable` is given
-        for an item, so that the records behind it can be.
+        for an item, so that the records behind it can be. In place of a pair `END_OF_CHUNK` may be given: what was read
+        since the last chunk is one, although it may be small.
+
+        A reader that has a method `settled(items)` too is told of items after the transaction that settled them has
+        committed, in the order in which it gave them.
         """
+
+
+class _EndOfChunk:
+    def __repr__(self) -> str:
+        return "END_OF_CHUNK"
+
+
+END_OF_CHUNK = _EndOfChunk()
+"""What a reader gives in place of an item and its position: what it has given so far is not to wait for more."""
 
 
 @attrs.frozen
@@ -76,6 +89,8 @@ class Source:
         else:
             self._iterator = iter(read)
         self._to_leave_out = 0 if self.positioned else number
+        self.settled = getattr(given, "settled", None) if self.positioned else None
+        """Whom to tell of items that are settled; None: nobody."""
 
     def take(self, size: int) -> Any:
         """The next chunk of at most so many items, or an awaitable of it; None at the end."""
@@ -84,7 +99,19 @@ class Source:
         if self._to_leave_out:
             _drop(self._iterator, self._to_leave_out)
             self._to_leave_out = 0
+        if self.positioned:
+            return self._chunk(self._until_its_end(self._iterator, size))
         return self._chunk(list(islice(self._iterator, size)))
+
+    @staticmethod
+    def _until_its_end(iterator: Iterator[Any], size: int) -> list[Any]:
+        taken: list[Any] = []
+        for pair in iterator:
+            if pair is not END_OF_CHUNK:
+                taken.append(pair)
+            if len(taken) == size or (pair is END_OF_CHUNK and taken):
+                break
+        return taken
 
     async def _take_later(self, size: int) -> Chunk | None:
         assert self._async_iterator is not None  # noqa: S101 - it is one of the two
@@ -92,7 +119,10 @@ class Source:
             self._to_leave_out -= 1
         taken: list[Any] = []
         while len(taken) < size and (item := await anext(self._async_iterator, self)) is not self:
-            taken.append(item)
+            if item is not END_OF_CHUNK:
+                taken.append(item)
+            elif taken:
+                break
         return self._chunk(taken)
 
     def _chunk(self, taken: list[Any]) -> Chunk | None:

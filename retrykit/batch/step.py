@@ -24,6 +24,7 @@ from retrykit.check import (
     wrong_value,
 )
 from retrykit.key import canonical_key, namespace
+from retrykit.message import Message
 from retrykit.policy import CompositeRetryPolicy, PredicateRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.value import Value
@@ -139,21 +140,26 @@ class _Step(Value):
         return [self._parked(one) for one in skipped]
 
     def _parked(self, skipped: SkippedItem) -> dict[str, Any]:
-        payload, content_type = self.payload(skipped.item)
         key = None if skipped.key is None else canonical_key(self.template.name, skipped.key)
         errors = [error.to_json() for error in skipped.errors]
-        return {
-            "payload": payload,
+        return self._shown(skipped) | {
             "name": self.name,
             "reason": f"skipped in {skipped.phase}: {kind_of(skipped.error)}; {skipped.reason}",
             "attempts": skipped.attempts,
             "key": key,
-            "content_type": content_type,
-            "headers": {"retrykit-item": str(skipped.number), "retrykit-phase": skipped.phase},
             "errors": errors,
             "first_failed_at": errors[0]["at"] if errors else None,
             "last_failed_at": errors[-1]["at"] if errors else None,
         }
+
+    def _shown(self, skipped: SkippedItem) -> dict[str, Any]:
+        """The item itself. A message as it was delivered, so that it can be sent back."""
+        item, headers = skipped.item, {"retrykit-item": str(skipped.number), "retrykit-phase": skipped.phase}
+        if isinstance(item, Message) and self.payload is payload_of:
+            facts = {"message_id": item.id, "destination": item.destination, "payload": item.body}
+            return facts | {"content_type": item.headers.get("content-type"), "headers": {**item.headers, **headers}}
+        payload, content_type = self.payload(item)
+        return {"payload": payload, "content_type": content_type, "headers": headers}
 
 
 def _parameters(given: Mapping[str, Any] | None) -> dict[str, Any]:
