@@ -122,6 +122,7 @@ def _alone(asked: Options) -> int:
         Answers(place, _supervisor_is_gone).start()
     with _health(place, asked):
         consumer = place.consumer = _loaded(asked)
+        _check_sharing(consumer, asked.supervised or 1)
         _announce(consumer, shared=supervised)
         try:
             # Who is supervised may be told twice, by the supervisor and by the system: it sees to the end.
@@ -194,14 +195,24 @@ def _health(observed: Observed, asked: Options) -> AbstractContextManager[object
     return closing(server)
 
 
+def _containers(consumer: ListenerContainer | ContainerGroup) -> Any:
+    return getattr(consumer, "containers", (consumer,))
+
+
+def _check_sharing(consumer: ListenerContainer | ContainerGroup, number: int) -> None:
+    """Refuse the process `number` (from 1) if it would be given the messages of those before it too, or none."""
+    for one in _containers(consumer):
+        at_most = getattr(one.broker, "sessions_at_most", None)
+        if at_most is not None and number > at_most:
+            wanted = f"must be at most {at_most}: processes would not share the messages of {one.broker.name}"
+            raise click.BadParameter(wanted, param_hint="--processes")
+
+
 def _announce(consumer: ListenerContainer | ContainerGroup, *, shared: bool) -> None:
     """Say who consumes what; a warning for what other processes should share, and cannot."""
     for one in consumer.health().consumers:
-        _log.info("%s consumes %s with %d workers", one.name, one.destination, one.workers)
-    containers: Any = getattr(consumer, "containers", (consumer,))
-    for one in containers if shared else ():
+        _log.info("%s consumes %s with %d worker%s", one.name, one.destination, one.workers, "s"[: one.workers != 1])
+    for one in _containers(consumer) if shared else ():
         if not getattr(one.template.context_cache, "shared", True):
             name = one.template.name
             _log.warning("%s keeps its histories in the memory of this process: each process counts for itself", name)
-        if getattr(one.broker, "sessions_at_most", None) is not None:
-            _log.warning("%s: processes do not share the messages of %s", one.template.name, one.broker.name)

@@ -318,6 +318,28 @@ def test_a_name_that_no_process_finds_ends_them_all(service):
     assert running.logged("no other follows")
 
 
+TOPIC = """
+import os
+
+from retrykit import RetryTemplate
+from retrykit.messaging import ListenerContainer
+from retrykit.messaging.stomp import StompBroker
+
+broker = StompBroker(os.environ["SHOP_BROKER"], destination="/topic/prices")
+container = ListenerContainer(broker, print, template=RetryTemplate(name="prices"))
+"""
+
+
+def test_several_processes_that_would_each_be_given_all_messages_are_refused(tmp_path, service):
+    (tmp_path / "prices.py").write_text(TOPIC)
+    running = service("--processes", "2", target="prices:container")
+    assert running.wait() == 2
+    assert "'--processes': must be at most 1" in " ".join(running.output).replace("--processes:", "'--processes':")
+    one = service("--processes", "1", target="prices:container")
+    one.wait_for_log("prices consumes")
+    assert one.stop() == 0
+
+
 def test_an_error_of_the_application_is_logged(tmp_path, service):
     (tmp_path / "broken.py").write_text("import shop\nraise RuntimeError('no configuration')\n")
     running = service(target="broken:consumers")
