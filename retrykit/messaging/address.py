@@ -93,6 +93,13 @@ def parse_servers(url: object) -> Servers:
     return Servers(addresses, _randomize(found["options"] or ""))
 
 
+def without_path(url: str) -> str:
+    """The URL, of one server or several, that names no destination."""
+    path = parse_servers(url).path
+    # Where an address ends: a host may be called as its queue is.
+    return re.sub(rf"(?<!/){re.escape(path)}/*(?=\s*(?:[,)]|$))", "", url) if path else url
+
+
 def _randomize(options: str) -> bool:
     given = dict(parse_qsl(options, keep_blank_values=True))
     for name in given:

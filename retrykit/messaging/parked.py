@@ -22,6 +22,7 @@ import attrs
 from retrykit.check import wrong_value
 from retrykit.key import canonical_key, key_from_json
 from retrykit.messaging import recoverers as header
+from retrykit.messaging.address import without_path
 
 if TYPE_CHECKING:
     from retrykit.message import Message
@@ -34,6 +35,7 @@ FIRST_SECONDS: Final = 2.0
 NEXT_SECONDS: Final = 1.0
 END_SECONDS: Final = 15.0
 _QUEUE: Final = "/queue/"
+_DIGITS: Final = 19
 
 
 @attrs.frozen(kw_only=True)
@@ -162,7 +164,8 @@ def _looking(broker: StompBroker, profile: Profile, limit: int, more: Mapping[st
     place, declared = broker.destination, {**broker.declare, **more}
     if place.startswith(_QUEUE):
         place = profile.made_queues + place.removeprefix(_QUEUE)
-    given: dict[str, Any] = {"destination": place, "declare": declared, "profile": profile}
+    given: dict[str, Any] = {"url": without_path(broker.url), "destination": place, "declare": declared}
+    given["profile"] = profile
     return attrs.evolve(broker, **given, prefetch=limit, identify=_known_by)
 
 
@@ -209,7 +212,8 @@ def _errors(headers: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
 
 
 def _number(text: str | None) -> int:
-    return int(text) if text is not None and text.isascii() and text.isdigit() else 0
+    # Python refuses to read thousands of digits.
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < _DIGITS else 0
 
 
 def _instant(text: str | None) -> datetime | None:

@@ -42,6 +42,7 @@ THE_COMMIT: Final = "the commit"
 _THE_SENDS: Final = "the sends"
 _QUEUE: Final = "/queue/"
 _LENGTH: Final = "content-length"
+_DIGITS: Final = 19
 
 
 @attrs.frozen(eq=False)
@@ -388,4 +389,5 @@ class StompSession:
 
 def _again(headers: Mapping[str, str]) -> int:
     count = headers.get("x-delivery-count", "0")
-    return int(count) if count.isascii() and count.isdigit() else 0
+    # A producer may have sent one, of any length.
+    return int(count) if count.isascii() and count.isdigit() and len(count) < _DIGITS else 0

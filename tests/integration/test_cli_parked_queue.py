@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.cli.commands import retrykit
 from retrykit.messaging import ListenerContainer, park
-from retrykit.messaging.parked import taken
+from retrykit.messaging.parked import browse, taken
 from retrykit.messaging.stomp import StompBroker
 from retrykit.sql import SqlRetryContextCache
 from retrykit.testing import StompServer
@@ -320,6 +320,12 @@ def test_it_must_be_said_which_ones(embedded, queue, options):
         assert "Say which" in parked(embedded, queue, command, *options, "--yes", status=2).stderr
 
 
+@pytest.mark.parametrize("destination", ["", "/topic/orders", "/exchange/amq.topic/orders"])
+def test_what_is_no_queue_is_refused_before_anything_is_connected(embedded, queue, destination):
+    told = parked(embedded, queue, "list", "--destination", destination, status=2).stderr
+    assert f"a queue, such as /queue/orders.parked, not {destination!r}" in told
+
+
 def test_nothing_is_made_that_was_not_there(rabbit, queue):
     told = parked(rabbit, queue, "list", status=1).stderr
     assert "NOT_FOUND" in told or "not found" in told
@@ -411,3 +417,11 @@ def test_a_url_may_name_several_servers(embedded, queue):
     found = run("requeue", "--all", "--yes", *of(1), "--broker", url, "--destination", f"{queue}.parked")
     assert found.stdout == "sent back: 1\n", found.output
     assert embedded.depth(queue) == 1
+
+
+def test_a_queue_that_the_url_names_is_looked_at_too(embedded, embedded_rabbit, queue):
+    for server in (embedded, embedded_rabbit):
+        server.publish(queue, b"x", {"retrykit-id": "m-1", "retrykit-attempts": "9" * 5_000})
+        (found,) = browse(StompBroker(f"{server.url}{queue}"), 5)
+        # A number that nobody can have counted to is none.
+        assert (found.id, found.attempts) == ("m-1", 0)

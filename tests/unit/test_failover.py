@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from retrykit.messaging.address import Address, parse_servers, redacted
+from retrykit.messaging.address import Address, parse_servers, redacted, without_path
 from retrykit.messaging.failover import Rota
 from retrykit.messaging.stomp import StompBroker
 
@@ -36,6 +36,24 @@ def test_the_destination_is_named_by_one_of_them_or_by_all():
     assert parse_servers("failover:(stomp://a/queue/q,stomp://b/queue/q)").path == "/queue/q"
     with pytest.raises(ValueError, match="one destination"):
         parse_servers("failover:(stomp://a/queue/q,stomp://b/queue/r)")
+
+
+@pytest.mark.parametrize(
+    ("url", "bare"),
+    [
+        ("stomp://me:pw@a:7", "stomp://me:pw@a:7"),
+        ("stomp://me:pw@a:7/queue/a", "stomp://me:pw@a:7"),
+        ("stomp://a/a/", "stomp://a"),
+        ("stomps://[::1]/a.b", "stomps://[::1]"),
+        (
+            "failover:(stomp://a,stomp://b/a , stomp://c/a)?randomize=false",
+            "failover:(stomp://a,stomp://b , stomp://c)?randomize=false",
+        ),
+    ],
+)
+def test_a_url_can_do_without_its_destination(url, bare):
+    assert without_path(url) == bare
+    assert parse_servers(bare).path == ""
 
 
 @pytest.mark.parametrize(

@@ -287,3 +287,11 @@ def test_several_workers_are_refused_where_each_would_get_every_message(url, opt
     assert broker.sessions_at_most == at_most
     with nullcontext() if at_most is None else pytest.raises(ValueError, match=r"concurrency.*at most 1.*/a"):
         ListenerContainer(broker, print, template=RetryTemplate(name="orders"), concurrency=2)
+
+
+@pytest.mark.parametrize(("told", "count"), [("3", 4), ("9" * 5_000, 1), ("some", 1)])
+def test_a_count_that_a_producer_made_up_ends_no_connection(told, count):
+    broker = StompBroker("stomp://host", destination="/queue/a", declare={"x-queue-type": "quorum"}, profile="rabbitmq")
+    session = StompSession(broker, SimpleNamespace())
+    headers = {"amqp-message-id": "m", "subscription": "s-1", "ack": "a", "x-delivery-count": told}
+    assert session._message(Frame("MESSAGE", headers, b"x")).delivery_count == count
