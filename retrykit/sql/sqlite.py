@@ -9,7 +9,9 @@ there the verbs of a cache send their own `BEGIN IMMEDIATE`.
 
 from __future__ import annotations
 
+import logging
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Literal
 from urllib.parse import parse_qsl
@@ -17,6 +19,7 @@ from weakref import WeakKeyDictionary, WeakSet
 
 from sqlalchemy import URL, Connection, Dialect, Engine, create_engine, event
 from sqlalchemy.pool import AsyncAdaptedQueuePool, Pool, QueuePool, StaticPool
+from sqlalchemy.util.concurrency import in_greenlet
 
 from retrykit.check import Seconds, seconds, wrong_value
 from retrykit.sql.fork import forget_at_fork
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
 BEGIN: Final = "retrykit_begin"
 _MODES: Final = ("IMMEDIATE", "DEFERRED", "EXCLUSIVE", None)
 _SYNCHRONOUS: Final = {"power": "FULL", "process": "NORMAL"}
+
+_log = logging.getLogger("retrykit.sql")
 
 _ours: WeakSet[Dialect] = WeakSet()
 _watched: WeakSet[Pool] = WeakSet()
@@ -218,15 +223,38 @@ def check_shareable(engine: Engine) -> None:
 
 
 def undo_what_a_failed_commit_left(engine: Engine) -> None:
-    """Roll back what is still open on a connection that goes back to its pool.
+    """Roll back what is still open on a connection that goes back to its pool, or is closed.
 
     A COMMIT that a deferred constraint fails leaves SQLite's transaction open. SQLAlchemy 2.1 holds it for ended,
     unless it is told to roll back, and hands the connection to the next one with the failed work still on it: seen by
     reads, and committed by luck.
+
+    An asynchronous connection on which a statement was cancelled is closed while its cursors are still there: SQLite
+    then keeps it, transaction and write lock included, until they are garbage and collected. Until the statement has
+    come to its end it is not even closed.
     """
     if engine.pool not in _watched:
         _watched.add(engine.pool)
         event.listen(engine.pool, "reset", _roll_back_leftovers)
+        if engine.dialect.is_async:
+            event.listen(engine.pool, "invalidate", _interrupt)
+            event.listen(engine.pool, "close", _roll_back_before_closing)
+
+
+def _interrupt(connection: Any, _record: Any, _error: BaseException | None) -> None:
+    beneath = getattr(connection.driver_connection, "_connection", None)
+    if isinstance(beneath, sqlite3.Connection):
+        beneath.interrupt()
+
+
+def _roll_back_before_closing(connection: Any, _record: Any) -> None:
+    # Whatever is open now: a BEGIN may be waiting for the lock. Where nobody can wait, garbage is being collected.
+    if not in_greenlet():
+        return
+    try:
+        connection.rollback()
+    except Exception as error:  # noqa: BLE001 - it is to be closed all the more
+        _log.warning("a SQLite connection is closed that could not be rolled back: %r", error)
 
 
 def _roll_back_leftovers(connection: Any, _record: Any, state: Any) -> None:

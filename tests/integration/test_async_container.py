@@ -33,6 +33,7 @@ from tests.servers.databases import empty_database, with_driver
 PATIENCE = 90.0
 QUICK = ExponentialBackOffPolicy(initial=0.01, max_interval=0.2, jitter="full")
 SLOW_TO_FAIL = {"receipt_timeout": 20.0, "connect_timeout": 20.0}
+SLOW = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000) SELECT count(*) FROM c"
 DRIVERS = {"sqlite": ("aiosqlite", "pysqlite"), "postgresql": ("asyncpg", "psycopg")}
 
 
@@ -447,3 +448,30 @@ def test_plain_container_with_an_asynchronous_transaction_stops(sqlite):
     container.start()
     with pytest.raises(TypeError, match="AsyncRetryTemplate"):
         container.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("end", ["timeout", "stop"])
+def test_statement_that_is_cancelled_holds_up_nothing(sqlite, end):
+    broker = MemoryBroker("/queue/orders")
+    broker.publish("x")
+    attempts, running = [], threading.Event()
+
+    async def handler(message, context):
+        attempts.append(context.attempt)
+        await write(context, message.text)
+        running.set()
+        async with asyncio.timeout(0.05 if end == "timeout" else None):
+            await context.transaction.execute(text(SLOW))
+
+    made = consumer(broker, handler, sqlite, recover=park("/queue/parked"))
+    began = time.monotonic()
+    made.start()
+    assert running.wait(PATIENCE)
+    if end == "timeout":
+        assert broker.wait_until_empty(PATIENCE)
+    made.stop(now=True)
+    assert made.wait(PATIENCE)
+    assert time.monotonic() - began < 20  # less than the time for which connections wait for a lock
+    assert sqlite.effects() == {}
+    assert sqlite.histories() == []
+    assert (attempts, made.counters.rolled_back) == (([1, 2, 3], 2) if end == "timeout" else ([1], 0))

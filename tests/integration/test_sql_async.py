@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import pickle
+import sqlite3
+from contextlib import closing
 
 import pymysql
 import pytest
@@ -17,6 +20,7 @@ from retrykit.message import Message
 from retrykit.sql import (
     AsyncSqlRetryContextCache,
     SqlRetryContextCache,
+    async_sqlite_engine,
     create_tables,
     park_in_transaction,
     parked_items,
@@ -377,3 +381,35 @@ def test_database_in_memory_is_one_for_all_tasks():
 
     assert asyncio.run(main("sqlite+aiosqlite://")) == 20
     assert asyncio.run(main(create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool))) == 20
+
+
+SLOW = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 100000000) SELECT count(*) FROM c"
+
+
+@pytest.mark.parametrize("whose", ["ours", "given"])
+def test_statement_that_is_cancelled_leaves_no_lock_on_the_file(tmp_path, whose):
+    file = tmp_path / "work.db"
+    url = f"sqlite+aiosqlite:///{file}"
+
+    async def work(engine):
+        async with engine.begin() as transaction:
+            await do(transaction)
+            await transaction.execute(text(SLOW))
+
+    async def main():
+        engine = async_sqlite_engine(url) if whose == "ours" else create_async_engine(url)
+        async with AsyncSqlRetryContextCache(engine), engine.begin() as transaction:
+            await transaction.execute(text("CREATE TABLE work (id INTEGER PRIMARY KEY)"))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(work(engine), 0.1)
+        with closing(sqlite3.connect(file, timeout=0)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert list(other.execute("SELECT * FROM work")) == []
+        await engine.dispose()
+
+    gc.collect()
+    gc.disable()
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
