@@ -231,7 +231,7 @@ def requeue(
 @click.option(
     "--export",
     "output",
-    type=click.File("x", encoding="utf-8", lazy=False),
+    type=click.File("x", encoding="utf-8", lazy=True),
     metavar="FILE",
     help="Write them to a new FILE first, as JSON lines.",
 )

@@ -114,6 +114,11 @@ def counted(ids: Sized) -> str:
     return "1 item" if len(ids) == 1 else f"{len(ids)} items"
 
 
+def origin(ids: Sized) -> str:
+    """Where they go back to."""
+    return "where it came from" if len(ids) == 1 else "where they came from"
+
+
 def export(items: Iterable[ParkedItem | ParkedMessage], output: TextIO) -> None:
     """Write items as JSON lines, and see that they are on the disk."""
     output.writelines(f"{json.dumps(to_json(item))}\n" for item in items)

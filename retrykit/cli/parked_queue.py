@@ -13,7 +13,7 @@ import click
 
 from retrykit.cli.brokers import broker_at
 from retrykit.cli.options import told
-from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, row_of, to_json
+from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, origin, row_of, to_json
 from retrykit.cli.screen import Screen, confirm, say_json
 from retrykit.cli.stores import Store, opened
 from retrykit.cli.words import safe
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 LISTED: Final = 50
 HELD: Final = 1_000
+# They keep nothing, or hand it to whom they will.
+_NO_QUEUES: Final = ("/topic/", "/exchange/", "/temp-")
 _MOST: Final = 65_000  # RabbitMQ counts what is on its way in 16 bits
 
 
@@ -37,7 +39,12 @@ class Place:
     declare: dict[str, str] = attrs.field(factory=dict)
 
     def broker(self) -> Any:
-        """What connects to it."""
+        """What connects to it; `click.BadParameter` for what is no queue."""
+        if not self.destination or self.destination.startswith(_NO_QUEUES):
+            shown = safe(self.destination)
+            raise click.BadParameter(
+                f"a queue, such as /queue/orders.parked, not {shown!r}", param_hint="--destination"
+            )
         return broker_at(self.broker_url, self.destination, self.declare)
 
     def bound(self, default: int) -> int:
@@ -132,7 +139,7 @@ def requeue_messages(
     """`parked requeue`."""
     histories = nullcontext(None) if contexts_url is None else opened(contexts_url)
     with told("--contexts"), histories as store, _held(place, ids, which, everything=everything) as (hands, meant):
-        confirm(f"Send {counted(meant)} back to {safe(to) if to else 'where they came from'}?", yes=yes)
+        confirm(f"Send {counted(meant)} back to {safe(to) if to else origin(meant)}?", yes=yes)
         _each(meant, "sent back", lambda one: _send_back(hands, one, to, store))
 
 

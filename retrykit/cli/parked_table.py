@@ -12,7 +12,7 @@ import click
 
 from retrykit.cli.brokers import broker_at
 from retrykit.cli.options import told, use
-from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, row_of, to_json
+from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, origin, row_of, to_json
 from retrykit.cli.screen import Screen, confirm, say_json
 from retrykit.cli.stores import Store, opened
 from retrykit.cli.words import safe
@@ -133,7 +133,7 @@ def requeue_items(
     broker = broker_at(broker_url, declare=declare)
     with _open(url) as store:
         numbers = _chosen(store.engine, ids, which, everything=everything)
-        confirm(f"Send {counted(numbers)} back to {safe(to) if to else 'where they came from'}?", yes=yes)
+        confirm(f"Send {counted(numbers)} back to {safe(to) if to else origin(numbers)}?", yes=yes)
         screen = Screen.here(store.histories.now())
         with _requeuer(store, broker, contexts_url, keep_history=keep_history) as requeuer:
             _send_all(screen, requeuer, numbers, to)

@@ -65,10 +65,15 @@ def unverified(context: ssl.SSLContext) -> str:
     return "" if context.check_hostname else "the name in the certificate"
 
 
+# X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH of OpenSSL
+_OTHER_NAME: Final = (62, 64)
+
+
 def explained(error: BaseException) -> str:
     """Why there is no connection, in words."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate was not accepted: {error.verify_message} (ssl_context= says whom to trust)"
+        whom = "" if error.verify_code in _OTHER_NAME else " (ssl_context=, or SSL_CERT_FILE, says whom to trust)"
+        return f"its certificate was not accepted: {error.verify_message}{whom}"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed (is it spoken there?): {error.reason or error}"
     if isinstance(error, TimeoutError):

@@ -269,7 +269,7 @@ def test_it_must_be_said_which_ones(run, cache, options):
 
 def test_without_a_terminal_nothing_is_done_that_was_not_confirmed(run, cache, server):
     park(cache)
-    assert "Send 1 item back to where they came from? There is no terminal" in run("requeue", "1", status=2).stderr
+    assert "Send 1 item back to where it came from? There is no terminal" in run("requeue", "1", status=2).stderr
     assert "Discard 1 item for good? There is no terminal" in run("discard", "1", status=2).stderr
     assert numbers(cache) == [1]
     assert server.depths() == {}
@@ -416,8 +416,14 @@ def test_discarded_items_are_written_to_a_new_file_first(run, cache, tmp_path):
     assert [json.loads(line)["id"] for line in file.read_text().splitlines()] == [1, 2, 3]
     assert json.loads(file.read_text().splitlines()[0])["body"] == {"text": '{"id": 7}'}
     park(cache)
-    run("discard", "--all", "--yes", "--export", str(file), status=2)
+    run("discard", "--all", "--yes", "--export", str(file), status=1)
     assert numbers(cache) == [4]
+
+
+def test_where_nothing_is_discarded_no_file_is_made(run, cache, tmp_path):
+    file = tmp_path / "discarded.jsonl"
+    run("discard", "--all", "--yes", "--export", str(file), status=1)
+    assert not file.exists()
 
 
 def test_parked_items_are_looked_for_in_sql_databases_only(run, cache, tmp_path):
