@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import threading
+import os
 import uuid
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Final, Self
+from weakref import WeakSet
 
 import attrs
 
 from retrykit.backoff import ExponentialBackOffPolicy
 from retrykit.check import Seconds, one_of, wrong_type
 from retrykit.errors import CommitInDoubtError
+from retrykit.lock import lock_of
 from retrykit.message import as_sent, is_nonempty_text
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.errors import BrokerError, BrokerUnavailableError, ConnectionLostError, SendInDoubtError
@@ -93,7 +95,8 @@ class Publisher:
     ```
 
     It connects at the first message, and again when the connection was lost. Threads may share it: one sends after the
-    other. Nothing goes on in the background but the heart-beats of its connection.
+    other. Nothing goes on in the background but the heart-beats of its connection. A forked child that uses it connects
+    for itself.
 
     `template` says what is tried again; without one, a lost connection is made again up to twice, after pauses of at
     most 0.2 and 1 s. What was not confirmed is sent again under the same id (`retrykit-id`), so it may arrive twice;
@@ -103,9 +106,12 @@ class Publisher:
 
     broker: Broker = attrs.field(validator=_is_broker)
     template: RetryTemplate = attrs.field(factory=_publishing, kw_only=True, validator=_is_template)
-    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+    _lock: Any = attrs.field(default=attrs.Factory(lock_of, takes_self=True), init=False, repr=False)
     _session: Session | None = attrs.field(default=None, init=False, repr=False)
     _closed: bool = attrs.field(default=False, init=False, repr=False)
+
+    def __attrs_post_init__(self) -> None:
+        _known.add(self)
 
     def send(
         self,
@@ -219,3 +225,19 @@ class Publisher:
         session, self._session = self._session, None
         if session is not None:
             session.close(wait=False)
+
+
+_known: WeakSet[Publisher] = WeakSet()
+_inherited: list[Session] = []
+
+
+def _leave_to_the_parent() -> None:
+    for publisher in list(_known):
+        session, publisher._session = publisher._session, None  # noqa: SLF001 - it is this module's
+        if session is not None:
+            # Kept, not closed: a goodbye would be the parent's, whose connection it is.
+            _inherited.append(session)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_to_the_parent)

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
+import warnings
 
 import pytest
 
@@ -15,8 +18,10 @@ from retrykit.messaging import (
     SendInDoubtError,
 )
 from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import NeverRetryPolicy, SimpleRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
+from retrykit.testing import StompServer
 
 ONCE = RetryTemplate(name="publisher", retry_policy=NeverRetryPolicy())
 TWICE = RetryTemplate(
@@ -240,3 +245,26 @@ def test_a_wrong_argument_is_refused_by_name_before_anything_is_connected(broker
 def test_what_is_no_broker_template_or_message_is_refused(broker, make, names):
     with pytest.raises(TypeError, match=names):
         make(broker)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_a_connection_of_its_own():
+    with StompServer() as server, Publisher(StompBroker(server.url, receipt_timeout=5), template=ONCE) as publisher:
+        publisher.send("/queue/a", "before")
+        session = publisher._session
+        with publisher._lock, warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the child does nothing but this
+            child = os.fork()
+            if not child:
+                signal.alarm(20)
+                try:
+                    publisher.send("/queue/a", "child")
+                    publisher.close()
+                    os._exit(0)
+                finally:
+                    os._exit(1)
+            _, status = os.waitpid(child, 0)
+        assert status == 0
+        publisher.send("/queue/a", "after")
+        assert publisher._session is session
+        assert [message.body for message in server.messages("/queue/a")] == [b"before", b"child", b"after"]
