@@ -7,7 +7,8 @@ brings the message back too soon has it waited for in the session.
 A broker that can only keep back what is sent to it is sent a copy, and when that is confirmed the delivery is
 acknowledged. Never in one transaction: RabbitMQ has none that holds both, and ActiveMQ hands what it is to keep back to
 its scheduler only after the commit, so that a crash in between loses it. In the order taken here a crash leaves the
-message twice, and nothing lost. Both are one message to its history: a copy says of whom it is one.
+message twice, and nothing lost. Both are one message to its history, since a copy says of whom it is one; once that has
+ended without a mark, the second of the two is a message without a history, and is handled as one.
 """
 
 from __future__ import annotations
