@@ -77,7 +77,7 @@ class _Worker:
     def _is_over(self, part: int) -> bool:
         """Run a partition, if it is to be run and nobody does. False: somebody does."""
         step = self._step(part)
-        parameters = {**self.parameters, "partition": f"{part}/{self.parts}"}
+        parameters = step.jobs.partition(self.parameters, part, self.parts)
         if self._has_failed(step, part, parameters):
             return True
         try:

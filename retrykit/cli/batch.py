@@ -258,7 +258,7 @@ def _begin_anew(step: ChunkStep, parameters: Mapping[str, str], parts: int) -> N
     from retrykit.sql import restart_job
 
     for part in range(1, parts + 1):
-        job = step.jobs.state(step.name, {**parameters, "partition": f"{part}/{parts}"})
+        job = step.jobs.state(step.name, step.jobs.partition(parameters, part, parts))
         if job is not None and job.status == "finished":
             restart_job(step.jobs.engine, job.id)
 
@@ -281,7 +281,7 @@ def _others(asked: Options, since: float) -> Iterator[None]:
 
 def _say(asked: Options, step: ChunkStep, parts: int, division: Division) -> None:
     """What has become of each partition, here and elsewhere."""
-    rows = [_row(asked, step, f"{part}/{parts}", division.failures.get(part)) for part in range(1, parts + 1)]
+    rows = [_row(asked, step, (part, parts), division.failures.get(part)) for part in range(1, parts + 1)]
     if asked.as_json:
         say_json({"name": step.name, "parameters": dict(asked.parameters), "partitions": rows})
         return
@@ -293,7 +293,8 @@ def _say(asked: Options, step: ChunkStep, parts: int, division: Division) -> Non
         click.echo(f"{row['partition']:>8}  {row['status']:<8}  {told}{why}")
 
 
-def _row(asked: Options, step: ChunkStep, partition: str, reason: str | None) -> dict[str, Any]:
-    job = step.jobs.state(step.name, {**asked.parameters, "partition": partition})
+def _row(asked: Options, step: ChunkStep, place: tuple[int, int], reason: str | None) -> dict[str, Any]:
+    parameters = step.jobs.partition(asked.parameters, *place)
+    job = step.jobs.state(step.name, parameters)
     status, counts = ("new", {}) if job is None else (job.status, dict(job.counts))
-    return {"partition": partition, "status": status, "reason": reason, "counts": counts}
+    return {"partition": parameters["partition"], "status": status, "reason": reason, "counts": counts}

@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
 
 from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
-from retrykit.sql.jobs import AsyncSqlJobStore, Job, SqlJobStore, restart_job, stored_job, stored_jobs
+from retrykit.sql.jobs import AsyncSqlJobStore, SqlJobStore
 from retrykit.sql.migrations import migrations_path
 from retrykit.sql.parked import (
     ParkedItem,
@@ -25,6 +25,7 @@ from retrykit.sql.parked import (
 )
 from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
+from retrykit.sql.stored_jobs import Job, restart_job, stored_job, stored_jobs
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_job, rk_parked, rk_schema
 from retrykit.sql.tabular import SqlCursorReader, SqlWriter
 

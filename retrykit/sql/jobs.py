@@ -8,32 +8,27 @@ that was overtaken stores nothing, and one whose connection was lost in a commit
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any, Final, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import attrs
-from sqlalchemy import Connection, Engine, bindparam, insert, select, update
+from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.util import greenlet_spawn
 
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
-from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import JobLostError
 from retrykit.lease import hold
-from retrykit.owner import begin, end, is_running
+from retrykit.owner import end
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import Database, database_of
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
+from retrykit.sql.job_rows import Claim, JobRows, instance_of, partition
 from retrykit.sql.opening import opened
-from retrykit.sql.parked import park_in
 from retrykit.sql.places import Place
-from retrykit.sql.prepared import Prepared
-from retrykit.sql.rows import rows_for
-from retrykit.sql.sqlite import reading
+from retrykit.sql.stored_jobs import Job, job_of
 from retrykit.sql.tables import rk_job
 from retrykit.sql.transaction import joinable
 
@@ -41,242 +36,6 @@ T = TypeVar("T")
 
 _log = logging.getLogger("retrykit.sql")
 _c = rk_job.c
-
-_REASON: Final = 2_000
-_PAGE: Final = 200
-
-_BOOK: Final = Prepared(
-    update(rk_job)
-    .where(
-        _c.id == bindparam("the_id", type_=_c.id.type),
-        _c.fence == bindparam("the_fence", type_=_c.fence.type),
-        _c.revision == bindparam("the_revision", type_=_c.revision.type),
-    )
-    .values(
-        {
-            name: bindparam(name, type_=_c[name].type)
-            for name in ("position", "counts", "revision", "updated_at", "lease_until")
-        }
-    )
-)
-
-
-@attrs.define(kw_only=True, eq=False)
-class Claim:
-    """A job as its runner has it. `position` and `counts` are as they were stored last.
-
-    `crashed`: the run before was neither finished nor stopped; its process died, or was believed dead.
-    """
-
-    id: int
-    name: str
-    parameters: Mapping[str, Any]
-    position: Any
-    counts: Mapping[str, Any]
-    revision: int
-    fence: int
-    owner: str
-    crashed: bool
-    until_released: Callable[[], Any] = attrs.field(default=lambda: None, repr=False)
-
-
-@attrs.frozen(kw_only=True)
-class Job:
-    """A job as people see it; `position` and `counts` as they were stored last. Instants are UTC."""
-
-    id: int
-    name: str
-    parameters: Mapping[str, Any]
-    status: str
-    reason: str | None
-    runs: int
-    position: Any
-    counts: Mapping[str, Any]
-    owner: str | None
-    lease_until: datetime | None
-    started_at: datetime
-    updated_at: datetime
-    finished_at: datetime | None
-
-
-class _JobRows:
-    """The verbs as statements on an open connection: who commits is somebody else's business."""
-
-    def __init__(self, database: Database, lease: float) -> None:
-        self.clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
-        self.lease = lease
-
-    def claim(self, connection: Connection, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
-        now = self.clock.now()
-        instance = instance_of(name, parameters)
-        row = connection.execute(select(rk_job).where(_c.instance == instance).with_for_update()).first()
-        if row is None:
-            row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
-        else:
-            _check_free(row, now, again=again)
-        anew = row.status == "finished"
-        claim = Claim(
-            id=row.id,
-            name=name,
-            parameters=parameters,
-            position=None if anew else _loaded(row.position),
-            counts={} if anew else json.loads(row.counts),
-            revision=row.revision + 1,
-            fence=row.fence + 1,
-            owner=begin(),
-            crashed=row.status == "running",
-        )
-        connection.execute(update(rk_job).where(_c.id == row.id).values(self._claimed(row, claim, now)))
-        return claim
-
-    def _claimed(self, row: Any, claim: Claim, now: float) -> dict[str, Any]:
-        return {
-            "status": "running",
-            "reason": None,
-            "runs": row.runs + 1,
-            "position": _dumped(claim.position),
-            "counts": json.dumps(claim.counts),
-            "revision": claim.revision,
-            "fence": claim.fence,
-            "owner": claim.owner,
-            "lease_until": now + self.lease,
-            "updated_at": now,
-            "finished_at": None,
-        }
-
-    def book(
-        self,
-        connection: Connection,
-        claim: Claim,
-        position: Any,
-        *,
-        counts: Mapping[str, Any],
-        parked: Iterable[Mapping[str, Any]],
-    ) -> int:
-        now = self.clock.now()
-        booked = _BOOK.on(
-            connection,
-            {
-                "the_id": claim.id,
-                "the_fence": claim.fence,
-                "the_revision": claim.revision,
-                "position": _dumped(position),
-                "counts": json.dumps(counts),
-                "revision": claim.revision + 1,
-                "updated_at": now,
-                "lease_until": now + self.lease,
-            },
-        )
-        if booked.rowcount != 1:
-            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
-        for item in parked:
-            headers = {**item["headers"], "retrykit-job": str(claim.id)}
-            park_in(connection, **{**item, "headers": headers}, parked_at=now)
-        return claim.revision + 1
-
-    def moved(self, connection: Connection, claim: Claim) -> bool:
-        row = connection.execute(select(_c.fence, _c.revision).where(_c.id == claim.id)).first()
-        if row is None or row.fence != claim.fence:
-            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
-        return bool(row.revision != claim.revision)
-
-    def renew(self, connection: Connection, claim: Claim) -> bool:
-        until = self.clock.now() + self.lease
-        ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
-        return connection.execute(ours.values(lease_until=until)).rowcount == 1
-
-    def release(
-        self, connection: Connection, claim: Claim, status: str, *, reason: str, counts: Mapping[str, Any]
-    ) -> bool:
-        now = self.clock.now()
-        values = {
-            "status": status,
-            "reason": reason[:_REASON] or None,
-            "counts": json.dumps(counts),
-            "owner": None,
-            "lease_until": None,
-            "updated_at": now,
-            "finished_at": now if status == "finished" else None,
-        }
-        ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
-        return connection.execute(ours.values(values)).rowcount == 1
-
-    def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
-        stopped = [self._stop(connection, claim, one, reason) for one in partitions_of(claim.parameters)]
-        return sum(stopped)
-
-    def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
-        now, instance = self.clock.now(), instance_of(claim.name, parameters)
-        found = connection.execute(select(_c.id, _c.status).where(_c.instance == instance).with_for_update()).first()
-        values: dict[str, Any] = {"status": "stopped", "reason": reason[:_REASON], "updated_at": now}
-        if found is None:
-            connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
-            return 1
-        if found.id == claim.id or found.status == "finished":
-            return 0
-        # Under another fence its runner cannot commit any more.
-        values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
-        connection.execute(update(rk_job).where(_c.id == found.id).values(values))
-        return 1
-
-
-def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
-    """The parameters of one of the jobs that a step is divided into; `part` counts from 1."""
-    return {**parameters, "partition": f"{part}/{parts}"}
-
-
-def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parameters of all jobs of the step that is divided as these say; none if it is not."""
-    _, _, parts = str(parameters.get("partition", "")).partition("/")
-    return [partition(parameters, part, int(parts)) for part in range(1, int(parts) + 1)] if parts.isdecimal() else []
-
-
-def instance_of(name: str, parameters: Mapping[str, Any]) -> str:
-    """What identifies a job: a digest of its name and parameters, in whatever order these are."""
-    text = json.dumps([name, parameters], sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _new(instance: str, name: str, parameters: Mapping[str, Any], now: float) -> dict[str, Any]:
-    return {
-        "instance": instance,
-        "name": name,
-        "parameters": json.dumps(parameters, sort_keys=True),
-        "status": "new",
-        "runs": 0,
-        "position": None,
-        "counts": "{}",
-        "revision": 0,
-        "fence": 0,
-        "started_at": now,
-        "updated_at": now,
-    }
-
-
-def _check_free(row: Any, now: float, *, again: bool) -> None:
-    """Refuse a job that is finished, unless it is to run again, and one that somebody runs."""
-    facts = {"name": row.name, "parameters": json.loads(row.parameters), "id": row.id}
-    if row.status == "finished" and not again:
-        raise JobFinishedError(finished_at=_instant(row.finished_at), **facts)
-    if row.status == "running":
-        alive = is_running(row.owner or "")
-        if alive or (alive is None and row.lease_until is not None and row.lease_until > now):
-            raise JobRunningError(owner=row.owner, until=_instant(row.lease_until), **facts)
-
-
-def _dumped(position: Any) -> str | None:
-    try:
-        return None if position is None else json.dumps(position, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise wrong_value("position", f"JSON-able ({error})", position) from error
-
-
-def _loaded(position: str | None) -> Any:
-    return None if position is None else json.loads(position)
-
-
-def _instant(at: float | None) -> datetime | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC)
 
 
 @attrs.frozen(eq=False)
@@ -323,7 +82,7 @@ class SqlJobStore:
         self._engine = self._checked(engine)
         beneath = sync_engine_of(self._engine)
         self._database: Database = database_of(beneath)  # type: ignore[assignment] # engine_of has asked
-        self._rows = _JobRows(self._database, self.lease)
+        self._rows = JobRows(self._database, self.lease)
         self._connections = connections_of(beneath, self._database, None, in_loop=self._in_loop)
         self._place: Place | None = None
 
@@ -401,11 +160,16 @@ class SqlJobStore:
         """Whether something was stored behind the claim's revision: by a commit that was not confirmed."""
         return self._do(lambda connection: self._rows.moved(connection, claim))
 
+    @staticmethod
+    def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
+        """The parameters of the job of one partition; `part` counts from 1."""
+        return partition(parameters, part, parts)
+
     def state(self, name: str, parameters: Mapping[str, Any]) -> Job | None:
         """The job as it stands; None if it was never started."""
         instance = instance_of(name, parameters)
         row = self._do(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
-        return None if row is None else _job(row)
+        return None if row is None else job_of(row)
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""
@@ -442,60 +206,10 @@ def _check_released(claim: Claim, status: str, *, released: bool) -> None:
     _log.warning("%s", lost)
 
 
-def stored_jobs(
-    bind: Engine, *, name: str | None = None, status: str | None = None, after: int = 0, limit: int | None = None
-) -> Iterator[Job]:
-    """The jobs in the order of their numbers, behind `after`, at most `limit`; read in pages.
-
-    `status`: "running" (also of a process that has died), "finished", "failed" or "stopped".
-    """
-    query = select(rk_job)
-    if name is not None:
-        query = query.where(_c.name == name)
-    if status is not None:
-        query = query.where(_c.status == status)
-    while limit is None or limit > 0:
-        size = _PAGE if limit is None else min(_PAGE, limit)
-        with reading(bind).connect() as connection:
-            page = connection.execute(query.where(_c.id > after).order_by(_c.id).limit(size)).all()
-        yield from map(_job, page)
-        if len(page) < size:
-            return
-        after, limit = page[-1].id, None if limit is None else limit - size
-
-
-def stored_job(bind: Engine, number: int) -> Job | None:
-    """One job by its number."""
-    with reading(bind).connect() as connection:
-        row = connection.execute(select(rk_job).where(_c.id == number)).first()
-    return None if row is None else _job(row)
-
-
-def _job(row: Any) -> Job:
-    started, updated = _instant(row.started_at), _instant(row.updated_at)
-    assert started is not None  # noqa: S101 - the columns have no NULLs
-    assert updated is not None  # noqa: S101 - as above
-    return Job(
-        id=row.id,
-        name=row.name,
-        parameters=json.loads(row.parameters),
-        status=row.status,
-        reason=row.reason,
-        runs=row.runs,
-        position=_loaded(row.position),
-        counts=json.loads(row.counts),
-        owner=row.owner,
-        lease_until=_instant(row.lease_until),
-        started_at=started,
-        updated_at=updated,
-        finished_at=_instant(row.finished_at),
-    )
-
-
 class JoinedJobs:
     """What a runner stores, inside somebody's open transaction: nothing here begins or commits."""
 
-    def __init__(self, rows: _JobRows, connection: Connection) -> None:
+    def __init__(self, rows: JobRows, connection: Connection) -> None:
         self._rows = rows
         self._connection = connection
 
@@ -590,30 +304,3 @@ class AsyncJoinedJobs:
     async def moved(self, claim: Claim) -> bool:
         """As `JoinedJobs.moved`."""
         return await greenlet_spawn(self._joined.moved, claim)
-
-
-def restart_job(bind: Engine, number: int) -> Job | None:
-    """Let a job begin anew when it is started next; None if there is no such job.
-
-    Position and counts are forgotten; what it has written and parked stays. `JobRunningError` while somebody runs it.
-    """
-    database = database_of(bind)
-    if database is None:
-        raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)
-    clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
-    with connections_of(bind, database, None, in_loop=False).several() as connection:
-        row = connection.execute(select(rk_job).where(_c.id == number).with_for_update()).first()
-        if row is None:
-            return None
-        _check_free(row, clock.now(), again=True)
-        anew: dict[str, Any] = {
-            "status": "new",
-            "reason": None,
-            "position": None,
-            "counts": "{}",
-            "finished_at": None,
-            "owner": None,
-        }
-        anew |= {"revision": row.revision + 1, "fence": row.fence + 1, "updated_at": clock.now(), "lease_until": None}
-        connection.execute(update(rk_job).where(_c.id == number).values(anew))
-        return _job(connection.execute(select(rk_job).where(_c.id == number)).one())

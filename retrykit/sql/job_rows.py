@@ -1,0 +1,247 @@
+"""Batch jobs as rows: the statements on an open connection, and who may run what. Who commits is others' business."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import attrs
+from sqlalchemy import Connection, bindparam, insert, select, update
+
+from retrykit.check import wrong_value
+from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
+from retrykit.owner import begin, is_running
+from retrykit.sql.dialects import Database
+from retrykit.sql.parked import park_in
+from retrykit.sql.prepared import Prepared
+from retrykit.sql.rows import rows_for
+from retrykit.sql.tables import rk_job
+
+_c = rk_job.c
+
+_REASON: Final = 2_000
+
+_BOOK: Final = Prepared(
+    update(rk_job)
+    .where(
+        _c.id == bindparam("the_id", type_=_c.id.type),
+        _c.fence == bindparam("the_fence", type_=_c.fence.type),
+        _c.revision == bindparam("the_revision", type_=_c.revision.type),
+    )
+    .values(
+        {
+            name: bindparam(name, type_=_c[name].type)
+            for name in ("position", "counts", "revision", "updated_at", "lease_until")
+        }
+    )
+)
+
+
+@attrs.define(kw_only=True, eq=False)
+class Claim:
+    """A job as its runner has it. `position` and `counts` are as they were stored last.
+
+    `crashed`: the run before was neither finished nor stopped; its process died, or was believed dead.
+    """
+
+    id: int
+    name: str
+    parameters: Mapping[str, Any]
+    position: Any
+    counts: Mapping[str, Any]
+    revision: int
+    fence: int
+    owner: str
+    crashed: bool
+    until_released: Callable[[], Any] = attrs.field(default=lambda: None, repr=False)
+
+
+class JobRows:
+    """The verbs as statements on an open connection: who commits is somebody else's business."""
+
+    def __init__(self, database: Database, lease: float) -> None:
+        self.clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
+        self.lease = lease
+
+    def claim(self, connection: Connection, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+        """Take the job, made if it is not there: `JobFinishedError`, `JobRunningError` if it is not free."""
+        now = self.clock.now()
+        instance = instance_of(name, parameters)
+        row = connection.execute(select(rk_job).where(_c.instance == instance).with_for_update()).first()
+        if row is None:
+            row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
+        else:
+            check_free(row, now, again=again)
+        anew = row.status == "finished"
+        claim = Claim(
+            id=row.id,
+            name=name,
+            parameters=parameters,
+            position=None if anew else loaded(row.position),
+            counts={} if anew else json.loads(row.counts),
+            revision=row.revision + 1,
+            fence=row.fence + 1,
+            owner=begin(),
+            crashed=row.status == "running",
+        )
+        connection.execute(update(rk_job).where(_c.id == row.id).values(self._claimed(row, claim, now)))
+        return claim
+
+    def _claimed(self, row: Any, claim: Claim, now: float) -> dict[str, Any]:
+        return {
+            "status": "running",
+            "reason": None,
+            "runs": row.runs + 1,
+            "position": _dumped(claim.position),
+            "counts": json.dumps(claim.counts),
+            "revision": claim.revision,
+            "fence": claim.fence,
+            "owner": claim.owner,
+            "lease_until": now + self.lease,
+            "updated_at": now,
+            "finished_at": None,
+        }
+
+    def book(
+        self,
+        connection: Connection,
+        claim: Claim,
+        position: Any,
+        *,
+        counts: Mapping[str, Any],
+        parked: Iterable[Mapping[str, Any]],
+    ) -> int:
+        """Store how far the claim is, and park items; the revision after that. `JobLostError`."""
+        now = self.clock.now()
+        booked = _BOOK.on(
+            connection,
+            {
+                "the_id": claim.id,
+                "the_fence": claim.fence,
+                "the_revision": claim.revision,
+                "position": _dumped(position),
+                "counts": json.dumps(counts),
+                "revision": claim.revision + 1,
+                "updated_at": now,
+                "lease_until": now + self.lease,
+            },
+        )
+        if booked.rowcount != 1:
+            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
+        for item in parked:
+            headers = {**item["headers"], "retrykit-job": str(claim.id)}
+            park_in(connection, **{**item, "headers": headers}, parked_at=now)
+        return claim.revision + 1
+
+    def moved(self, connection: Connection, claim: Claim) -> bool:
+        """Whether the row is behind the claim's revision. `JobLostError`."""
+        row = connection.execute(select(_c.fence, _c.revision).where(_c.id == claim.id)).first()
+        if row is None or row.fence != claim.fence:
+            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
+        return bool(row.revision != claim.revision)
+
+    def renew(self, connection: Connection, claim: Claim) -> bool:
+        """Believe in the runner for another lease. False: it is another's job."""
+        until = self.clock.now() + self.lease
+        ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
+        return connection.execute(ours.values(lease_until=until)).rowcount == 1
+
+    def release(
+        self, connection: Connection, claim: Claim, status: str, *, reason: str, counts: Mapping[str, Any]
+    ) -> bool:
+        """The run is over. False: it is another's job."""
+        now = self.clock.now()
+        values = {
+            "status": status,
+            "reason": reason[:_REASON] or None,
+            "counts": json.dumps(counts),
+            "owner": None,
+            "lease_until": None,
+            "updated_at": now,
+            "finished_at": now if status == "finished" else None,
+        }
+        ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
+        return connection.execute(ours.values(values)).rowcount == 1
+
+    def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
+        """Stop the other partitions, those that were never begun too; how many."""
+        stopped = [self._stop(connection, claim, one, reason) for one in partitions_of(claim.parameters)]
+        return sum(stopped)
+
+    def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
+        now, instance = self.clock.now(), instance_of(claim.name, parameters)
+        found = connection.execute(select(_c.id, _c.status).where(_c.instance == instance).with_for_update()).first()
+        values: dict[str, Any] = {"status": "stopped", "reason": reason[:_REASON], "updated_at": now}
+        if found is None:
+            connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
+            return 1
+        if found.id == claim.id or found.status == "finished":
+            return 0
+        # Under another fence its runner cannot commit any more.
+        values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
+        connection.execute(update(rk_job).where(_c.id == found.id).values(values))
+        return 1
+
+
+def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
+    """The parameters of one of the jobs that a step is divided into; `part` counts from 1."""
+    return {**parameters, "partition": f"{part}/{parts}"}
+
+
+def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The parameters of all jobs of the step that is divided as these say; none if it is not."""
+    _, _, parts = str(parameters.get("partition", "")).partition("/")
+    return [partition(parameters, part, int(parts)) for part in range(1, int(parts) + 1)] if parts.isdecimal() else []
+
+
+def instance_of(name: str, parameters: Mapping[str, Any]) -> str:
+    """What identifies a job: a digest of its name and parameters, in whatever order these are."""
+    text = json.dumps([name, parameters], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _new(instance: str, name: str, parameters: Mapping[str, Any], now: float) -> dict[str, Any]:
+    return {
+        "instance": instance,
+        "name": name,
+        "parameters": json.dumps(parameters, sort_keys=True),
+        "status": "new",
+        "runs": 0,
+        "position": None,
+        "counts": "{}",
+        "revision": 0,
+        "fence": 0,
+        "started_at": now,
+        "updated_at": now,
+    }
+
+
+def check_free(row: Any, now: float, *, again: bool) -> None:
+    """Refuse a job that is finished, unless it is to run again, and one that somebody runs."""
+    facts = {"name": row.name, "parameters": json.loads(row.parameters), "id": row.id}
+    if row.status == "finished" and not again:
+        raise JobFinishedError(finished_at=instant_of(row.finished_at), **facts)
+    if row.status == "running":
+        alive = is_running(row.owner or "")
+        if alive or (alive is None and row.lease_until is not None and row.lease_until > now):
+            raise JobRunningError(owner=row.owner, until=instant_of(row.lease_until), **facts)
+
+
+def _dumped(position: Any) -> str | None:
+    try:
+        return None if position is None else json.dumps(position, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise wrong_value("position", f"JSON-able ({error})", position) from error
+
+
+def loaded(position: str | None) -> Any:
+    """A position as it was given."""
+    return None if position is None else json.loads(position)
+
+
+def instant_of(at: float | None) -> datetime | None:
+    """Seconds since the epoch as an instant."""
+    return None if at is None else datetime.fromtimestamp(at, UTC)

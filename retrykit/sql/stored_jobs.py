@@ -1,0 +1,119 @@
+"""Batch jobs for people to look at, and to let begin anew."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from typing import Any, Final
+
+import attrs
+from sqlalchemy import Engine, select, update
+
+from retrykit.check import wrong_type
+from retrykit.sql.connections import connections_of
+from retrykit.sql.dialects import database_of
+from retrykit.sql.job_rows import check_free, instant_of, loaded
+from retrykit.sql.rows import rows_for
+from retrykit.sql.sqlite import reading
+from retrykit.sql.tables import rk_job
+
+_c = rk_job.c
+_PAGE: Final = 200
+
+
+@attrs.frozen(kw_only=True)
+class Job:
+    """A job as people see it; `position` and `counts` as they were stored last. Instants are UTC."""
+
+    id: int
+    name: str
+    parameters: Mapping[str, Any]
+    status: str
+    reason: str | None
+    runs: int
+    position: Any
+    counts: Mapping[str, Any]
+    owner: str | None
+    lease_until: datetime | None
+    started_at: datetime
+    updated_at: datetime
+    finished_at: datetime | None
+
+
+def stored_jobs(
+    bind: Engine, *, name: str | None = None, status: str | None = None, after: int = 0, limit: int | None = None
+) -> Iterator[Job]:
+    """The jobs in the order of their numbers, behind `after`, at most `limit`; read in pages.
+
+    `status`: "running" (also of a process that has died), "finished", "failed" or "stopped".
+    """
+    query = select(rk_job)
+    if name is not None:
+        query = query.where(_c.name == name)
+    if status is not None:
+        query = query.where(_c.status == status)
+    while limit is None or limit > 0:
+        size = _PAGE if limit is None else min(_PAGE, limit)
+        with reading(bind).connect() as connection:
+            page = connection.execute(query.where(_c.id > after).order_by(_c.id).limit(size)).all()
+        yield from map(job_of, page)
+        if len(page) < size:
+            return
+        after, limit = page[-1].id, None if limit is None else limit - size
+
+
+def stored_job(bind: Engine, number: int) -> Job | None:
+    """One job by its number."""
+    with reading(bind).connect() as connection:
+        row = connection.execute(select(rk_job).where(_c.id == number)).first()
+    return None if row is None else job_of(row)
+
+
+def restart_job(bind: Engine, number: int) -> Job | None:
+    """Let a job begin anew when it is started next; None if there is no such job.
+
+    Position and counts are forgotten; what it has written and parked stays. `JobRunningError` while somebody runs it.
+    """
+    database = database_of(bind)
+    if database is None:
+        raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)
+    clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
+    with connections_of(bind, database, None, in_loop=False).several() as connection:
+        row = connection.execute(select(rk_job).where(_c.id == number).with_for_update()).first()
+        if row is None:
+            return None
+        check_free(row, clock.now(), again=True)
+        anew: dict[str, Any] = {
+            "status": "new",
+            "reason": None,
+            "position": None,
+            "counts": "{}",
+            "finished_at": None,
+            "owner": None,
+        }
+        anew |= {"revision": row.revision + 1, "fence": row.fence + 1, "updated_at": clock.now(), "lease_until": None}
+        connection.execute(update(rk_job).where(_c.id == number).values(anew))
+        return job_of(connection.execute(select(rk_job).where(_c.id == number)).one())
+
+
+def job_of(row: Any) -> Job:
+    """What a row says."""
+    started, updated = instant_of(row.started_at), instant_of(row.updated_at)
+    assert started is not None  # noqa: S101 - the columns have no NULLs
+    assert updated is not None  # noqa: S101 - as above
+    return Job(
+        id=row.id,
+        name=row.name,
+        parameters=json.loads(row.parameters),
+        status=row.status,
+        reason=row.reason,
+        runs=row.runs,
+        position=loaded(row.position),
+        counts=json.loads(row.counts),
+        owner=row.owner,
+        lease_until=instant_of(row.lease_until),
+        started_at=started,
+        updated_at=updated,
+        finished_at=instant_of(row.finished_at),
+    )
