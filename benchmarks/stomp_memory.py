@@ -17,9 +17,12 @@ import attrs
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4_096
 STEPS = 40
-AHEAD = 500
+AHEAD, BATCH = 500, 50
 FAILS_EACH = 100
 """One message in so many fails at its first delivery, so that histories come and go."""
+
+Publish = Callable[[range], None]
+"""Sends the messages with these numbers."""
 
 
 @attrs.frozen
@@ -67,7 +70,7 @@ def consume(where: Sequence[Any], messages: int) -> None:
         print(json.dumps(_consumed(broker, publish, messages)))
 
 
-def _consumed(broker: Any, publish: Callable[[int], None], messages: int) -> list[int]:
+def _consumed(broker: Any, publish: Publish, messages: int) -> list[int]:
     from retrykit import RetryTemplate
     from retrykit.messaging import ListenerContainer
 
@@ -82,13 +85,19 @@ def _consumed(broker: Any, publish: Callable[[int], None], messages: int) -> lis
     resident = []
     with ListenerContainer(broker, handle, template=RetryTemplate(name="orders")):
         for step in range(STEPS):
-            for number in range(messages * step // STEPS, messages * (step + 1) // STEPS):
-                assert handled.acquire(timeout=60), "no message was handled for a minute"
-                publish(number)
+            last = messages * (step + 1) // STEPS
+            for first in range(messages * step // STEPS, last, BATCH):
+                batch = range(first, min(first + BATCH, last))
+                _await(handled, len(batch))
+                publish(batch)
             resident.append(_resident())
-        for _ in range(AHEAD):
-            assert handled.acquire(timeout=60), "no message was handled for a minute"
+        _await(handled, AHEAD)
     return resident
+
+
+def _await(handled: threading.Semaphore, messages: int) -> None:
+    for _ in range(messages):
+        assert handled.acquire(timeout=60), "no message was handled for a minute"
 
 
 def _resident() -> int:
@@ -101,8 +110,12 @@ def _memory() -> tuple[Any, Any]:
     broker = MemoryBroker("/queue/memory")
 
     @contextmanager
-    def publisher() -> Iterator[Callable[[int], None]]:
-        yield lambda number: broker.publish(f"order {number}".ljust(256), id=f"m-{number}") and None
+    def publisher() -> Iterator[Publish]:
+        def publish(numbers: range) -> None:
+            for number in numbers:
+                broker.publish(f"order {number}".ljust(256), id=f"m-{number}")
+
+        yield publish
 
     return broker, publisher()
 
@@ -114,15 +127,17 @@ def _stomp(kind: str, host: str, port: int, url: str) -> tuple[Any, Any]:
     destination = "/queue/memory"
 
     @contextmanager
-    def publisher() -> Iterator[Callable[[int], None]]:
+    def publisher() -> Iterator[Publish]:
         # It has no credentials: the brokers of tests let everybody in.
         with Wire(host, port, virtual_host=None if kind == "rabbitmq" else "localhost") as wire:
-            yield lambda number: wire.send(
-                "SEND",
-                f"order {number}".ljust(256).encode(),
-                destination=destination,
-                persistent="true",
-                amqp_message_id=f"m-{number}",
-            )
+
+            def publish(numbers: range) -> None:
+                wire.send("BEGIN", transaction="t")
+                for number in numbers:
+                    headers = {"destination": destination, "persistent": "true", "amqp-message-id": f"m-{number}"}
+                    wire.frame("SEND", headers | {"transaction": "t"}, f"order {number}".ljust(256).encode())
+                wire.ask("COMMIT", transaction="t")
+
+            yield publish
 
     return StompBroker(url, destination=destination, profile=kind), publisher()

@@ -36,7 +36,10 @@ class OpenKeys:
 
     def excludes(self, template: Template, key: Key) -> bool:
         """Whether the key surely has no history that was stored before this connection."""
-        return self.keys is not None and template.key_of(key) not in self.keys
+        if not self.keys:
+            # Mostly there is no open history at all, and the key needs no spelling.
+            return self.keys is not None
+        return template.key_of(key) not in self.keys
 
 
 def open_keys_of(template: Template, complete: Callable[[Callable[[], Any]], Any] = call) -> OpenKeys:
