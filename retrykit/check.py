@@ -141,6 +141,38 @@ def is_callable_or_none(instance: Any, field: Any, value: Any) -> None:
         is_callable(instance, field, value)
 
 
+def callable_with(*arguments: str) -> Validator:
+    """An attrs validator: what can be called with so many arguments, or None.
+
+    A class is refused: whoever gives one has forgotten to call it.
+    """
+    wanted = f"callable with ({', '.join(arguments)})"
+
+    def check(_instance: Any, field: Any, value: Any) -> None:
+        if value is None:
+            return
+        if isinstance(value, type):
+            raise TypeError(
+                f"{field.name}: must be {wanted}, not the class {value.__name__}: {value.__name__}(…) is one"
+            )
+        if not callable(value) or not _takes(value, arguments):
+            raise wrong_type(field.name, wanted, value)
+
+    return check
+
+
+def _takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    from inspect import signature
+
+    try:
+        signature(function).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:
+        return True  # a builtin that does not tell
+    return True
+
+
 def has(*methods: str, optional: bool = False) -> Validator:
     """An attrs validator: an object (not a class) with these methods; None too if `optional`."""
 

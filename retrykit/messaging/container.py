@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
-from retrykit.check import is_callable_or_none, one_of, whole, wrong_type, wrong_value
+from retrykit.check import callable_with, is_callable_or_none, one_of, whole, wrong_type, wrong_value
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
@@ -116,7 +116,7 @@ class ListenerContainer(Lifetime):
     handler: Handler
     template: RetryTemplate | AsyncRetryTemplate = attrs.field(kw_only=True, validator=_is_template)
     transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
-    recover: Recoverer | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    recover: Recoverer | None = attrs.field(default=None, kw_only=True, validator=callable_with("message", "context"))
     journal: Literal["redelivered", "always", "never"] = attrs.field(
         default="redelivered", kw_only=True, validator=one_of("redelivered", "always", "never")
     )

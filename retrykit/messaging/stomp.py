@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import attrs
 
-from retrykit.check import is_callable_or_none, more_than, seconds, whole, wrong_type, wrong_value
+from retrykit.check import as_seconds, callable_with, more_than, whole, wrong_type, wrong_value
 from retrykit.failure import type_name
 from retrykit.messaging.address import Address, Servers, can_be_sent, parse_servers, redacted
 from retrykit.messaging.errors import BrokerUnavailableError
@@ -26,10 +26,6 @@ from retrykit.messaging.subscription import check_durable, is_shared_out, subscr
 Credentials = Callable[[], tuple[str, str]]
 
 _log: Final = logging.getLogger("retrykit.messaging")
-
-
-def _duration(value: Any) -> float:
-    return seconds("timeout", value)
 
 
 def _headers(value: Any) -> dict[str, str]:
@@ -97,7 +93,7 @@ class StompBroker:
     destination: str = attrs.field(default="", kw_only=True, validator=_is_text)
     prefetch: int = attrs.field(default=1, kw_only=True, validator=whole(1))
     profile: Profile | None = attrs.field(default=None, kw_only=True, converter=to_profile)
-    identify: Identify | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
+    identify: Identify | None = attrs.field(default=None, kw_only=True, validator=callable_with("headers", "body"))
     credentials: Credentials | None = attrs.field(default=None, kw_only=True, repr=False, validator=_gives_credentials)
     ssl_context: ssl.SSLContext | None = attrs.field(default=None, kw_only=True, validator=_is_context_or_none)
     declare: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, converter=_headers, hash=False)
@@ -106,10 +102,10 @@ class StompBroker:
     durable: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     client_id: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     host: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
-    heart_beat: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
-    connect_timeout: float = attrs.field(default=10.0, kw_only=True, converter=_duration, validator=more_than(0))
-    receipt_timeout: float = attrs.field(default=15.0, kw_only=True, converter=_duration, validator=more_than(0))
-    send_timeout: float = attrs.field(default=15.0, kw_only=True, converter=_duration, validator=more_than(0))
+    heart_beat: float = attrs.field(default=10.0, kw_only=True, converter=as_seconds, validator=more_than(0))
+    connect_timeout: float = attrs.field(default=10.0, kw_only=True, converter=as_seconds, validator=more_than(0))
+    receipt_timeout: float = attrs.field(default=15.0, kw_only=True, converter=as_seconds, validator=more_than(0))
+    send_timeout: float = attrs.field(default=15.0, kw_only=True, converter=as_seconds, validator=more_than(0))
     servers: Servers = attrs.field(init=False, repr=False, eq=False)
     rota: Rota = attrs.field(init=False, repr=False, eq=False)
 

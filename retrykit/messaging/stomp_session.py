@@ -158,8 +158,10 @@ class StompSession:
         """By what the message is known at its next delivery."""
         identify = self._broker.identify or self._profile.identify
         stable = identify(headers, body)
-        if not stable:
+        if not stable or not isinstance(stable, str):
             remedy = f"it has no header {identify}" if isinstance(identify, by_header) else f"{identify!r} found none"
+            if stable is not None and not isinstance(stable, str):
+                remedy = f"{identify!r} gave {stable!r:.80}, which is no str"
             remedy = self._profile.remedy if self._broker.identify is None else remedy
             raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
         return stable

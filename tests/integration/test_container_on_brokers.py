@@ -389,6 +389,13 @@ def test_it_is_the_users_choice_by_what_a_message_is_known_again(rabbit, queue, 
     assert keys == [(queue, id_)] * 3
 
 
+def test_an_id_that_is_no_text_is_refused(embedded_rabbit, queue):
+    send_plainly(embedded_rabbit, queue, b"1", amqp_message_id="m-1")
+    broker = StompBroker(embedded_rabbit.url, destination=queue, identify=lambda _headers, body: int(body))
+    with closing(broker.connect()) as session, pytest.raises(NoStableIdError, match="gave 1, which is no str"):
+        session.receive(PATIENCE)
+
+
 def test_what_identify_finds_no_id_for_is_refused_by_its_name(embedded_rabbit, queue):
     send_plainly(embedded_rabbit, queue, b"1", amqp_message_id="m-1")
     broker = StompBroker(embedded_rabbit.url, destination=queue, identify=by_header("order", "purchase"))

@@ -1095,3 +1095,11 @@ def test_copy_sent_to_its_own_queue_is_not_taken_for_a_duplicate(broker):
     broker.publish("x")
     consume(broker, handler, template=template(remember_completed=60.0))
     assert len(calls) == len(set(calls)) == 2
+
+
+@pytest.mark.parametrize(
+    "recover", [park, discard, republish, len, "park"], ids=["park", "discard", "republish", "len", "text"]
+)
+def test_a_recovery_that_could_not_be_called_is_refused_when_it_is_given(broker, recover):
+    with pytest.raises(TypeError, match=r"recover: must be callable with \(message, context\)"):
+        ListenerContainer(broker, failing(9), template=RetryTemplate(name="orders"), recover=recover)
