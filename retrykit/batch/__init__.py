@@ -14,6 +14,7 @@ from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import END_OF_CHUNK, Reader, Unreadable
 from retrykit.batch.step import AsyncChunkStep, ChunkStep
+from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
 
 if TYPE_CHECKING:
     from retrykit.sql.tabular import SqlCursorReader, SqlWriter
@@ -26,6 +27,10 @@ __all__ = [
     "CsvReader",
     "Division",
     "ItemError",
+    "JobError",
+    "JobFinishedError",
+    "JobLostError",
+    "JobRunningError",
     "JsonLinesReader",
     "MessageReader",
     "Reader",
