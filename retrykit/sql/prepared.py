@@ -3,7 +3,8 @@
 SQLAlchemy finds the text of a statement by the statement's structure, and describes what comes back by the cursor's,
 each time it is executed: that is two thirds of what executing one costs here. The statements of this package are few
 and never change, so they keep both. The connection, its transaction and the meaning of errors stay SQLAlchemy's; and
-where somebody listens (`before_cursor_execute`, an echo, a tracer) it is executed by SQLAlchemy, to be heard.
+where somebody listens to what goes to the driver (`before_cursor_execute`, an echo, a tracer) it is executed by
+SQLAlchemy, to be heard. As text for the driver: `before_execute`, which is for statements of Core, hears none of them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ class Prepared:
         given = made.give(parameters)
         if _unheard(connection):
             return _executed(connection, made, given)
-        result = connection.exec_driver_sql(made.text, given)
+        # The work may have its own results streamed: what changes something cannot be.
+        result = connection.exec_driver_sql(made.text, given, execution_options={"stream_results": False})
         return Answer(result.all() if result.returns_rows else (), result.rowcount)
 
     def _make(self, dialect: Dialect) -> _Text:

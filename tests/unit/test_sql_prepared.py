@@ -38,6 +38,20 @@ def test_the_answer_is_the_same_whether_somebody_listens_or_not(engine):
     assert len(heard) == 1
 
 
+@pytest.mark.parametrize("listening", [False, True])
+def test_results_are_not_streamed_although_the_works_are(engine, listening):
+    streamed = []
+
+    def hear(*event):
+        streamed.append(event[4].execution_options.get("stream_results"))
+
+    with engine.connect().execution_options(stream_results=True) as connection:
+        if listening:
+            event.listen(connection, "before_cursor_execute", hear)
+        assert double(connection).first().doubled == 42
+    assert streamed[-1:] == [False] * listening  # before it there was a BEGIN
+
+
 def test_columns_without_a_name_of_their_own_can_be_read_by_place(engine):
     with engine.begin() as connection:
         assert Prepared(text("SELECT 1, count(*)")).on(connection, {}).first() == (1, 1)
