@@ -7,6 +7,7 @@ transaction of its own, or its transaction says READ COMMITTED.
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -83,26 +84,37 @@ class _LoopLock:
         self._lock.release()
 
 
-_locks: WeakKeyDictionary[Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
-_locks_lock: Final = threading.Lock()
+class _Locks:
+    """The lock of each pool. In a forked child all are new: who held one is not there to let go of it."""
+
+    def __init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        self._lock = threading.Lock()
+        self._of: WeakKeyDictionary[Pool, AbstractContextManager[Any]] = WeakKeyDictionary()
+
+    def of(self, pool: Pool, make: Callable[[], AbstractContextManager[Any]]) -> AbstractContextManager[Any]:
+        with self._lock:
+            if pool not in self._of:
+                self._of[pool] = make()
+            return self._of[pool]
+
+
+_locks: Final = _Locks()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_locks.forget)
 
 
 def _taken_in_turn(engine: Engine, opener: Opener, in_loop: bool) -> Opener:  # noqa: FBT001 - as Connections says it
     @contextmanager
     def taken() -> Iterator[Connection]:
-        with _lock_of(engine.pool, in_loop):
+        with _locks.of(engine.pool, _LoopLock if in_loop else threading.RLock):
             _refuse_to_disturb(engine.pool)
             with opener() as connection:
                 yield connection
 
     return taken
-
-
-def _lock_of(pool: Pool, in_loop: bool) -> AbstractContextManager[Any]:  # noqa: FBT001 - as Connections says it
-    with _locks_lock:
-        if pool not in _locks:
-            _locks[pool] = _LoopLock() if in_loop else threading.RLock()
-        return _locks[pool]
 
 
 def _refuse_to_disturb(pool: Pool) -> None:

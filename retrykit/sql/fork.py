@@ -23,7 +23,7 @@ def forget_at_fork(engine: Engine) -> None:
 def _leave_to_the_parent() -> None:
     for engine in list(_known):
         if _is_in_memory(engine):
-            continue  # a copy in this process's memory, no shared file
+            continue  # a copy in this process's memory, no shared file; of no use where a thread was at work on it
         # Kept, not closed: closing would touch files, locks and sessions that are the parent's.
         _inherited.append(engine.pool)
         engine.dispose(close=False)

@@ -53,8 +53,9 @@ def sqlite_engine(
     the write lock instead of failing in the middle (read-only work:
     `engine.execution_options(retrykit_begin="DEFERRED")`). `durability`: "power" keeps what was committed through a
     loss of power (synchronous=FULL), "process" through the death of the process (NORMAL). Foreign keys are enforced.
-    In memory (`:memory:`, `mode=memory`): one connection, which threads take in turn. Further options go to
-    `sqlalchemy.create_engine`. ValueError for another database's URL.
+    In memory (`:memory:`, `mode=memory`): one connection, which threads take in turn; a forked child has a copy, if no
+    other thread was using it at that moment. Further options go to `sqlalchemy.create_engine`. ValueError for another
+    database's URL.
     """
     place = sqlite_url(url)
     if is_async(place):
