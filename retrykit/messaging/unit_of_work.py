@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from functools import partial
-from inspect import iscoroutine
+from inspect import iscoroutine, iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,21 @@ class UnitOfWork:
         if given is database and _closes_only(given, "__aexit__"):
             await database.__aexit__(None, None, None)
             raise _never_commits(given)
+        if (misfit := self._misfit(given)) is not None:
+            await database.__aexit__(*_facts(misfit))
+            raise misfit
         return given
+
+    def _misfit(self, given: object) -> MisusedError | None:
+        """A store that blocks and cannot join the transaction: every attempt and recovery would fail at its end."""
+        join = getattr(self._delivery.work.template.context_cache, "joined", None)
+        if join is None or iscoroutinefunction(join):
+            return None
+        try:
+            join(given)
+        except TypeError as error:
+            return MisusedError(f"transaction: {error}")
+        return None
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None

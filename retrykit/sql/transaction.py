@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+from sqlalchemy.util.concurrency import in_greenlet
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql.dialects import database_of
@@ -102,6 +103,9 @@ def joinable(transaction: object, engine: Engine, place: Place) -> Connection | 
     theirs = None if handle is None else engine_beneath(handle)
     if handle is None or theirs is None or database_of(theirs) is not database_of(engine):
         return None
+    if is_asynchronous(transaction) and not in_greenlet():
+        kind = type(transaction).__name__
+        raise TypeError(f"an {kind} cannot be joined by a cache that blocks: it needs an AsyncSqlRetryContextCache")
     connection = open_connection(handle)
     if (fault := names_fault(connection)) is not None:
         raise ContextCacheError(f"the work's connection cannot be joined: {fault}")

@@ -475,3 +475,18 @@ def test_statement_that_is_cancelled_holds_up_nothing(sqlite, end):
     assert sqlite.effects() == {}
     assert sqlite.histories() == []
     assert (attempts, made.counters.rolled_back) == (([1, 2, 3], 2) if end == "timeout" else ([1], 0))
+
+
+def test_store_that_blocks_and_cannot_join_the_transaction_stops_the_container(sqlite):
+    broker, calls = MemoryBroker("/queue/orders"), []
+    broker.publish("x")
+
+    async def handler(message):
+        calls.append(message)
+
+    made = consumer(broker, handler, sqlite, recover=park("/queue/parked"))
+    made.template = AsyncRetryTemplate(name="orders", context_cache=SqlRetryContextCache(sqlite.beside))
+    made.start()
+    with pytest.raises(TypeError, match="AsyncSession cannot be joined by a cache that blocks.*AsyncSqlRetryContext"):
+        made.wait(PATIENCE)
+    assert (calls, [message.body for message in broker.messages()]) == ([], [b"x"])
