@@ -18,6 +18,8 @@ _QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
 _Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
 # How long a reader may take to notice that its socket was closed at the worst of moments.
 _LOOK_SECONDS: Final = 5.0
+# A peer that is gone without a word is noticed after two minutes, even where no heart-beats are.
+_KEEP_ALIVE: Final = {"TCP_KEEPIDLE": 60, "TCP_KEEPINTVL": 20, "TCP_KEEPCNT": 3}
 _T = TypeVar("_T")
 
 
@@ -41,8 +43,12 @@ def open_socket(
 
 
 def _tune(live: socket.socket, send_timeout: float) -> None:
-    """Small frames go out at once, and a broker that reads no more does not block a send for ever."""
+    """Small frames go out at once, and a broker that reads no more, or is gone, does not block us for ever."""
     live.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    live.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _KEEP_ALIVE.items():
+        if hasattr(socket, name):
+            live.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
     if sys.platform != "win32":
         limit = struct.pack("ll", int(send_timeout), int(send_timeout % 1 * 1e6))
         live.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

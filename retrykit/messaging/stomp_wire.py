@@ -186,6 +186,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self.lost: str | None = None
         self.interrupted = False
         self.server: str | None = None
+        self._beats = False
         self.frames: SimpleQueue[Any] = SimpleQueue()
         self._changed = threading.Condition()
         # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
@@ -204,6 +205,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         """Logged in: the server's name for itself is known."""
         with self._changed:
             self.server = frame.headers.get("server", "")
+            self._beats = frame.headers.get("heart-beat", "0").partition(",")[0].strip() != "0"
             self._changed.notify_all()
 
     def on_message(self, frame: Any) -> None:
@@ -279,6 +281,10 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
             self._changed.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
         if self.lost or self.server is None:
             raise self._unavailable(self.lost or f"it did not answer in {self.broker.connect_timeout:g} s")
+        if not self._beats:
+            _log.warning(
+                "%s: the server sends no heart-beats: should it be gone, that is noticed minutes later", self.name
+            )
         return self.server
 
     def put(self, command: str, headers: Mapping[str, Any], body: bytes = b"", *, more: bool = False) -> None:

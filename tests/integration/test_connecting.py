@@ -243,6 +243,23 @@ def test_a_send_that_nobody_takes_ends_in_time(embedded_tls, deaf, queue, tls):
         assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("tls", [True, False])
+def test_where_no_heart_beats_come_the_system_looks_after_the_connection(embedded_tls, deaf, tls, caplog):
+    context = trusting(embedded_tls) if tls else None
+    with closing(StompBroker(deaf(tls=tls), ssl_context=context).connect(consume=False)) as session:
+        assert "the server sends no heart-beats" in caplog.text
+        live = session._wire._connection.transport.socket
+        live = getattr(live, "_socket", live)
+        assert live.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert live.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+
+
+def test_heart_beats_that_come_are_worth_no_word(queue, caplog):
+    with StompServer() as server:
+        StompBroker(server.url, destination=queue).connect().close()
+    assert not caplog.text
+
+
 def test_a_tls_connection_that_is_cut_loses_and_repeats_nothing(embedded_tls, queue):
     handled = []
     with TcpProxy(embedded_tls.port) as proxy:
