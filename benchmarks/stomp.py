@@ -48,7 +48,7 @@ class Plan:
     at_brokers: int
 
 
-QUICK = Plan((1, 10), Batches(rounds=3, messages=20, slow_messages=4), in_memory=20_000, at_brokers=0)
+QUICK = Plan((1, 10), Batches(rounds=3, messages=12, slow_messages=3), in_memory=20_000, at_brokers=0)
 FULL = Plan((1, 10, 100), Batches(rounds=11, messages=100, slow_messages=10), in_memory=1_000_000, at_brokers=100_000)
 
 
