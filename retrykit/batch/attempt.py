@@ -140,7 +140,7 @@ class Attempt:
         if self.course.doubt and (yield from self.has_happened(joined)):
             return self.tally  # type: ignore[no-any-return]
         if self.step.processor is None:
-            outputs, origins = [self.chunk.items[index] for index in self.live], self.live
+            outputs, origins = self.chunk.chosen(self.live, self.end), self.live
         else:
             outputs, origins = yield from self._process()
         written = len(outputs)

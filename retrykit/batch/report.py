@@ -93,6 +93,8 @@ class Counts:
         self.written += tally.written
         self.filtered += tally.filtered
         self.commits += 1
+        if not tally.skipped:
+            return
         for skipped, limiting in zip(tally.skipped, limited_as, strict=True):
             name = kind_of(skipped.error)
             self.skipped[name] = self.skipped.get(name, 0) + 1

@@ -68,6 +68,11 @@ class Chunk:
         """The position behind the first `end` items."""
         return self.number + end if self.positions is None else self.positions[end - 1]
 
+    def chosen(self, live: list[int], end: int) -> list[Any]:
+        """The items with these indexes: those before `end` that are neither settled nor condemned."""
+        items = self.items
+        return [items[index] for index in live] if self.condemned else items[self.done : end]
+
     def live(self, end: int) -> list[int]:
         """The indexes of items before `end` that are neither settled nor condemned."""
         if not self.condemned:

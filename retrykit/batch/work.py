@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from inspect import isawaitable
 from types import CoroutineType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -25,7 +25,9 @@ def drive(work: Work[T]) -> T:
             call = work.send(answer) if fault is None else work.throw(fault)
             answer = fault = None
             try:
-                answer = _finished(call())
+                answer = call()
+                if answer.__class__ is CoroutineType:
+                    _refuse(answer)
             except BaseException as error:  # noqa: BLE001 - thrown in where the call was asked for
                 fault = error
     except StopIteration as over:
@@ -35,12 +37,10 @@ def drive(work: Work[T]) -> T:
         answer = fault = None
 
 
-def _finished(answer: Any) -> Any:
-    if answer.__class__ is CoroutineType:
-        answer.close()
-        msg = f"{answer.__qualname__} is a coroutine: use AsyncChunkStep"
-        raise TypeError(msg)
-    return answer
+def _refuse(coroutine: Any) -> NoReturn:
+    coroutine.close()
+    msg = f"{coroutine.__qualname__} is a coroutine: use AsyncChunkStep"
+    raise TypeError(msg)
 
 
 async def async_drive(work: Work[T]) -> T:
