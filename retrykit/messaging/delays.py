@@ -63,17 +63,19 @@ class Origin:
     """Of which message a delivery is a copy.
 
     `message_id` is the header that the original had. `early`: it was sent with less than the whole delay, since the
-    broker takes no longer one.
+    broker takes no longer one. `end`: when the original expires, in epoch milliseconds; 0: never, as far as is known.
     """
 
     destination: str
     id: str
     message_id: str
     early: bool = False
+    end: int = 0
 
     def to_header(self) -> str:
         """The value of the header; `ValueError` if it is longer than brokers take."""
-        text = json.dumps([self.destination, self.id, self.message_id, int(self.early)], ensure_ascii=False)
+        facts = [self.destination, self.id, self.message_id, int(self.early), self.end]
+        text = json.dumps(facts if self.end else facts[:-1], ensure_ascii=False)
         if escaped_size(text) > _MAX_ORIGIN:
             msg = f"its id is too long for a header ({len(self.id)} characters)"
             raise ValueError(msg)
@@ -93,7 +95,7 @@ def origin_of(headers: Mapping[str, str], destination: str) -> Origin | None:
     try:
         origin = Origin(*json.loads(text))
         known = all(isinstance(fact, str) for fact in (origin.destination, origin.id, origin.message_id))
-        if not known or not origin.id or origin.destination != destination:
+        if not known or not isinstance(origin.end, int) or not origin.id or origin.destination != destination:
             return None
         # JSON can say what no header can: such a message could be neither copied nor parked.
         check_headers({"id": origin.id, "message-id": origin.message_id})

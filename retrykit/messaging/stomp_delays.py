@@ -10,7 +10,8 @@ from queue import Empty
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
-from retrykit.messaging.delays import Origin, Way, delay_queue
+from retrykit.message import EXPIRES_AT
+from retrykit.messaging.delays import Origin, Way, delay_queue, origin_of
 from retrykit.messaging.java_text import to_java
 from retrykit.messaging.recoverers import COPY_OF, in_copies
 
@@ -37,6 +38,7 @@ _OF_THE_WAIT: Final = frozenset(
 )
 # RabbitMQ tells of the first queue that a message died in, and from version 4 of the last one.
 _DEATHS: Final = ("x-first-death-", "x-last-death-")
+_DIGITS: Final = 19
 _PROBE: Final = "/temp-queue/retrykit-probe"
 
 
@@ -68,11 +70,16 @@ def copy_headers(profile: Profile, message: Message, delay: float) -> dict[str, 
     if not queue:
         msg = f"{message.destination!r} is no queue"
         raise ValueError(msg)
-    origin = Origin(message.destination, message.id or "", message.headers.get("message-id", ""), early=bounded < delay)
+    end = end_of(message)
+    known_by = message.headers.get("message-id", "")
+    origin = Origin(message.destination, message.id or "", known_by, early=bounded < delay, end=end)
     ours = {"persistent": "true", COPY_OF: origin.to_header()}
     if profile.delays == "scheduler":
         wait = max(1, round(bounded * 1000))
-        ours |= {"destination": message.destination, DELAY: str(wait)} | _expiry(message.headers, wait)
+        ours |= {"destination": message.destination, DELAY: str(wait)}
+        if end > wait:
+            # The scheduler adds the time that it kept the message.
+            ours["expires"] = str(end - wait)
     else:
         waiting = delay_queue(unquote(queue), bounded, time.time())
         ours |= {name: str(value) for name, value in waiting.arguments.items()}
@@ -80,10 +87,21 @@ def copy_headers(profile: Profile, message: Message, delay: float) -> dict[str, 
     return in_copies(message.headers, makes_queues=profile.delays == "queues") | ours | _form(profile, message)
 
 
-def _expiry(headers: Mapping[str, str], wait: int) -> dict[str, str]:
-    """When the copy expires: as the original does. The scheduler adds the time that it kept the message."""
-    expires = headers.get("expires", "")
-    return {"expires": str(int(expires) - wait)} if expires.isdecimal() and int(expires) > wait else {}
+def end_of(message: Message) -> int:
+    """When a message, or the one that it is a copy of, expires: epoch milliseconds; 0 for never.
+
+    Each broker says it otherwise, RabbitMQ by the time that is left when it is sent: there only our own word is known.
+    """
+    origin = origin_of(message.headers, message.destination)
+    if origin is not None:
+        return origin.end
+    told = message.headers.get("expires") or message.headers.get(EXPIRES_AT) or ""
+    return int(told) if told.isascii() and told.isdigit() and len(told) < _DIGITS else 0
+
+
+def has_ended(message: Message) -> bool:
+    """Whether it is a copy that has come too late: brokers add the time of the wait, or know no end of what waits."""
+    return COPY_OF in message.headers and 0 < end_of(message) <= time.time() * 1000
 
 
 def _form(profile: Profile, message: Message) -> dict[str, str]:
@@ -102,6 +120,8 @@ def as_original(headers: Mapping[str, str], origin: Origin) -> dict[str, str]:
         if kept.get(f"{death}queue", "").startswith(waited):
             kept = {name: value for name, value in kept.items() if not name.startswith(death)}
     known = {"message-id": origin.message_id} if origin.message_id else {}
+    if "expires" in headers and origin.end:
+        known["expires"] = str(origin.end)
     return kept | known | {COPY_OF: headers[COPY_OF]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import time
 import uuid
 from collections.abc import Mapping
@@ -23,7 +24,7 @@ from retrykit.messaging.java_text import from_java, is_text, to_java
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import COPY_OF, ID
-from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, lack_of
+from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
 from retrykit.messaging.stomp_frames import check_headers
 from retrykit.messaging.subscription import (
     check_supported,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker
     from retrykit.messaging.stomp_wire import Wire
 
+_log: Final = logging.getLogger("retrykit.messaging")
 GOODBYE_SECONDS: Final = 2.0
 THE_COMMIT: Final = "the commit"
 _THE_SENDS: Final = "the sends"
@@ -130,9 +132,21 @@ class StompSession:
             if frame is None:
                 continue
             if frame.headers.get("subscription") == self._subscription:
-                return self._message(frame)
+                message = self._message(frame)
+                if not self._drops(message):
+                    return message
+                continue
             self._stale += 1
         return None
+
+    def _drops(self, message: Message) -> bool:
+        """Acknowledge what nobody is to get any more; should that be lost, it comes and goes once more."""
+        if not has_ended(message):
+            return False
+        _log.warning("message %r has expired while it waited: it is dropped", message.key)
+        self._in_hand.discard(self._handle(message).ack)
+        self._wire.put("ACK", {"id": self._handle(message).ack})
+        return True
 
     def _message(self, frame: Any) -> Message:
         headers = frame.headers

@@ -368,6 +368,20 @@ def test_a_message_that_is_sent_with_the_headers_of_a_copy_is_one_of_its_own(dou
     assert late.container.counters.duplicates == 0
 
 
+def test_a_message_that_waits_is_handled_no_more_after_its_end(double, queue, caplog):
+    late = Late(double, queue, failures=9, pause=0.4)
+    with late.running(), Publisher(late.broker) as publisher:
+        end = time.monotonic() + 0.7
+        publisher.send(queue, b"bad", expires_in=0.7)
+        late.wait_for(lambda: late.container.counters.postponed == 2)
+        publisher.send(queue, b"good")
+        late.wait_for(lambda: late.settled() == 1 and double.depth(queue) == 0)
+        late.wait_for(lambda: time.monotonic() > end + 0.6)
+    assert all(instant < end for instant in late.attempts()[0])
+    assert late.bodies() == [b"bad", b"bad", b"good"]
+    assert is_rabbit(double) == ("has expired while it waited" in caplog.text)
+
+
 @pytest.mark.parametrize("way", ["schedule", "hold"])
 def test_coroutines_wait_as_functions_do(double, queue, way):
     late = Late(double, queue)

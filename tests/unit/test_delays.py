@@ -21,7 +21,7 @@ from retrykit.backoff import (
     UniformRandomBackOffPolicy,
 )
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
-from retrykit.message import Message
+from retrykit.message import EXPIRES_AT, Message
 from retrykit.messaging import (
     BrokerRefusedError,
     Capabilities,
@@ -47,7 +47,7 @@ from retrykit.messaging.kept import Kept
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ
 from retrykit.messaging.recoverers import COPY_OF, in_copies, may_travel
-from retrykit.messaging.stomp_delays import as_original, copy_headers, lack_of
+from retrykit.messaging.stomp_delays import as_original, copy_headers, has_ended, lack_of
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 
@@ -133,6 +133,7 @@ def test_a_copy_names_its_original():
         r'["/queue/orders", "\ud800x", "m"]',
         r'["/queue/orders", "\u0000", "m"]',
         r'["/queue/orders", "m-1", "\u0000"]',
+        '["/queue/orders", "m-1", "m", 0, "soon"]',
     ],
 )
 def test_what_is_no_origin_makes_no_copy(text):
@@ -209,6 +210,29 @@ def test_a_copy_expires_when_the_original_does():
     headers = copy_headers(ACTIVEMQ, message(headers={"expires": "5000"}), 2.0)
     assert headers["expires"] == "3000"
     assert "expires" not in copy_headers(ACTIVEMQ, message(headers={"expires": "0"}), 2.0)
+
+
+def test_the_end_of_a_message_is_not_moved_by_copies():
+    # The scheduler adds the time that it kept the copy, which is more than it was asked for.
+    headers = copy_headers(ACTIVEMQ, message(headers={"expires": "5000"}), 2.0) | {"expires": "5460"}
+    seen = as_original(headers, origin_of(headers, QUEUE))
+    assert seen["expires"] == "5000"
+    again = copy_headers(ACTIVEMQ, message(headers=seen | {"expires": "5460"}), 1.0)
+    assert again["expires"] == "4000"
+
+
+@pytest.mark.parametrize("told", ["0", "", "soon", "9" * 5_000])
+def test_an_end_that_is_none_ends_nothing(told):
+    headers = copy_headers(RABBITMQ, message(headers={EXPIRES_AT: told}), 2.0)
+    assert not has_ended(message(headers=headers))
+
+
+@pytest.mark.parametrize("name", ["expires", EXPIRES_AT])
+def test_only_a_copy_is_looked_at_for_its_end(name):
+    late = {name: "5000"}
+    assert not has_ended(message(headers=late))
+    assert has_ended(message(headers=copy_headers(RABBITMQ, message(headers=late), 2.0)))
+    assert not has_ended(message(headers=copy_headers(RABBITMQ, message(headers={name: "9" * 15}), 2.0)))
 
 
 def test_what_came_as_text_goes_as_text_and_bytes_as_bytes():
