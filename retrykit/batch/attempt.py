@@ -37,6 +37,24 @@ class Attempt:
     attempt is doing that runs now, or was doing when it failed. `culprit` is known after a failure.
     """
 
+    # Of most attempts little more is ever said than this: they come.
+    where: Where = "before"
+    tries = 0
+    failures = 0
+    tally: Any = None
+    revision: int | None = None
+    """The job's in the store after this transaction, if position and counts were stored in it."""
+    recovered = False
+    refusal: str | None = None
+    context: RetryContext | None = None
+    blamed: int | None = None
+    """The item that the failure is of, if the processor was at it or the writer has named it."""
+    _named: frozenset[int | None] = frozenset()
+    _aside: tuple[SkippedItem, ...] = ()
+    """Those that this very attempt skips without a roll-back."""
+    _raised: Exception | None = None
+    _mark = 0.0
+
     def __init__(self, course: Course, chunk: Chunk, end: int, *, whole: bool) -> None:
         self.course = course
         self.step = course.step
@@ -44,22 +62,6 @@ class Attempt:
         self.end = end
         self.live = chunk.live(end)
         self.whole = whole
-        self.where: Where = "before"
-        self.tries = 0
-        self.failures = 0
-        self.tally: Any = None
-        self.revision: int | None = None
-        """The job's in the store after this transaction, if position and counts were stored in it."""
-        self.recovered = False
-        self.refusal: str | None = None
-        self.context: RetryContext | None = None
-        self._named: set[int | None] = set()
-        self.blamed: int | None = None
-        """The item that the failure is of, if the processor was at it or the writer has named it."""
-        self._aside: list[SkippedItem] = []
-        """Those that this very attempt skips without a roll-back."""
-        self._raised: Exception | None = None
-        self._mark = 0.0
 
     # -- the call of the template
 
@@ -94,7 +96,7 @@ class Attempt:
         if self.where == "commit":
             self.where = "before"
             self.failures += 1
-            self._named.add(None)
+            self._named |= {None}
             self.course.doubt = self.revision is not None
 
     def committed(self) -> None:
@@ -112,13 +114,13 @@ class Attempt:
         self.tries += 1
         self._spend("transaction" if self.tries == 1 else "between")
         self.blamed = None
-        self._aside = []
+        self._aside = ()
         try:
             tally = yield from self._settle(context.transaction)
         except Exception as error:
             self.failures += 1
             self._raised = error
-            self._named.add(self.blamed)
+            self._named |= {self.blamed}
             self._spend("failed")
             raise
         self.finish(tally)
@@ -251,7 +253,7 @@ class Attempt:
             raise error
         skipped = self.skipped(index, error, self.where)
         once = ErrorSummary(1, *summary(error), time())
-        self._aside.append(attrs.evolve(skipped, attempts=1, errors=(once,), reason="no roll-back"))
+        self._aside += (attrs.evolve(skipped, attempts=1, errors=(once,), reason="no roll-back"),)
         self.blamed = None
 
     # -- what is ours in the transaction

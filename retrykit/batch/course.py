@@ -156,9 +156,10 @@ class Course:
     # -- chunks
 
     def _write_all(self, source: Source) -> Work[None]:
+        take = partial(source.take, self.step.chunk_size)
         while True:
             began = perf_counter()
-            chunk = yield lambda: source.take(self.step.chunk_size)
+            chunk = yield take
             self.counts.spend("read", perf_counter() - began)
             if chunk is None:
                 return
@@ -223,21 +224,24 @@ class Course:
 
     def _execute(self, attempt: Attempt) -> Work[Exception | None]:
         """One call of the template. None: its items are settled; else the failure, which is an item's own."""
-        failure: Exception | None = None
         try:
             tally = yield attempt.execute
             attempt.committed()
+            self._note(attempt)
         except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
             where = attempt.where
             attempt.note_failed_commit()
+            self._note(attempt)
             tally = yield from self._happened_after_all(attempt)
             if tally is None:
-                failure = self._judged(attempt, error, where)
-        self.counts.rollbacks += attempt.failures
-        self.counts.retries += max(0, attempt.tries - 1)
-        if failure is None:
-            yield from self._settled(attempt, tally)
-        return failure
+                return self._judged(attempt, error, where)
+        yield from self._settled(attempt, tally)
+        return None
+
+    def _note(self, attempt: Attempt) -> None:
+        if attempt.failures:
+            self.counts.rollbacks += attempt.failures
+            self.counts.retries += max(0, attempt.tries - 1)
 
     def _happened_after_all(self, attempt: Attempt) -> Work[Tally | None]:
         """The tally, if the last commit only seemed to fail."""

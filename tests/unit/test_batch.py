@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from contextlib import asynccontextmanager, contextmanager
+from types import SimpleNamespace
 
 import attrs
 import pytest
@@ -178,6 +179,37 @@ def test_a_failure_that_is_no_items_fault_stops_the_step_as_the_same_object_and_
     assert caught.value is error
     assert table.rows == [0, 1, 2, 3]
     assert table.events.count("rollback") == 3
+
+
+def test_attempts_that_stopped_the_step_are_counted_too(table):
+    class Store:
+        """What the course asks of a job store; the last word is kept."""
+
+        def claim(self, name, parameters, *, again):
+            return SimpleNamespace(position=None, counts={}, crashed=False, revision=0)
+
+        def joined(self, transaction):
+            return None
+
+        def moved(self, claim):
+            return False
+
+        def book(self, claim, position, counts, parked):
+            return claim.revision + 1
+
+        def release(self, claim, *, status, reason, counts):
+            self.said = status, reason, counts
+
+        def abandon(self, claim):
+            raise AssertionError
+
+    store = Store()
+    one = step(table, range(4), chunk_size=2, processor=poison(3, error=OSError), template=template(3), jobs=store)
+    with pytest.raises(OSError, match="item 3"):
+        one.run()
+    status, reason, counts = store.said
+    assert (status, reason) == ("failed", "OSError: item 3")
+    assert (counts["rollbacks"], counts["retries"], counts["commits"], counts["written"]) == (3, 2, 1, 2)
 
 
 def test_the_processors_failure_names_its_item_which_costs_one_transaction(table):
