@@ -660,7 +660,7 @@ def test_tables_that_are_not_there_are_asked_for_by_their_command_without_the_pa
     server = request.getfixturevalue(place.get_backend_name())
     empty = server.fresh_database()
     at_the_end.callback(server.drop_database, empty)
-    with pytest.raises(ContextCacheError, match=r"retrykit db upgrade --store \w+\+\w+://retrykit") as caught:
+    with pytest.raises(ContextCacheError, match=r"retrykit db upgrade, with the URL of \w+\+\w+://retrykit") as caught:
         SqlRetryContextCache(empty)
     assert place.password not in str(caught.value)
 
