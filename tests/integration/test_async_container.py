@@ -487,6 +487,6 @@ def test_store_that_blocks_and_cannot_join_the_transaction_stops_the_container(s
     made = consumer(broker, handler, sqlite, recover=park("/queue/parked"))
     made.template = AsyncRetryTemplate(name="orders", context_cache=SqlRetryContextCache(sqlite.beside))
     made.start()
-    with pytest.raises(TypeError, match="AsyncSession cannot be joined by a cache that blocks.*AsyncSqlRetryContext"):
+    with pytest.raises(TypeError, match=r"AsyncSession cannot be joined by a cache that blocks.*AsyncSqlRetryContext"):
         made.wait(PATIENCE)
     assert (calls, [message.body for message in broker.messages()]) == ([], [b"x"])
