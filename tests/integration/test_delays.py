@@ -196,6 +196,7 @@ def test_text_that_java_writes_otherwise_is_text_in_the_copy_too(server, queue):
     first, second = late.attempts(text.encode())[1]
     assert first.text == second.text == text
     assert ("content-length" in first.headers, "content-length" in second.headers) == (is_rabbit(server),) * 2
+    assert (late.container.counters.postponed, late.container.counters.generations) == (1, 1)
 
 
 def test_attempts_are_counted_over_the_copies_and_the_last_is_parked_with_its_history(server, queue):
