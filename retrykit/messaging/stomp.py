@@ -84,7 +84,8 @@ class StompBroker:
 
     `selector` asks for some messages only (ActiveMQ: SQL's words over headers). `durable` is the name under which a
     subscription to a topic goes on while nobody is connected; on ActiveMQ it belongs to a `client_id`, with which only
-    one session at a time can be open. `subscribe` are further headers of the SUBSCRIBE frame.
+    one session at a time can be open, and a name is for one topic and selector: with others, what it kept is deleted.
+    `subscribe` are further headers of the SUBSCRIBE frame.
 
     Timeouts are in seconds.
     """
