@@ -133,6 +133,7 @@ class ListenerContainer(Lifetime):
     loop: HandlerLoop | None = attrs.field(default=None, init=False, repr=False)
     """Where coroutines run. Those of other containers may run there too; to be set before `start`."""
     _desks: list[Desk] = attrs.field(factory=list, init=False, repr=False)
+    _doors: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
     _reasons: list[BaseException] = attrs.field(factory=list, init=False, repr=False)
 
@@ -176,6 +177,9 @@ class ListenerContainer(Lifetime):
             self._ending.finish()
         for session in sessions:
             session.close(wait=False) if now else session.interrupt()
+        # Nothing is in hand where the lifespan is still being entered.
+        for door in self._doors:
+            door.cancel()
         # Now that nothing can be committed any more.
         for desk in self._desks if now else ():
             desk.cancel()
@@ -255,16 +259,18 @@ class ListenerContainer(Lifetime):
     def _thread(self, work: Work, number: int) -> threading.Thread:
         # Daemons: a handler that hangs must not keep the interpreter when `run` was told to stop at once.
         name = f"retrykit-{self.template.name}-{number}"
-        desk = None if self.loop is None else self.loop.desk()
-        if desk is not None:
+        desk = door = None
+        if self.loop is not None:
+            desk, door = self.loop.desk(), self.loop.desk()
             self._desks.append(desk)
+            self._doors.append(door)
         worker = Worker(self.broker, work, self.reconnect, self._stopping, self._enlist, desk)
-        return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
+        return threading.Thread(target=self._work, args=(worker, door), name=name, daemon=True)
 
-    def _work(self, worker: Worker) -> None:
+    def _work(self, worker: Worker, door: Desk | None) -> None:
         try:
-            if self.loop is not None and worker.desk is not None:
-                self.loop.enter(self.lifespan, worker.desk)
+            if self.loop is not None and door is not None:
+                self.loop.enter(self.lifespan, door)
             worker.run()
         except LoopEndedError as ended:
             self._give_up(ended.__cause__ or ended)
