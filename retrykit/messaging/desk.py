@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from inspect import isawaitable
-from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeVar
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import attrs
 
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from retrykit.messaging.loop import HandlerLoop
 
 T = TypeVar("T")
+
+PATIENCE: Final = 1.0
+"""A worker that has waited for so many seconds looks whether the loop is blocked."""
 
 _log = logging.getLogger("retrykit.messaging")
 
@@ -78,7 +81,7 @@ class Desk:
         Its value; raises what it raises, and `CutShortError` where it was cancelled.
         """
         self._loop.start(self, function)
-        while isinstance(brought := self._brought.get(), _Errand):
+        while isinstance(brought := self._next(), _Errand):
             brought.do()
         error = brought.error
         try:
@@ -90,6 +93,12 @@ class Desk:
         finally:
             # Tracebacks keep this frame: what leads back to an exception may not stay in it.
             del brought, error
+
+    def _next(self) -> _Errand | Outcome:
+        while True:
+            with suppress(Empty):
+                return self._brought.get(timeout=PATIENCE)
+            self._loop.look()
 
     # -- in any thread
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -85,6 +86,12 @@ class HandlerLoop:
         if running is not None:
             running.call(function)
 
+    def look(self) -> None:
+        """Tell if it is blocked: nobody on it can."""
+        running = self._running
+        if running is not None:
+            running.pulse.look()
+
     @property
     def over(self) -> bool:
         """Whether it has ended, or is ending by itself: what is still there is cancelled."""
@@ -97,6 +104,7 @@ class _Running:
     def __init__(self) -> None:
         self.over = False
         self.lifespans = Lifespans()
+        self.pulse = _Pulse()
         self._error: BaseException | None = None
         self._lock = threading.Lock()
         self._served = threading.Event()
@@ -196,7 +204,7 @@ class _Running:
             tell(self._error)
 
     async def _serve(self) -> None:
-        watch = asyncio.create_task(_watch())
+        watch = asyncio.create_task(self.pulse.beat())
         await self.lifespans.serve()
         watch.cancel()
         await _end_what_is_left()
@@ -224,16 +232,32 @@ def _reason(error: BaseException) -> BaseException:
     return reason
 
 
-async def _watch() -> None:
-    """Tell when the loop was blocked: nothing else would, and every delivery has waited."""
-    loop = asyncio.get_running_loop()
-    while True:
-        before = loop.time()
-        await asyncio.sleep(LOOK)
-        late = loop.time() - before - LOOK
-        if late > LOOK:
-            _log.warning(
-                "the event loop of the handlers was blocked for %.1f s: one of them calls something that blocks "
-                "(asyncio's debug mode, PYTHONASYNCIODEBUG=1, tells which)",
-                late,
-            )
+class _Pulse:
+    """Tells when the loop is blocked: nothing else would, and every delivery waits."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+        self._told = False
+
+    async def beat(self) -> None:
+        """On the loop."""
+        while True:
+            before = self._last = time.monotonic()
+            self._told = False
+            await asyncio.sleep(LOOK)
+            late = time.monotonic() - before - LOOK
+            if late > LOOK:
+                self._tell(f"was blocked for {late:.1f} s")
+
+    def look(self) -> None:
+        """In the thread of a worker that has been waiting for a while."""
+        if not self._told and time.monotonic() - self._last > 2 * LOOK:
+            self._told = True
+            self._tell("is blocked")
+
+    def _tell(self, what: str) -> None:
+        _log.warning(
+            "the event loop of the handlers %s: one of them calls something that blocks "
+            "(asyncio's debug mode, PYTHONASYNCIODEBUG=1, tells which)",
+            what,
+        )

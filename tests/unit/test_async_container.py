@@ -18,7 +18,7 @@ import pytest
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, loop, park
+from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, desk, loop, park
 from retrykit.messaging.errors import LoopEndedError
 from retrykit.messaging.memory import MemoryBroker
 from tests.doubles import AsyncCache
@@ -210,6 +210,27 @@ def test_loop_that_is_blocked_is_told_of(broker, caplog, monkeypatch):
 
     consume(broker, handler)
     assert "the event loop of the handlers was blocked for 0." in caplog.text
+
+
+def test_loop_that_stays_blocked_is_told_of_meanwhile_and_once(broker, caplog, monkeypatch):
+    monkeypatch.setattr(loop, "LOOK", 0.02)
+    monkeypatch.setattr(desk, "PATIENCE", 0.01)
+    broker.publish("x")
+    looks, go_on = [], threading.Event()
+
+    async def handler(message):
+        assert go_on.wait(PATIENCE)
+
+    made = container(broker, handler)
+    look = made.loop.look
+    monkeypatch.setattr(made.loop, "look", lambda: looks.append(look()))
+    with made:
+        wait_for(lambda: "the event loop of the handlers is blocked: " in caplog.text)
+        seen = len(looks)
+        wait_for(lambda: len(looks) > seen + 3)
+        go_on.set()
+        assert broker.wait_until_empty(PATIENCE)
+    assert caplog.text.count("is blocked: ") == 1
 
 
 def test_exit_of_something_else_on_the_loop_stops_the_container(broker):
