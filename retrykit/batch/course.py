@@ -266,9 +266,12 @@ class Course:
         if tally is None:
             facts = {"name": step.name, "key": attempt.context and attempt.context.key}
             raise TerminatedRetryError(reason="its history was settled by somebody else", **facts)
+        if self.claim is not None and attempt.revision is None:
+            yield from self._store_position(attempt, tally)
         self._count(self.counts, tally)
         if self.claim is not None:
-            yield from self._store_position(attempt, tally)
+            # After the counts: a signal between the two leaves those in the store, which are right.
+            self.claim.revision = attempt.revision
         done, chunk.done = chunk.done, attempt.end
         if self.source is not None and self.source.settled is not None:
             yield partial(self.source.settled, chunk.items[done : attempt.end])
@@ -278,13 +281,11 @@ class Course:
             yield lambda: step.on_progress(self.report("running"))
 
     def _store_position(self, attempt: Attempt, tally: Tally) -> Work[None]:
-        """After the transaction, if it was not done in it."""
+        """After the transaction, since it was not done in it."""
         claim, jobs = self.claim, self.step.jobs
-        if attempt.revision is None:
-            position, counts = attempt.chunk.position(attempt.end), self.counts.to_json()
-            parked = self.step.parked(tally.skipped)
-            attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
-        claim.revision = attempt.revision
+        position, counts = attempt.chunk.position(attempt.end), self.counts_with(tally)
+        parked = self.step.parked(tally.skipped)
+        attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
 
     def _count(self, counts: Counts, tally: Tally) -> None:
         counts.add(tally, [self.step.skip.limited_as(skipped.error) for skipped in tally.skipped])

@@ -33,12 +33,13 @@ from retrykit.value import Value
 def payload_of(item: Any) -> tuple[bytes, str]:
     """An item as it is recorded when it is skipped, and the type of that.
 
-    Bytes as they are, texts in UTF-8, what JSON can say as JSON, anything else as its `repr`.
+    Bytes as they are, texts in UTF-8 (what that cannot say is escaped), what JSON can say as JSON, anything else as its
+    `repr`.
     """
     if isinstance(item, bytes):
         return item, "application/octet-stream"
     if isinstance(item, str):
-        return item.encode("utf-8", "surrogateescape"), "text/plain; charset=utf-8"
+        return item.encode("utf-8", "backslashreplace"), "text/plain; charset=utf-8"
     try:
         return json.dumps(item, allow_nan=False).encode(), "application/json"
     except (TypeError, ValueError):

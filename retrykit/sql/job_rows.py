@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Connection, bindparam, insert, select, update
+from sqlalchemy import Connection, bindparam, case, insert, literal, select, update
 
 from retrykit.check import wrong_value
 from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
@@ -17,7 +17,7 @@ from retrykit.owner import begin, is_running
 from retrykit.sql.dialects import Database
 from retrykit.sql.parked import park_in
 from retrykit.sql.prepared import Prepared
-from retrykit.sql.rows import rows_for
+from retrykit.sql.rows import rows_for, storable
 from retrykit.sql.tables import rk_job
 
 _c = rk_job.c
@@ -154,10 +154,12 @@ class JobRows:
     ) -> bool:
         """The run is over. False: it is another's job."""
         now = self.clock.now()
+        # A runner that was interrupted in its last commit does not know what that has stored: it stays.
+        known = _c.revision == claim.revision
         values = {
             "status": status,
-            "reason": reason[:_REASON] or None,
-            "counts": json.dumps(counts),
+            "reason": storable(reason)[:_REASON] or None,
+            "counts": case((known, literal(json.dumps(counts), _c.counts.type)), else_=_c.counts),
             "owner": None,
             "lease_until": None,
             "updated_at": now,
@@ -174,7 +176,7 @@ class JobRows:
     def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
         now, instance = self.clock.now(), instance_of(claim.name, parameters)
         found = connection.execute(select(_c.id, _c.status).where(_c.instance == instance).with_for_update()).first()
-        values: dict[str, Any] = {"status": "stopped", "reason": reason[:_REASON], "updated_at": now}
+        values: dict[str, Any] = {"status": "stopped", "reason": storable(reason)[:_REASON], "updated_at": now}
         if found is None:
             connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
             return 1

@@ -125,6 +125,72 @@ def test_an_interrupted_job_is_stopped_and_goes_on(engine, jobs):
     assert rows(engine) == list(range(10))
 
 
+@pytest.mark.parametrize("place", ["there", "elsewhere"])
+def test_an_interruption_that_comes_with_the_commit_leaves_counts_and_position_in_step(engine, jobs, tmp_path, place):
+    store = jobs if place == "there" else SqlJobStore(f"sqlite:///{tmp_path}/jobs.db")
+    begun = []
+
+    @contextmanager
+    def interrupted():
+        with engine.begin() as connection:
+            begun.append(connection)
+            yield connection
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        step(store, engine, transaction=interrupted).run()
+    job = only(store.engine)
+    if place == "there":
+        assert (job.status, job.position, job.counts["read"], job.counts["written"]) == ("stopped", 6, 6, 6)
+        report = step(store, engine).run()
+        assert (report.status, report.counts.written) == ("finished", 10)
+        assert rows(engine) == list(range(10))
+    else:
+        # At least once: what was committed last is not known.
+        assert (job.status, job.position, job.counts["read"], job.counts["written"]) == ("stopped", 3, 3, 3)
+    store.engine.dispose()
+
+
+def test_counts_go_no_further_than_the_position_when_that_cannot_be_stored(engine, tmp_path):
+    class Full(SqlJobStore):
+        booked = 0
+
+        def book(self, *arguments):
+            self.booked += 1
+            if self.booked == 2:
+                raise OSError("no space left")
+            return super().book(*arguments)
+
+    store = Full(f"sqlite:///{tmp_path}/jobs.db")
+    with pytest.raises(OSError, match="no space"):
+        step(store, engine).run()
+    job = only(store.engine)
+    assert (job.status, job.position, job.counts["read"]) == ("failed", 3, 3)
+    store.engine.dispose()
+
+
+@pytest.mark.parametrize("text", ["\ud800 alone", "a NUL \0"])
+def test_a_reason_that_no_database_can_store_ends_the_run_all_the_same(engine, jobs, text):
+    def fail(item):
+        raise RuntimeError(text)
+
+    with pytest.raises(RuntimeError):
+        step(jobs, engine, processor=fail).run()
+    job = only(engine)
+    assert job.status == "failed"
+    assert job.reason == f"RuntimeError: {text}".replace("\ud800", "?").replace("\0", "?")
+
+
+def test_a_text_that_utf_8_cannot_say_is_parked_escaped(engine, jobs):
+    def fail(item):
+        raise ValueError("no")
+
+    step(jobs, engine, reader=["\ud800!"], processor=fail, skip=SkipPolicy(skip_for=ValueError)).run()
+    (parked,) = parked_items(engine)
+    assert parked.payload == rb"\ud800!"
+
+
 def test_a_finished_job_is_not_run_again_unless_it_is_asked_for(engine, jobs):
     step(jobs, engine).run({"file": "a"})
     with pytest.raises(JobFinishedError, match=r"load \{'file': 'a'\}") as caught:
