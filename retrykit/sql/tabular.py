@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Select, Table, insert
@@ -10,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from retrykit.check import wrong_type, wrong_value
 from retrykit.sql.sqlite import reading
+from retrykit.sql.transaction import is_asynchronous
 
 
 class SqlCursorReader:
@@ -53,9 +55,10 @@ class SqlCursorReader:
 
 
 class SqlWriter:
-    """Inserts items into a table, in one statement: `ChunkStep(writer=SqlWriter(orders), …)`.
+    """Inserts items into a table: `ChunkStep(writer=SqlWriter(orders), …)`.
 
-    Items are mappings of column names to values. The transaction is a Session or a Connection; of an AsyncSession or
+    Items are mappings of column names to values. Those with the same columns are inserted by one statement; where
+    neighbors have different ones another begins, so that an absent column has its default, and the order is kept. The transaction is a Session or a Connection; of an AsyncSession or
     AsyncConnection what comes of the statement is an awaitable, for an `AsyncChunkStep`.
     """
 
@@ -69,5 +72,25 @@ class SqlWriter:
         return f"SqlWriter({self.table.name!r})"
 
     def __call__(self, transaction: Session | Connection, items: Sequence[Mapping[str, Any]]) -> Any:
-        """Insert them."""
-        return transaction.execute(self._insert, items)
+        """Insert them. `TypeError` for an item that is no mapping."""
+        keys = _keys(items[0])
+        if all(_keys(item) == keys for item in items):
+            return transaction.execute(self._insert, items)
+        # One statement would take the columns of the first, and leave out what the others have besides.
+        runs = [list(run) for _, run in groupby(items, key=_keys)]
+        if is_asynchronous(transaction):
+            return self._insert_later(transaction, runs)
+        for run in runs:
+            transaction.execute(self._insert, run)
+        return None
+
+    async def _insert_later(self, transaction: Any, runs: list[list[Mapping[str, Any]]]) -> None:
+        for run in runs:
+            await transaction.execute(self._insert, run)
+
+
+def _keys(item: Mapping[str, Any]) -> Any:
+    try:
+        return item.keys()
+    except AttributeError:
+        raise wrong_type("items", "mappings of column names to values", item) from None

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, delete, insert, select
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from retrykit.batch import ChunkStep, SqlCursorReader, SqlWriter
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlCursorReader, SqlWriter
 from retrykit.sql import SqlJobStore, create_tables, sqlite_engine
 from tests.servers.databases import DATABASES, empty_database
 
@@ -91,6 +94,54 @@ def test_bad_arguments_are_refused(tmp_path, options):
     given = {"engine": engine, "select": select(source), "key": "id"} | options
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: "):
         SqlCursorReader(**given)
+
+
+def test_items_with_different_columns_lose_nothing_and_absent_ones_have_their_default(engine):
+    metadata = MetaData()
+    table = Table(
+        "optional",
+        metadata,
+        Column("number", Integer, primary_key=True),
+        Column("id", Integer),
+        Column("name", String(20), server_default="nobody"),
+    )
+    metadata.create_all(engine)
+    items = [{"id": 1}, {"name": "b", "id": 2}, {"id": 3, "name": "c"}, {"id": 4, "name": None}, {"id": 5}]
+    ChunkStep(name="optional", reader=items, writer=SqlWriter(table), transaction=engine.begin).run()
+    with engine.connect() as connection:
+        found = connection.execute(select(table.c.id, table.c.name).order_by(table.c.number)).all()
+    assert found == [(1, "nobody"), (2, "b"), (3, "c"), (4, None), (5, "nobody")]
+
+
+def test_an_asynchronous_writer_inserts_items_with_different_columns(tmp_path):
+    async def run():
+        engine = create_async_engine(f"sqlite+aiosqlite:///{tmp_path}/a.db")
+        async with engine.begin() as connection:
+            await connection.run_sync(metadata.create_all)
+        items = [{"id": 1}, {"id": 2, "name": "b"}]
+        step = AsyncChunkStep(
+            name="optional", reader=items, writer=SqlWriter(source), transaction=async_sessionmaker(engine).begin
+        )
+        await step.run()
+        async with engine.connect() as connection:
+            found = (await connection.execute(select(source).order_by(source.c.id))).all()
+        await engine.dispose()
+        return found
+
+    assert asyncio.run(run()) == [(1, None), (2, "b")]
+
+
+def test_an_item_that_is_no_mapping_is_at_fault(engine):
+    report = ChunkStep(
+        name="copy",
+        reader=[{"id": 1}, 5, {"id": 2}],
+        writer=SqlWriter(target),
+        transaction=engine.begin,
+        skip=SkipPolicy(skip_for=TypeError),
+    ).run()
+    (skipped,) = report.skipped
+    assert (report.counts.written, skipped.item) == (2, 5)
+    assert str(skipped.error).startswith("items: ")
 
 
 def test_the_writer_wants_a_table():
