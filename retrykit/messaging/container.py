@@ -106,7 +106,8 @@ class ListenerContainer(Lifetime):
     container, or of a `ContainerGroup`, run on one event loop in a thread of its own, so they can share an engine or a
     client; it is asyncio's, trio has no part in it. A handler that blocks holds up the others, and the log says so when
     it has done so for more than a second. When the loop ends by itself, as when a lifespan's TaskGroup fails or
-    something on it exits, its containers give up with the reason. What a handler sends is put into the connection when it has returned, not before.
+    something on it exits, its containers give up with the reason. What a handler sends is put into the connection when
+    it has returned, not before.
 
     `lifespan` is for what belongs to that loop: any callable that gives an asynchronous context manager, which is
     entered before anything is consumed and left at the end (once for all containers of a group that name it). When
