@@ -30,7 +30,7 @@ from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.stored_jobs import Job, job_of
 from retrykit.sql.tables import rk_job
-from retrykit.sql.transaction import joinable
+from retrykit.sql.transaction import commits_at_once, joinable
 
 T = TypeVar("T")
 
@@ -66,9 +66,10 @@ class SqlJobStore:
 
     `engine`: a SQLAlchemy Engine, used as it is, or a URL. Give the one that the step's transactions are of, or one of
     the same database: then position, counts and skipped items commit with the items, and a restart repeats nothing.
-    Anywhere else they are stored after the commit, and a process that dies in between writes a chunk twice. On SQLite
-    the tables are made; on servers `retrykit db upgrade` makes them. `lease`: seconds for which a runner that nobody
-    can see from here is believed to be running; renewed each third of it.
+    Anywhere else, and with a Session that writes to several databases, they are stored after the commit, and a process
+    that dies in between writes a chunk twice. On SQLite the tables are made; on servers `retrykit db upgrade` makes
+    them. `lease`: seconds for which a runner that nobody can see from here is believed to be running; renewed each
+    third of it.
 
     Errors of the database are SQLAlchemy's own. Safe to use from any thread.
     """
@@ -145,7 +146,7 @@ class SqlJobStore:
     def joined(self, transaction: object) -> JoinedJobs | None:
         """The store inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT."""
         connection = joinable(transaction, sync_engine_of(self._engine), self._open())
-        return None if connection is None else JoinedJobs(self._rows, connection)
+        return None if connection is None else JoinedJobs(self._rows, connection, transaction)
 
     def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
@@ -209,14 +210,21 @@ def _check_released(claim: Claim, status: str, *, released: bool) -> None:
 class JoinedJobs:
     """What a runner stores, inside somebody's open transaction: nothing here begins or commits."""
 
-    def __init__(self, rows: JobRows, connection: Connection) -> None:
+    def __init__(self, rows: JobRows, connection: Connection, transaction: object) -> None:
         self._rows = rows
         self._connection = connection
+        self._transaction = transaction
 
     def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
-    ) -> int:
-        """As `SqlJobStore.book`: it holds once the transaction has committed."""
+    ) -> int | None:
+        """As `SqlJobStore.book`: it holds once the transaction has committed.
+
+        None, and nothing is stored, if that is a Session that commits on several connections: the work may be lost
+        where this is kept.
+        """
+        if not commits_at_once(self._transaction):
+            return None
         return self._rows.book(self._connection, claim, position, counts=counts, parked=parked)
 
     def moved(self, claim: Claim) -> bool:
@@ -297,7 +305,7 @@ class AsyncJoinedJobs:
 
     async def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
-    ) -> int:
+    ) -> int | None:
         """As `JoinedJobs.book`."""
         return await greenlet_spawn(self._joined.book, claim, position, counts, parked)
 

@@ -58,8 +58,9 @@ class SqlWriter:
     """Inserts items into a table: `ChunkStep(writer=SqlWriter(orders), …)`.
 
     Items are mappings of column names to values. Those with the same columns are inserted by one statement; where
-    neighbors have different ones another begins, so that an absent column has its default, and the order is kept. The transaction is a Session or a Connection; of an AsyncSession or
-    AsyncConnection what comes of the statement is an awaitable, for an `AsyncChunkStep`.
+    neighbors have different ones another begins, so that an absent column has its default, and the order is kept. The
+    transaction is a Session or a Connection; of an AsyncSession or AsyncConnection what comes of the statement is an
+    awaitable, for an `AsyncChunkStep`.
     """
 
     def __init__(self, table: Table) -> None:

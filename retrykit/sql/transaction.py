@@ -87,6 +87,20 @@ def connection_in(transaction: Any) -> Connection:
     return open_connection(handle)
 
 
+def commits_at_once(transaction: object) -> bool:
+    """Whether the commit is one: not if a Session has begun on several connections, and commits them in turn."""
+    handle = unwrapped(transaction)
+    if not isinstance(handle, Session) or handle.twophase:
+        return True
+    root: Any = handle.get_transaction()
+    if root is None:
+        return True
+    if hasattr(root, "connections"):
+        return len(root.connections) == 1
+    # Before SQLAlchemy 2.1.7.
+    return len({connection for connection, *_ in root._connections.values()}) == 1  # noqa: SLF001 - it has no other name
+
+
 def _check_committable(connection: Connection) -> None:
     """Joined or not: the work is lost if the server answers its COMMIT with a ROLLBACK."""
     database = database_of(connection)

@@ -10,13 +10,13 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, select, update
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
-from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlWriter
 from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
 from retrykit.failure import StoredError
 from retrykit.sql import (
@@ -377,6 +377,33 @@ def test_a_store_elsewhere_has_the_position_after_the_commit(engine, tmp_path):
         assert list(stored_jobs(engine)) == []
     finally:
         other.dispose()
+
+
+@pytest.mark.filterwarnings("ignore:transaction already deassociated:sqlalchemy.exc.SAWarning")
+def test_a_session_that_commits_on_two_databases_has_the_position_stored_after_both(tmp_path):
+    # Their order is that of a set: each is tried several times.
+    items, ours = sqlite_engine(f"sqlite:///{tmp_path}/items.db"), sqlite_engine(f"sqlite:///{tmp_path}/jobs.db")
+    with items.begin() as connection:
+        connection.exec_driver_sql("CREATE TABLE station (name TEXT PRIMARY KEY)")
+        connection.exec_driver_sql(
+            "CREATE TABLE reading (id INTEGER, station TEXT REFERENCES station DEFERRABLE INITIALLY DEFERRED)"
+        )
+        connection.exec_driver_sql("INSERT INTO station VALUES ('A')")
+    reading = Table("reading", MetaData(), Column("id", Integer), Column("station", String))
+    for number in range(6):
+        report = step(
+            SqlJobStore(ours),
+            None,
+            reader=[{"id": number, "station": "Z" if one == 4 else "A"} for one in range(8)],
+            writer=SqlWriter(reading),
+            transaction=sessionmaker(ours, binds={reading: items}).begin,
+            skip=SkipPolicy(skip_for=IntegrityError),
+        ).run({"number": number})
+        assert (report.counts.written, report.counts.all_skipped) == (7, 1)
+        with items.connect() as connection:
+            assert connection.scalar(select(func.count()).where(reading.c.id == number)) == 7
+    items.dispose()
+    ours.dispose()
 
 
 def test_the_history_of_an_item_with_a_key_ends_in_the_transaction_that_records_it(engine, jobs):
