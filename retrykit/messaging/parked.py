@@ -22,13 +22,13 @@ import attrs
 from retrykit.check import wrong_value
 from retrykit.key import canonical_key, key_from_json
 from retrykit.messaging import recoverers as header
-from retrykit.messaging.address import without_path
+from retrykit.messaging.stomp.address import without_path
 
 if TYPE_CHECKING:
     from retrykit.message import Message
     from retrykit.messaging.broker import Session
-    from retrykit.messaging.profiles import Profile
     from retrykit.messaging.stomp import StompBroker
+    from retrykit.messaging.stomp.profiles import Profile
 
 # No broker says how many messages there are: what has not come by then is not waited for.
 FIRST_SECONDS: Final = 2.0

@@ -378,7 +378,7 @@ def test_item_that_somebody_else_took_is_not_sent(run, cache, server):
 CRASHES = """
 import os, sys
 from retrykit.cli import main
-from retrykit.messaging.stomp_session import StompSession
+from retrykit.messaging.stomp.session import StompSession
 
 commit = StompSession.commit
 StompSession.commit = lambda *args: (commit(*args), os._exit(9))

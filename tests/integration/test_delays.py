@@ -18,8 +18,8 @@ from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
 from retrykit.messaging import DelayUnavailableError, ListenerContainer, Publisher, park
 from retrykit.messaging.delays import delay_queue
-from retrykit.messaging.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.messaging.stomp import StompBroker
+from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.testing import StompServer
@@ -422,7 +422,7 @@ def test_an_activemq_without_its_scheduler_is_refused_before_a_message_is_taken(
 
 
 def test_a_scheduler_that_is_turned_off_later_makes_no_attempt_early(tmp_path, queue, monkeypatch):
-    monkeypatch.setattr("retrykit.messaging.stomp_session.delays_are_ignored", lambda *_: False)
+    monkeypatch.setattr("retrykit.messaging.stomp.session.delays_are_ignored", lambda *_: False)
     with unscheduled("embedded", tmp_path) as server:
         late = Late(server, queue)
         late.publish(b"bad")

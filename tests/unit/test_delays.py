@@ -45,9 +45,9 @@ from retrykit.messaging.delays import (
 )
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.memory import MemoryBroker
-from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ
 from retrykit.messaging.recoverers import COPY_OF, in_copies, may_travel
-from retrykit.messaging.stomp_delays import as_original, copy_headers, has_ended, lack_of
+from retrykit.messaging.stomp.delays import as_original, copy_headers, has_ended, lack_of
+from retrykit.messaging.stomp.profiles import ACTIVEMQ, GENERIC, RABBITMQ
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from retrykit.messaging.address import Address, parse_servers, redacted, without_path
-from retrykit.messaging.failover import Rota
 from retrykit.messaging.stomp import StompBroker
+from retrykit.messaging.stomp.address import Address, parse_servers, redacted, without_path
+from retrykit.messaging.stomp.failover import Rota
 
 A, B, C = (Address(host, 61613) for host in "abc")
 IN_ORDER = "failover:(stomp://a,stomp://b,stomp://c)?randomize=false"

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, check_headers, decoded, encoded, escaped
+from retrykit.messaging.headers import check_headers
+from retrykit.messaging.stomp.frames import HEART_BEAT, FrameCutter, decoded, encoded, escaped
 from retrykit.testing.stomp_server.frames import Frame, FrameParser, encode
 
 FRAMES = (

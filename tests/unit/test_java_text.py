@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from retrykit.messaging.java_text import from_java, to_java
+from retrykit.messaging.stomp.java_text import from_java, to_java
 
 # As DataOutputStream.writeUTF has it.
 WRITTEN_BY_JAVA = b"caf\xc3\xa9 \xed\xa0\xbd\xed\xb8\x80 \xc0\x80 end"

@@ -11,12 +11,12 @@ import pytest
 from stomp.utils import Frame
 
 from retrykit.messaging import ListenerContainer, by_content, by_header
-from retrykit.messaging.address import Address, parse_address, redacted
 from retrykit.messaging.errors import BrokerRefusedError, BrokerUnavailableError
-from retrykit.messaging.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
 from retrykit.messaging.stomp import StompBroker
-from retrykit.messaging.stomp_session import StompSession
-from retrykit.messaging.stomp_wire import Call, Wire
+from retrykit.messaging.stomp.address import Address, parse_address, redacted
+from retrykit.messaging.stomp.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
+from retrykit.messaging.stomp.session import StompSession
+from retrykit.messaging.stomp.wire import Call, Wire
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 

@@ -12,12 +12,12 @@ from urllib.parse import unquote
 
 from retrykit.message import EXPIRES_AT
 from retrykit.messaging.delays import Origin, Way, delay_queue, origin_of
-from retrykit.messaging.java_text import to_java
 from retrykit.messaging.recoverers import COPY_OF, in_copies
+from retrykit.messaging.stomp.java_text import to_java
 
 if TYPE_CHECKING:
     from retrykit.message import Message
-    from retrykit.messaging.profiles import Profile
+    from retrykit.messaging.stomp.profiles import Profile
 
 DELAY: Final = "AMQ_SCHEDULED_DELAY"
 JOB: Final = "scheduledJobId"

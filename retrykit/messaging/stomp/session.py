@@ -19,14 +19,14 @@ from retrykit.message import EXPIRES_AT, Message
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
+from retrykit.messaging.headers import check_headers
 from retrykit.messaging.identity import by_content, by_header
-from retrykit.messaging.java_text import from_java, is_text, to_java
 from retrykit.messaging.kept import Kept
-from retrykit.messaging.profiles import Profile, profile_for
 from retrykit.messaging.recoverers import COPY_OF, ID
-from retrykit.messaging.stomp_delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
-from retrykit.messaging.stomp_frames import check_headers
-from retrykit.messaging.subscription import (
+from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
+from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
+from retrykit.messaging.stomp.profiles import Profile, profile_for
+from retrykit.messaging.stomp.subscription import (
     check_supported,
     headers_for,
     is_lost_when_given_back,
@@ -35,8 +35,8 @@ from retrykit.messaging.subscription import (
 )
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp import StompBroker
-    from retrykit.messaging.stomp_wire import Wire
+    from retrykit.messaging.stomp.broker import StompBroker
+    from retrykit.messaging.stomp.wire import Wire
 
 _log: Final = logging.getLogger("retrykit.messaging")
 GOODBYE_SECONDS: Final = 2.0

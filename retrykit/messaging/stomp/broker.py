@@ -12,16 +12,16 @@ import attrs
 
 from retrykit.check import as_seconds, callable_with, more_than, whole, wrong_type, wrong_value
 from retrykit.failure import type_name
-from retrykit.messaging.address import Address, Servers, can_be_sent, parse_servers, redacted
 from retrykit.messaging.errors import BrokerUnavailableError
-from retrykit.messaging.failover import Rota
+from retrykit.messaging.headers import check_headers
 from retrykit.messaging.identity import Identify
-from retrykit.messaging.profiles import Profile, to_profile
-from retrykit.messaging.sockets import unverified
-from retrykit.messaging.stomp_frames import check_headers
-from retrykit.messaging.stomp_session import StompSession
-from retrykit.messaging.stomp_wire import Call, Wire
-from retrykit.messaging.subscription import check_durable, is_shared_out, subscribe_headers
+from retrykit.messaging.stomp.address import Address, Servers, can_be_sent, parse_servers, redacted
+from retrykit.messaging.stomp.failover import Rota
+from retrykit.messaging.stomp.profiles import Profile, to_profile
+from retrykit.messaging.stomp.session import StompSession
+from retrykit.messaging.stomp.sockets import unverified
+from retrykit.messaging.stomp.subscription import check_durable, is_shared_out, subscribe_headers
+from retrykit.messaging.stomp.wire import Call, Wire
 
 Credentials = Callable[[], tuple[str, str]]
 

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from retrykit.check import wrong_type, wrong_value
 from retrykit.messaging.errors import NotSupportedError
-from retrykit.messaging.profiles import Profile
-from retrykit.messaging.stomp_frames import check_headers
+from retrykit.messaging.headers import check_headers
+from retrykit.messaging.stomp.profiles import Profile
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp import StompBroker
+    from retrykit.messaging.stomp.broker import StompBroker
 
 # What the session says itself, and by which option.
 _RESERVED: Final = {

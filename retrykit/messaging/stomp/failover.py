@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
-from retrykit.messaging.address import Address, Servers
+from retrykit.messaging.stomp.address import Address, Servers
 
 
 class Rota:

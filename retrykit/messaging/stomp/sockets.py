@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Final, TypeVar
 
-from retrykit.messaging.address import Address
+from retrykit.messaging.stomp.address import Address
 
 _QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
 _Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)

@@ -23,14 +23,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from retrykit.messaging.address import Address
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
-from retrykit.messaging.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
-from retrykit.messaging.stomp_frames import HEART_BEAT, FrameCutter, decoded, encoded
-from retrykit.messaging.stomp_session import GOODBYE_SECONDS, THE_COMMIT
+from retrykit.messaging.stomp.address import Address
+from retrykit.messaging.stomp.frames import HEART_BEAT, FrameCutter, decoded, encoded
+from retrykit.messaging.stomp.session import GOODBYE_SECONDS, THE_COMMIT
+from retrykit.messaging.stomp.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp import StompBroker
+    from retrykit.messaging.stomp.broker import StompBroker
 
 try:
     from stomp.connect import BaseConnection
