@@ -50,7 +50,8 @@ def run_partitions(
     `make(part, parts)`: the step for a partition, counted from 1; with a job store that all share. The job of a
     partition has the parameters, and `"partition": "3/8"`. One that failed is not started again by this call, nor one
     that failed elsewhere at `since` (epoch seconds, by the clock of the store; default: now) or later. While others run
-    what is left it is looked at every `poll` seconds: should they die, it is taken over.
+    what is left it is looked at every `poll` seconds: should they die, it is taken over. `JobError` if the job was
+    begun with another number of parts, or undivided.
     """
     if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
         raise wrong_value("parts", "an int, at least 1", parts)
@@ -90,6 +91,9 @@ class _Worker:
             # Perhaps it was stopped from elsewhere, which its state says; else it is another's now.
             _log.warning("partition %d of %d of %s: %s", part, self.parts, step.name, error)
             return self._has_failed(step, part, parameters)
+        except JobError:
+            # Not this partition's: the job was begun in another number of them.
+            raise
         except Exception as error:  # noqa: BLE001 - the partition ends here, and is recorded as failed
             # The others have nothing to do with it.
             _log.exception("partition %d of %d of %s has failed", part, self.parts, step.name)

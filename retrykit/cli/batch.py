@@ -98,7 +98,7 @@ def batch() -> None:
     "--plot",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     metavar="FILE.svg",
-    help="Draw items a second and failures over time.",
+    help="Draw items a second and failures over time; not with --partitions.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
 @click.option(
@@ -120,6 +120,7 @@ def run(**options: Any) -> None:
     the open transaction is rolled back, and what was committed stays.
 
     With --partitions every process that runs the same command, on whatever machine, takes partitions that are free.
+    Another number of partitions is refused once a job was begun, unless it is to begin --again.
 
     Exit status: 0 when the job is finished, 1 when it failed, was stopped, or cannot be run, 2 when the command cannot
     be understood, 130 after a signal.
@@ -257,6 +258,8 @@ def _run_divided(asked: Options, parts: int) -> bool:
 def _begin_anew(step: ChunkStep, parameters: Mapping[str, str], parts: int) -> None:
     from retrykit.sql import restart_job
 
+    for number, _ in step.jobs.divided_otherwise(step.name, step.jobs.partition(parameters, 1, parts)):
+        restart_job(step.jobs.engine, number)
     for part in range(1, parts + 1):
         job = step.jobs.state(step.name, step.jobs.partition(parameters, part, parts))
         if job is not None and job.status == "finished":

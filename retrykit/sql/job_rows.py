@@ -12,7 +12,7 @@ import attrs
 from sqlalchemy import Connection, bindparam, case, insert, literal, select, update
 
 from retrykit.check import wrong_value
-from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
 from retrykit.owner import begin, is_running
 from retrykit.sql.dialects import Database
 from retrykit.sql.parked import park_in
@@ -67,10 +67,14 @@ class JobRows:
         self.lease = lease
 
     def claim(self, connection: Connection, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
-        """Take the job, made if it is not there: `JobFinishedError`, `JobRunningError` if it is not free."""
+        """Take the job, made if it is not there: `JobFinishedError`, `JobRunningError` if it is not free, `JobError` if
+        it was begun in another number of partitions.
+        """
         now = self.clock.now()
         instance = instance_of(name, parameters)
         row = connection.execute(select(rk_job).where(_c.instance == instance).with_for_update()).first()
+        if (row is None or row.status == "new") and not again:
+            _check_division(connection, name, parameters)
         if row is None:
             row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
         else:
@@ -191,6 +195,50 @@ class JobRows:
 def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
     """The parameters of one of the jobs that a step is divided into; `part` counts from 1."""
     return {**parameters, "partition": f"{part}/{parts}"}
+
+
+def _parts_of(parameters: Mapping[str, Any]) -> int | None:
+    """Into how many partitions the job is divided that has these; None if it is not."""
+    part, _, parts = str(parameters.get("partition", "")).partition("/")
+    return int(parts) if part.isdecimal() and parts.isdecimal() else None
+
+
+def divided_otherwise(connection: Connection, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
+    """The numbers of the jobs that were begun with the same input in another number of partitions, with that number
+    (None: undivided).
+    """
+    parts = _parts_of(parameters)
+    whole = dict(parameters) if parts is None else _undivided(parameters)
+    head, _, tail = json.dumps(partition(whole, 1, 1), sort_keys=True).partition("1/1")
+    divided = _c.parameters.startswith(head, autoescape=True) & _c.parameters.endswith(tail, autoescape=True)
+    alike = divided | (_c.parameters == json.dumps(whole, sort_keys=True))
+    begun = select(_c.id, _c.parameters).where(_c.name == name, _c.status != "new", alike).order_by(_c.id)
+    found = []
+    for row in connection.execute(begun):
+        theirs = json.loads(row.parameters)
+        their_parts = _parts_of(theirs)
+        if their_parts != parts and (theirs if their_parts is None else _undivided(theirs)) == whole:
+            found.append((row.id, their_parts))
+    return found
+
+
+def _undivided(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if key != "partition"}
+
+
+def _check_division(connection: Connection, name: str, parameters: Mapping[str, Any]) -> None:
+    """Another number of partitions would be other jobs: they would write again what is written."""
+    for number, parts in divided_otherwise(connection, name, parameters):
+        theirs, ours = map(_in_words, (parts, _parts_of(parameters)))
+        msg = (
+            f"the job {name} was begun {theirs} (number {number}), and is not run {ours}: what is written would be "
+            "written again; let those jobs begin anew first if that is wanted"
+        )
+        raise JobError(msg)
+
+
+def _in_words(parts: int | None) -> str:
+    return "without partitions" if parts is None else f"in {parts} partitions"
 
 
 def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:

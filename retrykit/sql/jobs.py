@@ -25,7 +25,7 @@ from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import Database, database_of
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
-from retrykit.sql.job_rows import Claim, JobRows, instance_of, partition
+from retrykit.sql.job_rows import Claim, JobRows, divided_otherwise, instance_of, partition
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.stored_jobs import Job, job_of
@@ -121,7 +121,8 @@ class SqlJobStore:
     def claim(self, name: str, parameters: Mapping[str, Any], *, again: bool = False) -> Claim:
         """Take a job: nobody else runs it until it is released, or this process is dead, or silent for a lease.
 
-        `JobFinishedError` for one that is finished, unless it is to run `again` from the beginning; `JobRunningError`.
+        `JobFinishedError` for one that is finished, unless it is to run `again` from the beginning; `JobRunningError`;
+        `JobError` for one that was begun in another number of partitions.
         """
         claim = self._claim(name, parameters, again=again)
         claim.until_released = self._hold(claim)
@@ -171,6 +172,12 @@ class SqlJobStore:
         instance = instance_of(name, parameters)
         row = self._do(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
         return None if row is None else job_of(row)
+
+    def divided_otherwise(self, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
+        """The numbers of the jobs that were begun with the same input in another number of partitions than these
+        parameters say, each with that number; None: undivided.
+        """
+        return self._do(lambda connection: divided_otherwise(connection, name, parameters))
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""

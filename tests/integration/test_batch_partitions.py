@@ -12,7 +12,7 @@ from sqlalchemy.orm import sessionmaker
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import ChunkStep, run_partitions, stop
 from retrykit.errors import JobError, JobLostError
-from retrykit.sql import SqlJobStore, create_tables, sqlite_engine, stored_jobs
+from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stored_jobs
 from tests.doubles import ManualClock
 from tests.servers.databases import DATABASES, empty_database
 
@@ -100,6 +100,34 @@ def test_workers_share_the_partitions_and_each_runs_once(url, engine):
     assert written(engine) == list(ITEMS)
     assert sorted(part for division in found for part in division.reports) == [1, 2, 3, 4, 5, 6]
     assert all(division.finished for division in found)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"day": "50%_\\ é", "a": [1]}])
+def test_another_number_of_partitions_is_refused_before_anything_is_written_again(engine, parameters):
+    run_partitions(steps(engine), 3, parameters)
+    run_partitions(steps(engine), 2, parameters | {"of": "another input"})
+    for run in (
+        lambda: run_partitions(steps(engine), 2, parameters),
+        lambda: steps(engine)(1, 1).run(parameters),
+    ):
+        with pytest.raises(JobError, match=r"load was begun in 3 partitions \(number \d+\)"):
+            run()
+    assert written(engine) == sorted([*ITEMS, *ITEMS])
+    for job in stored_jobs(engine):
+        restart_job(engine, job.id)
+    assert run_partitions(steps(engine), 2, parameters).finished
+    with pytest.raises(JobError, match=r"in 2 partitions .*is not run in 3"):
+        run_partitions(steps(engine), 3, parameters)
+
+
+def test_a_job_that_was_begun_undivided_is_not_divided_later(engine):
+    steps(engine)(1, 1).run({"day": 1})
+    with pytest.raises(JobError, match="without partitions"):
+        run_partitions(steps(engine), 2, {"day": 1})
+    assert steps(engine)(1, 1).run({"day": 2}).status == "finished"
+    assert SqlJobStore(engine).divided_otherwise("load", {"day": 1, "partition": "1/2"}) == [
+        (next(stored_jobs(engine)).id, None)
+    ]
 
 
 def test_a_partition_that_fails_leaves_the_others_alone_and_is_not_started_again(engine):

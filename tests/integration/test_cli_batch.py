@@ -212,6 +212,16 @@ def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_
     assert written(folder) == sorted([*range(100), *range(100)])
 
 
+def test_another_number_of_partitions_is_refused_unless_all_is_to_begin_again(folder):
+    run(folder, "shop:make_failing_part", "--partitions", "1")
+    _, err = run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
+    assert "Error: the job load was begun in 1 partitions (number 1), and is not run in 3 partitions" in err
+    assert written(folder) == [1]
+    run(folder, "shop:make_failing_part", "--partitions", "3", "--again", status=1)
+    assert written(folder) == [1, 1, 3]
+    assert [job.status for job in jobs(folder)] == ["new", "finished", "failed", "finished"]
+
+
 def test_a_partition_that_failed_is_told_and_the_others_are_done(folder):
     out, _ = run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
     lines = [" ".join(line.split()) for line in out.splitlines()]
