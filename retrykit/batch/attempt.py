@@ -96,11 +96,18 @@ class Attempt:
         if self.where == "commit":
             self.where = "before"
             self.failures += 1
+            self.loud()
             self._named |= {None}
             self.course.doubt = self.revision is not None
 
+    def loud(self) -> None:
+        """No transaction is open that a renewed lease would disturb."""
+        if self.course.claim is not None:
+            self.course.claim.quiet = False
+
     def committed(self) -> None:
         """The call is over, and has settled its items."""
+        self.loud()
         self.course.counts.spend("transaction", perf_counter() - self._mark)
 
     # -- one attempt
@@ -120,6 +127,7 @@ class Attempt:
         except Exception as error:
             self.failures += 1
             self._raised = error
+            self.loud()
             self._named |= {self.blamed}
             self._spend("failed")
             raise
@@ -263,7 +271,10 @@ class Attempt:
         if self.course.claim is None or transaction is None:
             return None
         self.where = "store"
-        return (yield lambda: self.step.jobs.joined(transaction))
+        joined = yield lambda: self.step.jobs.joined(transaction)
+        if joined is not None:
+            self.course.claim.quiet = joined.snapshot
+        return joined
 
     def has_happened(self, joined: Any) -> Work[bool]:
         """Whether the commit before this attempt only seemed to fail."""

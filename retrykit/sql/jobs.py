@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import attrs
 from sqlalchemy import Connection, Engine, select
@@ -30,7 +31,7 @@ from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.stored_jobs import Job, job_of
 from retrykit.sql.tables import rk_job
-from retrykit.sql.transaction import commits_at_once, joinable
+from retrykit.sql.transaction import commits_at_once, joinable, keeps_a_snapshot
 
 T = TypeVar("T")
 
@@ -86,6 +87,7 @@ class SqlJobStore:
         self._rows = JobRows(self._database, self.lease)
         self._connections = connections_of(beneath, self._database, None, in_loop=self._in_loop)
         self._place: Place | None = None
+        self._snapshots: MutableMapping[Any, dict[Any, bool]] = WeakKeyDictionary()
 
     def _checked(self, engine: Any) -> Any:
         made = engine_of(engine)
@@ -141,13 +143,26 @@ class SqlJobStore:
         return hold(_Lease(self, claim), self, self.lease / 3, asynchronous=self._in_loop)
 
     def renew(self, claim: Claim) -> bool:
-        """Go on being believed. False: somebody else has the job."""
-        return self._do(lambda connection: self._rows.renew(connection, claim))
+        """Go on being believed. False: somebody else has the job.
+
+        While a transaction is open that keeps a snapshot nothing is done: it is to change the row itself.
+        """
+        return claim.quiet or self._do(lambda connection: self._rows.renew(connection, claim))
 
     def joined(self, transaction: object) -> JoinedJobs | None:
         """The store inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT."""
         connection = joinable(transaction, sync_engine_of(self._engine), self._open())
-        return None if connection is None else JoinedJobs(self._rows, connection, transaction)
+        if connection is None:
+            return None
+        return JoinedJobs(self._rows, connection, transaction, snapshot=self._keeps_a_snapshot(connection))
+
+    def _keeps_a_snapshot(self, connection: Connection) -> bool:
+        """Asked once for each pool and isolation level."""
+        known = self._snapshots.setdefault(connection.engine.pool, {})
+        level = connection.get_execution_options().get("isolation_level")
+        if level not in known:
+            known[level] = keeps_a_snapshot(connection)
+        return known[level]
 
     def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
@@ -215,9 +230,13 @@ def _check_released(claim: Claim, status: str, *, released: bool) -> None:
 
 
 class JoinedJobs:
-    """What a runner stores, inside somebody's open transaction: nothing here begins or commits."""
+    """What a runner stores, inside somebody's open transaction: nothing here begins or commits.
 
-    def __init__(self, rows: JobRows, connection: Connection, transaction: object) -> None:
+    `snapshot`: the transaction cannot change what is changed elsewhere since it began.
+    """
+
+    def __init__(self, rows: JobRows, connection: Connection, transaction: object, *, snapshot: bool) -> None:
+        self.snapshot = snapshot
         self._rows = rows
         self._connection = connection
         self._transaction = transaction
@@ -309,6 +328,7 @@ class AsyncJoinedJobs:
 
     def __init__(self, joined: JoinedJobs) -> None:
         self._joined = joined
+        self.snapshot = joined.snapshot
 
     async def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()

@@ -101,6 +101,19 @@ def commits_at_once(transaction: object) -> bool:
     return len({connection for connection, *_ in root._connections.values()}) == 1  # noqa: SLF001 - it has no other name
 
 
+def keeps_a_snapshot(connection: Connection) -> bool:
+    """Whether the transaction fails when it changes a row that others have changed since it began. Asks the server."""
+    database = database_of(connection)
+    if database is None or not database.is_server:
+        return False
+    if connection.get_isolation_level() in {"READ COMMITTED", "READ UNCOMMITTED", "AUTOCOMMIT"}:
+        return False
+    if not database.reads_the_past:
+        return True
+    found = connection.exec_driver_sql("SHOW VARIABLES LIKE 'innodb_snapshot_isolation'").first()
+    return found is not None and found[1] == "ON"
+
+
 def _check_committable(connection: Connection) -> None:
     """Joined or not: the work is lost if the server answers its COMMIT with a ROLLBACK."""
     database = database_of(connection)

@@ -313,6 +313,35 @@ def test_the_lease_is_renewed_while_a_chunk_takes_long(engine):
     assert rows(engine) == [1]
 
 
+@pytest.mark.parametrize("level", ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"])
+def test_the_renewal_of_the_lease_disturbs_no_transaction_that_keeps_a_snapshot(url, engine, level):
+    if engine.dialect.name == "sqlite":
+        pytest.skip("it lets one write at a time, and knows no levels")
+    renewals, due = [], threading.Semaphore(0)
+
+    class Watched(SqlJobStore):
+        def renew(self, claim):
+            before = only(engine).lease_until
+            done = super().renew(claim)
+            renewals.append(only(engine).lease_until > before)
+            due.release()
+            return done
+
+    def write_slowly(transaction, items):
+        write(transaction, items)
+        while due.acquire(blocking=False):
+            pass
+        renewals.clear()
+        assert due.acquire(timeout=30)
+
+    strict = create_engine(url, isolation_level=level)
+    step(Watched(strict, lease=0.3), strict, range(5), writer=write_slowly).run()
+    strict.dispose()
+    assert rows(engine) == list(range(5))
+    if level == "READ COMMITTED":
+        assert any(renewals)
+
+
 def test_skipped_items_are_parked_with_their_job_and_their_errors(engine, jobs):
     with engine.begin() as connection:
         connection.execute(insert(work), {"id": 4})
