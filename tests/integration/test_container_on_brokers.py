@@ -23,6 +23,7 @@ from retrykit.messaging import (
     ConnectionLostError,
     ListenerContainer,
     NoStableIdError,
+    NotSupportedError,
     Republish,
     by_content,
     by_header,
@@ -387,6 +388,17 @@ def test_it_is_the_users_choice_by_what_a_message_is_known_again(rabbit, queue, 
     with ListenerContainer(broker, handler, template=RetryTemplate(name="orders"), reconnect=QUICK) as container:
         until(lambda: container.counters.acknowledged == 1)
     assert keys == [(queue, id_)] * 3
+
+
+@pytest.mark.parametrize(("kind", "wrong"), [("embedded_rabbit", "activemq"), ("embedded", "rabbitmq")])
+def test_a_profile_that_the_server_contradicts_stops_the_container(request, queue, kind, wrong):
+    server = request.getfixturevalue(kind)
+    send_plainly(server, queue, b"1", amqp_message_id="m-1")
+    broker = StompBroker(server.url, destination=queue, profile=wrong)
+    made = ListenerContainer(broker, print, template=RetryTemplate(name="orders"), reconnect=QUICK)
+    with pytest.raises(NotSupportedError, match=f"profile: '{wrong}' was given, and the server calls itself"):
+        made.run()
+    assert server.depth(queue) == 1
 
 
 def test_an_id_that_is_no_text_is_refused(embedded_rabbit, queue):

@@ -18,14 +18,20 @@ from retrykit.errors import CommitInDoubtError
 from retrykit.message import EXPIRES_AT, Message
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.delays import Way, origin_of
-from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NoStableIdError
+from retrykit.messaging.errors import (
+    BrokerError,
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    NoStableIdError,
+    NotSupportedError,
+)
 from retrykit.messaging.headers import check_headers
 from retrykit.messaging.identity import by_content, by_header
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.recoverers import COPY_OF, ID
 from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
 from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
-from retrykit.messaging.stomp.profiles import Profile, profile_for
+from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
 from retrykit.messaging.stomp.subscription import (
     check_supported,
     headers_for,
@@ -75,7 +81,7 @@ class StompSession:
     def open(self, *, consume: bool) -> None:
         """Connect, find out what kind of broker it is, subscribe."""
         server = self._wire.open()
-        self._profile = self._broker.profile or profile_for(server)
+        self._profile = self._profile_at(server)
         self._wire.not_refusals = self._profile.not_refusals
         if consume:
             check_supported(self._broker, self._profile)
@@ -84,6 +90,16 @@ class StompSession:
                 self._wire.settle(self._broker.receipt_timeout)
             except BrokerError as error:
                 raise BrokerUnavailableError(broker=self._broker.name, reason=error.__dict__["reason"]) from error
+
+    def _profile_at(self, server: str) -> Profile:
+        given, found = self._broker.profile, profile_for(server)
+        if given is None:
+            return found
+        if {given.name, found.name} == {ACTIVEMQ.name, RABBITMQ.name}:
+            # ActiveMQ would bury what is given back as on RabbitMQ; RabbitMQ names no message as ActiveMQ does.
+            reason = f"profile: {given.name!r} was given, and the server calls itself {server!r}; leave it out"
+            raise NotSupportedError(broker=self._broker.name, reason=reason)
+        return given
 
     @property
     def profile(self) -> Profile:
