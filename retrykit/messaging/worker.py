@@ -18,6 +18,7 @@ from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import (
     BrokerError,
+    BrokerUnavailableError,
     DelayUnavailableError,
     LoopEndedError,
     NoStableIdError,
@@ -115,9 +116,14 @@ class Worker:
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
         # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.
+        if isinstance(error, BrokerUnavailableError):
+            # It names the broker itself.
+            _log.warning("%s: %s (try %d)", self.work.template.name, error, context.attempt)
+            return
         expected = isinstance(error, RetryError)
         _log.warning(
-            "%s: connection ended after %d deliveries (try %d): %s",
+            "%s: connection to %s ended after %d deliveries (try %d): %s",
+            self.work.template.name,
             self.broker.name,
             delivered,
             context.attempt,
