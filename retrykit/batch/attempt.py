@@ -20,7 +20,7 @@ from retrykit.failure import ErrorSummary, summary
 from retrykit.state import RetryState
 
 if TYPE_CHECKING:
-    from retrykit.batch.course import Course
+    from retrykit.batch.course import Course, Refusal
 
 Where = Literal["before", "begin", "process", "write", "store", "commit"]
 
@@ -45,7 +45,8 @@ class Attempt:
     revision: int | None = None
     """The job's in the store after this transaction, if position and counts were stored in it."""
     recovered = False
-    refusal: str | None = None
+    refusal: Refusal | None = None
+    """If the item cannot be skipped because there are too many."""
     context: RetryContext | None = None
     blamed: int | None = None
     """The item that the failure is of, if the processor was at it or the writer has named it."""
@@ -302,6 +303,12 @@ class Attempt:
     def culprit(self) -> int | None:
         """The item that every failed attempt has named; None if there is none."""
         return next(iter(self._named)) if len(self._named) == 1 else None
+
+    @property
+    def is_unrecoverable(self) -> bool:
+        """Whether the policy forbids to recover from the failure that decided: then nobody is skipped for it."""
+        decision = None if self.context is None else self.context.decision
+        return decision is not None and not decision.recoverable
 
     def is_items_fault(self, error: BaseException | None) -> bool:
         """Whether the failure may be an item's own, and such an item be skipped."""

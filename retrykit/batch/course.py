@@ -51,7 +51,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
-from typing import Any
+from typing import Any, NoReturn
 
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped
@@ -63,6 +63,9 @@ from retrykit.errors import TerminatedRetryError
 from retrykit.failure import ErrorSummary, message_of, summary
 
 _log = logging.getLogger("retrykit.batch")
+
+Refusal = tuple[int, BaseException, str]
+"""The index of an item that cannot be skipped, its failure, and why."""
 
 
 class Course:
@@ -164,17 +167,17 @@ class Course:
             if chunk is None:
                 return
             if source.positioned:
-                self._condemn_unreadable(chunk)
-            yield from self._settle(chunk)
+                yield from self._condemn_unreadable(chunk)
+            yield from self._settle(chunk, len(chunk.items))
 
-    def _condemn_unreadable(self, chunk: Chunk) -> None:
+    def _condemn_unreadable(self, chunk: Chunk) -> Work[None]:
         for index, item in enumerate(chunk.items):
             if not isinstance(item, Unreadable):
                 continue
             if not self.step.skip.may_skip(item.error):
                 raise item.error
             error = ErrorSummary(1, *summary(item.error), datetime.now(UTC).timestamp())
-            self.condemn(
+            yield from self._condemn(
                 chunk,
                 index,
                 SkippedItem(
@@ -188,17 +191,15 @@ class Course:
                 ),
             )
 
-    def _settle(self, chunk: Chunk) -> Work[None]:
-        """Bring every item of the chunk to its end: at once, or after a search for the culprits."""
-        size = len(chunk.items)
+    def _settle(self, chunk: Chunk, size: int) -> Work[None]:
+        """Bring the first so many items of the chunk to their end: at once, or after a search for the culprits."""
         if self.careful:
-            yield from self._search(chunk, tread_carefully)
+            yield from self._search(chunk, size, tread_carefully)
             self.careful = False
         elif (yield from self._test(chunk, size, whole=True)) is Verdict.FAILED:
-            yield from self._search(chunk, isolate)
+            yield from self._search(chunk, size, isolate)
 
-    def _search(self, chunk: Chunk, method: Callable[[int], Search]) -> Work[None]:
-        size = len(chunk.items)
+    def _search(self, chunk: Chunk, size: int, method: Callable[[int], Search]) -> Work[None]:
         live = chunk.live(size)
         if not live:
             yield from self._test(chunk, size, whole=False)
@@ -219,7 +220,7 @@ class Course:
                 return Verdict.FOUND if found or attempt.recovered else Verdict.DONE
             if attempt.culprit is None:
                 return Verdict.FAILED
-            self.condemn(chunk, attempt.culprit, attempt.skipped(attempt.culprit, error, attempt.where))
+            yield from self._condemn(chunk, attempt.culprit, attempt.skipped(attempt.culprit, error, attempt.where))
             found = True
 
     def _execute(self, attempt: Attempt) -> Work[Exception | None]:
@@ -234,7 +235,7 @@ class Course:
             self._note(attempt)
             tally = yield from self._happened_after_all(attempt)
             if tally is None:
-                return self._judged(attempt, error, where)
+                return (yield from self._judged(attempt, error, where))
         yield from self._settled(attempt, tally)
         return None
 
@@ -250,13 +251,12 @@ class Course:
         claim, self.doubt = self.claim, False
         return attempt.tally if (yield lambda: self.step.jobs.moved(claim)) else None
 
-    def _judged(self, attempt: Attempt, error: Exception, where: Where) -> Exception:
-        """The failure, if it is an item's own; raises it if it is not."""
+    def _judged(self, attempt: Attempt, error: Exception, where: Where) -> Work[Exception]:
+        """The failure, if it is an item's own; raises it if it is not, or if nobody may recover from it."""
         attempt.where = where
         if attempt.refusal is not None:
-            number = attempt.chunk.number + attempt.live[0] + 1
-            raise SkipLimitError(name=self.step.name, number=number, reason=attempt.refusal) from error
-        if not attempt.is_items_fault(error):
+            yield from self._refuse(attempt.chunk, attempt.refusal)
+        if attempt.is_unrecoverable or not attempt.is_items_fault(error):
             raise error
         return error
 
@@ -304,26 +304,40 @@ class Course:
 
     # -- verdicts
 
-    def condemn(self, chunk: Chunk, index: int, skipped: SkippedItem) -> None:
+    def _condemn(self, chunk: Chunk, index: int, skipped: SkippedItem) -> Work[None]:
         """An item is to be skipped. `SkipLimitError` if there are too many."""
-        reason = self.refusal(chunk, index, skipped.error)
-        if reason is not None:
-            raise SkipLimitError(name=self.step.name, number=skipped.number, reason=reason) from skipped.error
+        refused = self.refusal(chunk, index, skipped.error)
+        if refused is not None:
+            yield from self._refuse(chunk, refused)
         chunk.condemned[index] = skipped
+
+    def _refuse(self, chunk: Chunk, refused: Refusal) -> Work[NoReturn]:
+        """Stop at an item that cannot be skipped, when all before it are settled: a restart begins with it."""
+        index, error, reason = refused
+        chunk.condemned = {at: skipped for at, skipped in chunk.condemned.items() if at < index}
+        if index > chunk.done:
+            yield from self._settle(chunk, index)
+        raise SkipLimitError(name=self.step.name, number=chunk.number + index + 1, reason=reason) from error
 
     def refusal(
         self, chunk: Chunk, index: int, error: BaseException, besides: Iterable[SkippedItem] = ()
-    ) -> str | None:
-        """Why the item cannot be skipped too, beside those that have not been counted yet; None if it can."""
-        policy = self.step.skip
-        pending = [skipped.error for at, skipped in chunk.condemned.items() if at >= chunk.done]
+    ) -> Refusal | None:
+        """The first item that cannot be skipped if this one is: itself, or one behind it that is condemned already;
+        None if all of them can, beside those that have not been counted yet.
+        """
+        pending = [skipped.error for at, skipped in chunk.condemned.items() if chunk.done <= at < index]
         pending += [skipped.error for skipped in besides]
-        limited = dict(self.counts.limited)
+        behind = [(at, chunk.condemned[at].error) for at in sorted(chunk.condemned) if at > index]
+        for at, one in ((index, error), *behind):
+            reason = self._too_many(one, pending, read=chunk.number + at + 1)
+            if reason is not None:
+                return at, one, reason
+            pending.append(one)
+        return None
+
+    def _too_many(self, error: BaseException, pending: list[BaseException], *, read: int) -> str | None:
+        policy, limited = self.step.skip, dict(self.counts.limited)
         for name in filter(None, map(policy.limited_as, pending)):
             limited[name] = limited.get(name, 0) + 1
-        return policy.refusal(  # type: ignore[no-any-return]
-            error,
-            skipped=self.counts.all_skipped + len(pending),
-            limited=limited,
-            read=chunk.number + index + 1,
-        )
+        skipped = self.counts.all_skipped + len(pending)
+        return policy.refusal(error, skipped=skipped, limited=limited, read=read)  # type: ignore[no-any-return]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
 from typing import Any
 
 import attrs
@@ -75,6 +76,6 @@ class SkipPolicy(Value):
         found = nearest(error, self.limits)
         if found is not None and limited.get(type_name(found), 0) >= self.limits[found]:
             return f"limits={self.limits[found]} for {found.__name__} are skipped already"
-        if self.share is not None and read >= self.share_from and skipped + 1 > self.share * read:
+        if self.share is not None and read >= self.share_from and skipped + 1 > Fraction(str(self.share)) * read:
             return f"{skipped + 1} of {read} items would be more than share={self.share:g}"
         return None

@@ -384,11 +384,72 @@ def test_limit_stops_the_step_at_the_item_before_which_all_is_committed(table):
     with pytest.raises(SkipLimitError, match=r"stopped at item 7, .* limit=2 items are skipped already") as caught:
         step(table, range(10), chunk_size=10, processor=poison(1, 3, 6, 8), skip=skip).run()
     assert str(caught.value.__cause__) == "item 6"
-    assert table.rows == []
-    table.events.clear()
+    assert table.rows == [0, 2, 4, 5]
+    table.rows.clear()
     with pytest.raises(SkipLimitError, match="item 7"):
         step(table, range(10), chunk_size=10, writer=poisoned_write(table, 1, 3, 6, 8), skip=skip).run()
     assert table.rows == [0, 2, 4, 5]
+
+
+@pytest.mark.parametrize("chunk_size", [4, 5, 10])
+def test_what_is_before_an_unreadable_record_that_is_too_many_is_settled(table, chunk_size):
+    seen = []
+    records = Records(0, 1, None, 3, 4, None, 6, None)
+    with pytest.raises(SkipLimitError, match="item 6,"):
+        step(
+            table,
+            records,
+            chunk_size=chunk_size,
+            writer=poisoned_write(table, 1),
+            skip=SkipPolicy(skip_for=ValueError, limit=2),
+            on_progress=seen.append,
+        ).run()
+    assert table.rows == [0, 3, 4]
+    assert (seen[-1].counts.read, seen[-1].counts.all_skipped) == (5, 2)
+
+
+def test_an_item_that_is_too_many_alone_has_those_before_it_recorded(table):
+    seen = []
+    with pytest.raises(SkipLimitError, match="item 3,"):
+        step(
+            table,
+            range(3),
+            processor=poison(0, 1),
+            writer=poisoned_write(table, 2),
+            skip=SkipPolicy(skip_for=ValueError, limit=2),
+            on_progress=seen.append,
+        ).run()
+    assert (seen[-1].counts.read, seen[-1].counts.all_skipped) == (2, 2)
+
+
+@pytest.mark.parametrize("chunk_size", [100, 1_000])
+def test_an_item_is_not_refused_because_of_others_that_come_after_it(table, chunk_size):
+    records = Records(*(None if 1_985 <= number < 2_000 else number for number in range(2_000)))
+    skip = SkipPolicy(skip_for=ValueError, share=0.01)
+    report = step(table, records, chunk_size=chunk_size, writer=poisoned_write(table, 1_000), skip=skip).run()
+    assert report.counts.all_skipped == 16
+
+
+def test_a_culprit_behind_the_item_that_is_too_many_takes_nothing_from_the_limit(table):
+    def write(transaction, items):
+        for one in (8, 6, 2):
+            if one in items:
+                raise ItemError(items.index(one), ValueError(one))
+        table.write(transaction, items)
+
+    with pytest.raises(SkipLimitError, match="item 7,"):
+        step(table, range(10), writer=write, skip=SkipPolicy(skip_for=ValueError, limit=1)).run()
+    assert table.rows == [0, 1, 3, 4, 5]
+
+
+@pytest.mark.parametrize("reader", [range(5), [3]])
+@pytest.mark.parametrize("where", ["processor", "writer"])
+def test_a_failure_that_the_policy_does_not_let_recover_stops_the_step(table, reader, where):
+    policy = SimpleRetryPolicy(1, not_recoverable=(ValueError,))
+    fails = {"processor": poison(3)} if where == "processor" else {"writer": poisoned_write(table, 3)}
+    with pytest.raises(ValueError, match="3"):
+        step(table, reader, template=RetryTemplate(name="load", retry_policy=policy), skip=skip_values, **fails).run()
+    assert table.rows == []
 
 
 def test_limits_of_classes_count_the_classes_below(table):
@@ -399,6 +460,14 @@ def test_limits_of_classes_count_the_classes_below(table):
 
     with pytest.raises(SkipLimitError, match=r"item 4, .* limits=1 for LookupError"):
         step(table, range(4), chunk_size=1, processor=process, skip=skip).run()
+
+
+@pytest.mark.parametrize(("share", "read"), [(0.29, 100), (0.07, 100), (0.1, 30), (1, 5)])
+def test_a_share_is_what_it_says_in_decimals(share, read):
+    skip = SkipPolicy(skip_for=ValueError, limit=None, share=share, share_from=1)
+    permitted = round(share * read)
+    assert skip.refusal(ValueError(), skipped=permitted - 1, limited={}, read=read) is None
+    assert skip.refusal(ValueError(), skipped=permitted, limited={}, read=read) is not None
 
 
 def test_share_is_looked_at_when_enough_was_read():
