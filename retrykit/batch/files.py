@@ -45,7 +45,7 @@ _BOM = b"\xef\xbb\xbf"
 class _Lines:
     """The lines of a file from a position on, decoded, and where the last one ended.
 
-    An iterator and no generator: that would be over after a line that cannot be decoded.
+    One that cannot be decoded is given with surrogates for its bad bytes, and found by `check`.
     """
 
     def __init__(self, file: BinaryIO, encoding: str, start: int) -> None:
@@ -54,6 +54,7 @@ class _Lines:
         self.end = start
         self.taken: list[bytes] = []
         """The lines of the present record."""
+        self._fault: UnicodeDecodeError | None = None
 
     def __iter__(self) -> _Lines:
         return self
@@ -64,11 +65,23 @@ class _Lines:
             raise StopIteration
         at_the_beginning, self.end = self.end == 0, self.end + len(line)
         self.taken.append(line)
-        return (line.removeprefix(_BOM) if at_the_beginning else line).decode(self._encoding)
+        line = line.removeprefix(_BOM) if at_the_beginning else line
+        try:
+            return line.decode(self._encoding)
+        except UnicodeDecodeError as error:
+            # Where the record ends is found all the same.
+            self._fault = self._fault or error
+            return line.decode(self._encoding, "surrogateescape")
+
+    def check(self) -> None:
+        """`UnicodeDecodeError` if a line of the present record could not be decoded."""
+        fault, self._fault = self._fault, None
+        if fault is not None:
+            raise fault
 
     def record(self) -> bytes:
         """The bytes of the record that ends here; the next one begins."""
-        taken, self.taken = self.taken, []
+        taken, self.taken, self._fault = self.taken, [], None
         return b"".join(taken)
 
 
@@ -111,6 +124,7 @@ class JsonLinesReader(_FileReader):
                 line = next(lines, None)
                 if line is None:
                     return
+                lines.check()
                 item = self.loads(line) if line.strip() else lines
             except ValueError as error:
                 item = Unreadable(lines.record().rstrip(b"\r\n"), error)
@@ -159,6 +173,7 @@ class CsvReader(_FileReader):
                 row = next(rows, None)
                 if row is None:
                     return
+                lines.check()
                 item = self._named(names, row) if row else lines
             except (csv.Error, ValueError) as error:
                 item = Unreadable(lines.record().rstrip(b"\r\n"), error)
@@ -172,6 +187,7 @@ class CsvReader(_FileReader):
         file.seek(0)
         try:
             names = next(csv.reader(lines, self.dialect, strict=True), [])
+            lines.check()
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{self.path.name}: its first row cannot be read: {error}") from error
         return names, lines.end

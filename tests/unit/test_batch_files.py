@@ -82,6 +82,19 @@ def test_csv_rows_that_make_no_item_are_given_as_they_stand_and_reading_goes_on(
     ]
 
 
+def test_a_bad_byte_in_a_field_of_several_lines_makes_no_row_of_the_rest(path):
+    text = b'id,text\n1,"first\n\xff second\n2,third"\n3,ok\n4,"\xff\n5,no end'
+    path.write_bytes(text)
+    records = list(CsvReader(path).read_from(None))
+    assert [item.raw if isinstance(item, Unreadable) else item for item, _ in records] == [
+        b'1,"first\n\xff second\n2,third"',
+        {"id": "3", "text": "ok"},
+        b'4,"\xff\n5,no end',
+    ]
+    assert isinstance(records[0][0].error, UnicodeDecodeError)
+    assert text[records[0][1] :].startswith(b"3,ok")
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_name(path):
     path.write_bytes(b"\xef\xbb\xbfa\n1\n")
     assert [item for item, _ in CsvReader(path).read_from(None)] == [{"a": "1"}]
