@@ -14,6 +14,7 @@ from retrykit.batch.inplace import WriteInPlace
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
+from retrykit.check import wrong_type
 from retrykit.context import RetryContext
 from retrykit.errors import RetryError
 from retrykit.failure import ErrorSummary, summary
@@ -28,6 +29,17 @@ Where = Literal["before", "begin", "process", "write", "store", "commit"]
 def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
     """A chunk stays in hand: what fails is tried again here, after the roll-back, and not rethrown to a source."""
     return False
+
+
+def _committing(manager: Any) -> Any:
+    """The context manager, unless it is one of SQLAlchemy's that are left without a commit: `TypeError`."""
+    if hasattr(manager, "begin_nested"):
+        kind = type(manager)
+        leave = getattr(kind, "__exit__", None) or getattr(kind, "__aexit__", None)
+        if str(getattr(leave, "__module__", "")).startswith("sqlalchemy."):
+            wanted = "callable for a context manager that commits, such as sessionmaker(engine).begin or engine.begin"
+            raise wrong_type("transaction", wanted, manager)
+    return manager
 
 
 class Attempt:
@@ -90,7 +102,7 @@ class Attempt:
     def _begin(self) -> Any:
         self.note_failed_commit()
         self.where = "begin"
-        return self.step.transaction()
+        return _committing(self.step.transaction())
 
     def note_failed_commit(self) -> None:
         """If the last attempt came to its commit, that has failed: it names nobody, and may have happened."""

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import sessionmaker
+from sqlalchemy.orm import Session, sessionmaker
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlWriter
@@ -722,6 +722,25 @@ def test_what_the_database_refused_to_a_processor_is_rolled_back_in_any_case(eng
     ).run()
     assert rows(engine) == [item for item in range(10) if item != 3]
     assert report.counts.rollbacks == 1
+
+
+@pytest.mark.parametrize("transaction", [sessionmaker, lambda engine: engine.connect])
+def test_a_transaction_that_nobody_commits_is_refused_before_anything_is_written(engine, transaction):
+    made = transaction(engine)
+    with pytest.raises(TypeError, match=r"^transaction: .*engine\.begin"):
+        step(None, engine, transaction=made).run()
+    assert rows(engine) == []
+
+
+def test_a_session_of_ones_own_that_commits_when_it_is_left_will_do(engine, jobs):
+    class Committing(Session):
+        def __exit__(self, kind, error, trace):
+            if kind is None:
+                self.commit()
+            super().__exit__(kind, error, trace)
+
+    step(jobs, engine, transaction=lambda: Committing(engine)).run()
+    assert rows(engine) == list(range(10))
 
 
 def test_savepoints_need_a_transaction_of_sqlalchemy(engine):
