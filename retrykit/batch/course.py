@@ -298,9 +298,11 @@ class Course:
 
     def _tell(self, skipped: SkippedItem) -> None:
         if len(self.skipped) < SHOWN:
+            _forget_frames(skipped.error)
             self.skipped.append(skipped)
-        facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), skipped.attempts)
-        _log.warning("step %s: item %d is skipped: %s raised %s (%d attempts)", *facts)
+        times = "once" if skipped.attempts == 1 else f"{skipped.attempts} times"
+        facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), times)
+        _log.warning("step %s: item %d is skipped: %s raised %s (%s)", *facts)
 
     # -- verdicts
 
@@ -341,3 +343,15 @@ class Course:
             limited[name] = limited.get(name, 0) + 1
         skipped = self.counts.all_skipped + len(pending)
         return policy.refusal(error, skipped=skipped, limited=limited, read=read)  # type: ignore[no-any-return]
+
+
+def _forget_frames(error: BaseException | None) -> None:
+    """Frames know the whole chunk, which is not to live as long as a report."""
+    seen: set[int] = set()
+    left = [error]
+    while left:
+        one = left.pop()
+        if one is not None and id(one) not in seen:
+            seen.add(id(one))
+            one.__traceback__ = None
+            left += (one.__cause__, one.__context__)

@@ -29,7 +29,7 @@ class SkippedItem:
     """One item that was put aside.
 
     `number` counts the items of the input from 1. `phase`: where it failed. `attempts` failed with it, `errors` are the
-    last of them, oldest first; `error` is the failure that decided.
+    last of them, oldest first; `error` is the failure that decided, in a report without its traceback.
     """
 
     item: Any
@@ -169,8 +169,8 @@ class Report:
         for name in ("retries", "rollbacks", "commits"):
             yield name, f"{getattr(counts, name):,}"
         yield "seconds", f"{self.seconds:.3f}"
-        for phase, seconds in counts.seconds.items():
-            yield "", f"{seconds:.3f} {phase}"
+        for number, (phase, seconds) in enumerate(counts.seconds.items()):
+            yield "" if number else "all runs", f"{seconds:.3f} {phase}"
 
 
 def _shown(parameters: Mapping[str, Any]) -> str:

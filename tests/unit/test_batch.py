@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 from contextlib import asynccontextmanager, contextmanager
@@ -638,11 +639,33 @@ def test_only_so_many_skipped_items_are_kept_and_all_are_counted(table):
     assert report.counts.all_skipped == 300
 
 
+@pytest.mark.parametrize("where", ["processor", "writer"])
+def test_a_report_with_skipped_items_does_not_keep_their_chunks(table, where):
+    class Item:
+        def __init__(self, number):
+            self.number = number
+
+    def write(transaction, items):
+        if where == "writer" and any(item.number % 50 == 7 for item in items):
+            raise ValueError("one of them")
+
+    def process(item):
+        if where == "processor" and item.number % 50 == 7:
+            raise ValueError("it") from LookupError("what is beneath")
+        return item
+
+    items = (Item(number) for number in range(150))
+    report = step(table, items, chunk_size=50, processor=process, writer=write, skip=skip_values).run()
+    gc.collect()
+    assert [skipped.number for skipped in report.skipped] == [8, 58, 108]
+    assert sum(isinstance(one, Item) for one in gc.get_objects()) == 3
+
+
 def test_each_skipped_item_is_logged_without_its_content(table, caplog):
     with caplog.at_level(logging.WARNING, "retrykit.batch"):
         step(table, ["secret"], writer=poisoned_write(table, "secret"), skip=skip_values).run()
     assert [record.getMessage() for record in caplog.records] == [
-        "step load: item 1 is skipped: write raised builtins.ValueError (1 attempts)"
+        "step load: item 1 is skipped: write raised builtins.ValueError (once)"
     ]
 
 
