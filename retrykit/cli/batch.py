@@ -120,7 +120,8 @@ def run(**options: Any) -> None:
     the open transaction is rolled back, and what was committed stays.
 
     With --partitions every process that runs the same command, on whatever machine, takes partitions that are free.
-    Another number of partitions is refused once a job was begun, unless it is to begin --again.
+    Another number of partitions is refused once a job was begun, unless it is to begin --again. Say --again
+    to the first process only.
 
     Exit status: 0 when the job is finished, 1 when it failed, was stopped, or cannot be run, 2 when the command cannot
     be understood, 130 after a signal.
@@ -130,6 +131,8 @@ def run(**options: Any) -> None:
         raise click.UsageError("--workers needs --partitions.")
     if asked.plot is not None and asked.partitions is not None:
         raise click.UsageError("--plot is of one process: leave out --partitions.")
+    if asked.plot is not None and not asked.plot.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {safe(str(asked.plot.parent))!r}", param_hint="--plot")
     set_up(asked.log_level.lower(), asked.log_format)
     with _told(), _ended_by_sigterm():
         finished = _run_one(asked) if asked.partitions is None else _run_divided(asked, asked.partitions)
@@ -187,17 +190,33 @@ def _run_one(asked: Options) -> bool:
             return None if told is None else told(report)
 
         shown = attrs.evolve(step, on_progress=heard)
-        if isinstance(shown, AsyncChunkStep):
-            report = asyncio.run(shown.run(asked.parameters, again=asked.again))
-        else:
-            report = shown.run(asked.parameters, again=asked.again)
-    if asked.plot is not None:
-        asked.plot.write_text(svg(f"{report.name}: {report.status}", series.points), encoding="utf-8")
+        try:
+            report = _done(shown, asked)
+        except Exception:
+            _draw(asked, f"{step.name}: failed", series)
+            raise
+    _draw(asked, f"{report.name}: {report.status}", series)
     if asked.as_json:
         say_json(report.to_json())
     else:
         click.echo(safe(report.table(), lines=True))
     return report.status == "finished"
+
+
+def _done(step: ChunkStep | AsyncChunkStep, asked: Options) -> Report:
+    if isinstance(step, AsyncChunkStep):
+        return asyncio.run(step.run(asked.parameters, again=asked.again))
+    return step.run(asked.parameters, again=asked.again)
+
+
+def _draw(asked: Options, title: str, series: Series) -> None:
+    """The picture; what becomes of it changes nothing about the job."""
+    if asked.plot is None:
+        return
+    try:
+        asked.plot.write_text(svg(title, series.points), encoding="utf-8")
+    except OSError as error:
+        _log.error("the picture cannot be written: %s", error)
 
 
 @contextmanager
@@ -257,12 +276,17 @@ def _run_divided(asked: Options, parts: int) -> bool:
 
 def _begin_anew(step: ChunkStep, parameters: Mapping[str, str], parts: int) -> None:
     from retrykit.sql import restart_job
+    from retrykit.sql.stored_jobs import is_believed
 
+    # Where others run the same command they have begun anew already: once is enough.
+    jobs = [step.jobs.state(step.name, step.jobs.partition(parameters, part, parts)) for part in range(1, parts + 1)]
+    for job in filter(None, jobs):
+        if job.status == "running" and is_believed(job, step.jobs.now()):
+            raise JobError(f"job {job.id} of {step.name} is run by {job.owner}: leave out --again to take part")
     for number, _ in step.jobs.divided_otherwise(step.name, step.jobs.partition(parameters, 1, parts)):
         restart_job(step.jobs.engine, number)
-    for part in range(1, parts + 1):
-        job = step.jobs.state(step.name, step.jobs.partition(parameters, part, parts))
-        if job is not None and job.status == "finished":
+    for job in filter(None, jobs):
+        if job.status == "finished":
             restart_job(step.jobs.engine, job.id)
 
 

@@ -276,10 +276,14 @@ def check_free(row: Any, now: float, *, again: bool) -> None:
     facts = {"name": row.name, "parameters": json.loads(row.parameters), "id": row.id}
     if row.status == "finished" and not again:
         raise JobFinishedError(finished_at=instant_of(row.finished_at), **facts)
-    if row.status == "running":
-        alive = is_running(row.owner or "")
-        if alive or (alive is None and row.lease_until is not None and row.lease_until > now):
-            raise JobRunningError(owner=row.owner, until=instant_of(row.lease_until), **facts)
+    if row.status == "running" and believed(row.owner, row.lease_until, now):
+        raise JobRunningError(owner=row.owner, until=instant_of(row.lease_until), **facts)
+
+
+def believed(owner: str | None, lease_until: float | None, now: float) -> bool:
+    """Whether somebody is believed to be running what says that it is run by him."""
+    alive = is_running(owner or "")
+    return bool(alive or (alive is None and lease_until is not None and lease_until > now))
 
 
 def _dumped(position: Any) -> str | None:

@@ -13,7 +13,7 @@ from sqlalchemy import Engine, select, update
 from retrykit.check import wrong_type
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
-from retrykit.sql.job_rows import check_free, instant_of, loaded
+from retrykit.sql.job_rows import believed, check_free, instant_of, loaded
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
@@ -68,6 +68,11 @@ def stored_job(bind: Engine, number: int) -> Job | None:
     with reading(bind).connect() as connection:
         row = connection.execute(select(rk_job).where(_c.id == number)).first()
     return None if row is None else job_of(row)
+
+
+def is_believed(job: Job, now: float) -> bool:
+    """Whether the runner of a running job is believed alive."""
+    return believed(job.owner, None if job.lease_until is None else job.lease_until.timestamp(), now)
 
 
 def restart_job(bind: Engine, number: int) -> Job | None:

@@ -212,6 +212,26 @@ def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_
     assert written(folder) == sorted([*range(100), *range(100)])
 
 
+def test_a_picture_that_cannot_be_written_is_refused_before_the_job_and_of_a_failed_one_there_is_one(folder):
+    _, err = run(folder, "shop:step", "--plot", "nowhere/run.svg", status=2)
+    assert "there is no folder 'nowhere'" in err
+    assert written(folder) == []
+    run(folder, "shop:unskipped", "--plot", "run.svg", status=1)
+    assert "load: failed" in "".join(picture_of((folder / "run.svg").read_text()).itertext())
+
+
+def test_again_is_refused_while_others_run_the_partitions(folder):
+    run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
+    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
+    with engine.begin() as connection:
+        elsewhere = "UPDATE rk_job SET status = 'running', owner = :owner, lease_until = 9e9 WHERE id = 2"
+        connection.execute(text(elsewhere), {"owner": "elsewhere/boot/pid:[1]/7/7/1"})
+    engine.dispose()
+    _, err = run(folder, "shop:make_failing_part", "--partitions", "3", "--again", status=1)
+    assert "Error: job 2 of load is run by elsewhere/boot" in err
+    assert written(folder) == [1, 3]
+
+
 def test_another_number_of_partitions_is_refused_unless_all_is_to_begin_again(folder):
     run(folder, "shop:make_failing_part", "--partitions", "1")
     _, err = run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
