@@ -28,6 +28,8 @@ class SqlCursorReader:
             raise wrong_type("engine", "a sqlalchemy Engine", engine)
         if not isinstance(select, Select):
             raise wrong_type("select", "a select(…)", select)
+        if select._limit_clause is not None or select._offset_clause is not None or select._fetch_clause is not None:  # noqa: SLF001 - they have no other names
+            raise wrong_value("select", "without LIMIT and OFFSET, which each page has its own of", str(select))
         if isinstance(page, bool) or not isinstance(page, int) or page < 1:
             raise wrong_value("page", "an int, at least 1", page)
         if not isinstance(key, str) or key not in select.selected_columns:
@@ -46,12 +48,17 @@ class SqlCursorReader:
         while True:
             query = self._select if position is None else self._select.where(self._column > position)
             with self._engine.connect() as connection:
-                rows = connection.execute(query.limit(self._page)).all()
+                # One more than wanted shows whether the page ends between two rows with the same key.
+                rows = connection.execute(query.limit(self._page + 1)).all()
             for row in rows:
-                position = getattr(row, self._key)
-                yield row, position
-            if len(rows) < self._page:
+                before, position = position, getattr(row, self._key)
+                if position is None or position == before:
+                    raise wrong_value(f"key {self._key!r}", "unique and not null", position)
+                if row is not rows[-1] or len(rows) <= self._page:
+                    yield row, position
+            if len(rows) <= self._page:
                 return
+            position = before
 
 
 class SqlWriter:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, delete, insert, select
+from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, delete, insert, literal, select
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -44,6 +44,22 @@ def test_rows_are_read_in_the_order_of_their_key_from_wherever_one_of_them_ends(
         (number, f"n{number}", number) for number in wanted
     ]
     assert [row.id for row, _ in reader.read_from(20)] == [number for number in wanted if number > 20]
+
+
+@pytest.mark.parametrize("change", ["limit", "offset", "fetch"])
+def test_a_query_with_a_part_of_its_own_is_refused(engine, change):
+    with pytest.raises(ValueError, match=r"^select: must be without LIMIT"):
+        SqlCursorReader(engine, getattr(select(source), change)(3), key="id")
+
+
+@pytest.mark.parametrize("page", [1, 5])
+@pytest.mark.parametrize("position", [None, 0])
+def test_a_key_that_is_not_unique_or_null_is_an_error_and_no_loss(engine, position, page):
+    twice = select((source.c.id / 4 * 0 + 1).label("key"), source.c.name)
+    null = select(literal(None, Integer).label("key"), source.c.name)
+    for query in (twice, null) if position is None else (twice,):
+        with pytest.raises(ValueError, match="key 'key': must be unique and not null"):
+            list(SqlCursorReader(engine, query, key="key", page=page).read_from(position))
 
 
 def test_a_step_may_delete_what_it_reads_and_write_elsewhere_in_one_transaction(engine):
