@@ -38,6 +38,8 @@ def _committing(manager: Any) -> Any:
         leave = getattr(kind, "__exit__", None) or getattr(kind, "__aexit__", None)
         if str(getattr(leave, "__module__", "")).startswith("sqlalchemy."):
             wanted = "callable for a context manager that commits, such as sessionmaker(engine).begin or engine.begin"
+            if not hasattr(manager, "__aexit__"):
+                manager.close()
             raise wrong_type("transaction", wanted, manager)
     return manager
 

@@ -13,7 +13,7 @@ from sqlalchemy import Connection, bindparam, case, insert, literal, select, upd
 
 from retrykit.check import wrong_value
 from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
-from retrykit.owner import begin, is_running
+from retrykit.owner import begin, end, is_running
 from retrykit.sql.dialects import Database
 from retrykit.sql.parked import park_in
 from retrykit.sql.prepared import Prepared
@@ -93,7 +93,11 @@ class JobRows:
             owner=begin(),
             crashed=row.status == "running",
         )
-        connection.execute(update(rk_job).where(_c.id == row.id).values(self._claimed(row, claim, now)))
+        try:
+            connection.execute(update(rk_job).where(_c.id == row.id).values(self._claimed(row, claim, now)))
+        except BaseException:
+            end(claim.owner)
+            raise
         return claim
 
     def _claimed(self, row: Any, claim: Claim, now: float) -> dict[str, Any]:

@@ -133,11 +133,22 @@ class SqlJobStore:
     def _claim(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
         for _ in range(3):
             try:
-                return self._do(lambda connection: self._rows.claim(connection, name, parameters, again=again))
+                return self._claim_once(name, parameters, again=again)
             except IntegrityError:
                 # Somebody else has made the same one at the same time.
                 continue
-        return self._do(lambda connection: self._rows.claim(connection, name, parameters, again=again))
+        return self._claim_once(name, parameters, again=again)
+
+    def _claim_once(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+        made: list[Claim] = []
+        try:
+            self._do(lambda connection: made.append(self._rows.claim(connection, name, parameters, again=again)))
+        except BaseException:
+            # Its commit may have happened: nobody runs the job all the same.
+            for claim in made:
+                end(claim.owner)
+            raise
+        return made[0]
 
     def _hold(self, claim: Claim) -> Callable[[], Any]:
         return hold(_Lease(self, claim), self, self.lease / 3, asynchronous=self._in_loop)

@@ -244,6 +244,18 @@ def test_a_job_whose_process_died_is_taken_over_at_once(engine, jobs):
     assert (only(engine).status, only(engine).runs) == ("finished", 2)
 
 
+def test_a_claim_whose_commit_was_not_confirmed_is_nobodys(engine):
+    class Torn(SqlJobStore):
+        def _do(self, work):
+            super()._do(work)
+            raise OSError("the line is cut")
+
+    with pytest.raises(OSError, match="cut"):
+        step(Torn(engine), engine).run()
+    assert only(engine).status == "running"
+    assert step(SqlJobStore(engine), engine).run().status == "finished"
+
+
 def test_a_runner_on_another_machine_is_believed_for_its_lease(engine, jobs):
     claim = jobs.claim("load", {})
     jobs.abandon(claim)
