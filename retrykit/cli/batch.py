@@ -62,6 +62,8 @@ def _as_parameters(_context: Any, _option: Any, given: Sequence[str]) -> dict[st
         name, equals, value = one.partition("=")
         if not equals or not name:
             raise click.BadParameter(f"{one!r} is not NAME=VALUE")
+        if name in found:
+            raise click.BadParameter(f"{name!r} is given twice")
         found[name] = value
     return found
 
@@ -112,9 +114,9 @@ def batch() -> None:
 def run(**options: Any) -> None:
     """Run a batch job to its end.
 
-    MODULE:NAME is a ChunkStep or AsyncChunkStep, or a function without arguments that makes one; with --partitions a
-    function that makes the one for a partition. The current directory is importable. A job that was interrupted goes on
-    where it was.
+    MODULE:NAME is a ChunkStep or AsyncChunkStep, or a function that makes one; with --partitions a function that makes
+    the one for a partition. A function is given those parameters of the job that it has arguments for. The current
+    directory is importable. A job that was interrupted goes on where it was.
 
     On a terminal progress is shown; elsewhere it is logged every ten seconds. SIGTERM or SIGINT (Ctrl-C) stop the job:
     the open transaction is rolled back, and what was committed stays.
@@ -179,7 +181,7 @@ def _ended_by_sigterm() -> Iterator[None]:
 
 
 def _run_one(asked: Options) -> bool:
-    step = step_of(asked.target)
+    step = step_of(asked.target, asked.parameters)
     series = Series()
     with progress(step) as show:
         told = step.on_progress
@@ -261,7 +263,7 @@ class _Logged:
 
 
 def _run_divided(asked: Options, parts: int) -> bool:
-    make = made_by(asked.target)
+    make = made_by(asked.target, asked.parameters)
     first = make(1, parts)
     if first.jobs is None:
         raise JobError(f"{first.name}: partitions are claimed in a job store: give the step `jobs`")

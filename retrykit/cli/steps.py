@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -13,28 +15,52 @@ from retrykit.cli.target import LoadingError, TargetError, check
 KINDS = (ChunkStep, AsyncChunkStep)
 
 
-def step_of(target: str) -> ChunkStep | AsyncChunkStep:
-    """The step that the target is, or makes. `TargetError`, `LoadingError`."""
+def step_of(target: str, parameters: Mapping[str, str]) -> ChunkStep | AsyncChunkStep:
+    """The step that the target is, or makes of the parameters that it has arguments for. `TargetError`,
+    `LoadingError`.
+    """
     found = _found(target)
     if isinstance(found, KINDS):
         return found
     if not callable(found) or isinstance(found, type):
         raise TargetError(f"{target} is a {type(found).__name__}: wanted is a ChunkStep, or a function that makes one")
-    return _checked(f"{target}()", _done(f"{target}()", found), KINDS)  # type: ignore[no-any-return]
+    return _checked(f"{target}()", _done(f"{target}()", partial(found, **_arguments(target, found, parameters))), KINDS)  # type: ignore[no-any-return]
 
 
-def made_by(target: str) -> Callable[[int, int], ChunkStep]:
-    """The function that makes the step of a partition, checked each time. `TargetError`, `LoadingError`."""
+def made_by(target: str, parameters: Mapping[str, str]) -> Callable[[int, int], ChunkStep]:
+    """The function that makes the step of a partition, of the parameters that it has arguments for too; checked each
+    time. `TargetError`, `LoadingError`.
+    """
     found = _found(target)
     if not callable(found) or isinstance(found, type):
         wanted = "wanted for partitions is a function of (part, parts) that makes a ChunkStep"
         raise TargetError(f"{target} is a {type(found).__name__}: {wanted}")
 
+    arguments = _arguments(target, found, parameters, 1, 1)
+
     def make(part: int, parts: int) -> ChunkStep:
         call = f"{target}({part}, {parts})"
-        return _checked(call, _done(call, lambda: found(part, parts)), (ChunkStep,))  # type: ignore[no-any-return]
+        return _checked(call, _done(call, lambda: found(part, parts, **arguments)), (ChunkStep,))  # type: ignore[no-any-return]
 
     return make
+
+
+def _arguments(target: str, function: Any, parameters: Mapping[str, str], *places: int) -> dict[str, str]:
+    """Those parameters of the job that the function has arguments for, behind its first ones."""
+    try:
+        signature = inspect.signature(function)
+    except ValueError:
+        return {}  # a builtin that does not tell
+    behind = list(signature.parameters.values())[len(places) :]
+    named = {one.name for one in behind if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
+    takes_all = any(one.kind is one.VAR_KEYWORD for one in behind)
+    arguments = {name: value for name, value in parameters.items() if takes_all or name in named}
+    try:
+        signature.bind(*places, **arguments)
+    except TypeError as error:
+        hint = "with --partitions it is called as (part, parts)" if places else "--param NAME=VALUE gives it one"
+        raise TargetError(f"{target} cannot be called: {error}; {hint}") from None
+    return arguments
 
 
 def _found(target: str) -> Any:

@@ -100,6 +100,14 @@ def make_failing_part(part, parts):
     return step_for([13] if part == 2 else [part], skip=SkipPolicy())
 
 
+def make_of(first, last="40", *, unused=None):
+    return step_for(range(int(first), int(last)))
+
+
+def make_part_of(part, parts, last):
+    return step_for([item for item in range(int(last)) if item % parts == part - 1])
+
+
 def make_nothing(*_):
     return 7
 
@@ -212,6 +220,19 @@ def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_
     assert written(folder) == sorted([*range(100), *range(100)])
 
 
+def test_a_function_is_given_the_parameters_that_it_has_arguments_for(folder):
+    run(folder, "shop:make_of", "--param", "first=35", "--param", "day=monday")
+    assert written(folder) == [35, 36, 37, 38, 39]
+    run(folder, "shop:make_part_of", "--param", "last=3", "--partitions", "2")
+    assert written(folder) == [0, 1, 2, 35, 36, 37, 38, 39]
+    _, err = run(folder, "shop:make_of", status=2)
+    assert "shop:make_of cannot be called: missing a required argument: 'first'" in err
+    _, err = run(folder, "shop:make", "--partitions", "2", status=2)
+    assert "shop:make cannot be called: too many positional arguments" in err
+    _, err = run(folder, "shop:step", "--param", "a=1", "--param", "a=2", status=2)
+    assert "'a' is given twice" in err
+
+
 def test_a_picture_that_cannot_be_written_is_refused_before_the_job_and_of_a_failed_one_there_is_one(folder):
     _, err = run(folder, "shop:step", "--plot", "nowhere/run.svg", status=2)
     assert "there is no folder 'nowhere'" in err
@@ -269,15 +290,15 @@ def test_what_is_no_step_is_refused(module):
         "Path": "is a type: wanted is a ChunkStep",
     }.items():
         with pytest.raises(TargetError, match=words):
-            step_of(f"{module}:{name}")
+            step_of(f"{module}:{name}", {})
     with pytest.raises(TargetError, match="wanted for partitions is a function"):
-        made_by(f"{module}:step")
+        made_by(f"{module}:step", {})
     with pytest.raises(TargetError, match=r"make_nothing\(1, 2\) gave a int: wanted is a ChunkStep"):
-        made_by(f"{module}:make_nothing")(1, 2)
+        made_by(f"{module}:make_nothing", {})(1, 2)
     with pytest.raises(LoadingError, match="the application cannot be loaded"):
-        step_of(f"{module}:fail")
-    assert step_of(f"{module}:make").name == "load"
-    assert made_by(f"{module}:make_part")(1, 2).name == "load"
+        step_of(f"{module}:fail", {})
+    assert step_of(f"{module}:make", {}).name == "load"
+    assert made_by(f"{module}:make_part", {})(1, 2).name == "load"
 
 
 def test_a_target_that_is_not_there_is_a_word_for_people(folder):
@@ -312,7 +333,7 @@ def hurried(module, monkeypatch):
 def test_progress_is_a_bar_on_a_terminal_and_lines_in_the_log_elsewhere(hurried, capsys, caplog, terminal):
     module, monkeypatch = hurried
     monkeypatch.setenv("FORCE_COLOR" if terminal else "NO_COLOR", "1")
-    step = step_of(f"{module}:make")
+    step = step_of(f"{module}:make", {})
     with caplog.at_level("INFO", "retrykit.batch"), progress(step) as show:
         attrs.evolve(step, on_progress=show).run()
     if terminal:

@@ -121,3 +121,13 @@ def test_a_job_that_somebody_runs_is_left_alone(run, engine, jobs):
     finally:
         jobs.abandon(claim)
     assert "begins anew" in run("restart", str(claim.id), "--yes")
+
+
+def test_a_database_that_changes_nothing_is_a_line_for_people(run, engine, jobs):
+    load(jobs, "a.csv")
+    with engine.begin() as connection:
+        connection.exec_driver_sql(
+            "CREATE TRIGGER frozen BEFORE UPDATE ON rk_job BEGIN SELECT raise(ABORT, 'it is read-only'); END"
+        )
+    assert run("restart", "2", "--yes", status=1) == "Error: nothing is changed: it is read-only\n"
+    assert stored_job(engine, 2).status == "finished"
