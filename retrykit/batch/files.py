@@ -126,7 +126,7 @@ class JsonLinesReader(_FileReader):
                     return
                 lines.check()
                 item = self.loads(line) if line.strip() else lines
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 item = Unreadable(lines.record().rstrip(b"\r\n"), error)
             lines.taken.clear()
             if item is not lines:
@@ -139,7 +139,8 @@ class CsvReader(_FileReader):
 
     Fields in quotes may contain newlines. `dialect`: the name or class of one of the standard library's `csv`. A row
     with more or fewer fields than there are names, or one that `csv` refuses, is an `Unreadable`; empty lines are left
-    out.
+    out. A quote that is never closed makes one record of all that follows it, up to `csv.field_size_limit()`
+    characters: lower that limit where a file may have such quotes.
     """
 
     fieldnames: Sequence[str] | None = attrs.field(default=None, kw_only=True)
@@ -190,6 +191,9 @@ class CsvReader(_FileReader):
             lines.check()
         except (csv.Error, ValueError) as error:
             raise ValueError(f"{self.path.name}: its first row cannot be read: {error}") from error
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"{self.path.name}: its first row has {', '.join(map(repr, twice))} several times")
         return names, lines.end
 
     @staticmethod

@@ -27,6 +27,11 @@ class WriteInPlace:
 
     def run(self) -> Work[int]:
         """How many were written; the others are put aside by the attempt. A failure that rolls back is raised."""
+        # What processors left to be written is behind no savepoint: a failure of it rolls back.
+        self.attempt.where = "write"
+        flush = getattr(self.transaction, "flush", None)
+        if flush is not None:
+            yield flush
         size = len(self.outputs)
         verdict = yield from self._test(0, size)
         if verdict is Verdict.FAILED:

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, event, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
-from sqlalchemy.orm import Session, sessionmaker
+from sqlalchemy.orm import Session, registry, sessionmaker
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlWriter
@@ -675,6 +675,26 @@ def test_culprits_are_found_between_savepoints_of_one_transaction(engine, jobs):
     ]
     assert (report.counts.written, report.counts.commits, report.counts.rollbacks) == (16, 1, 0)
     assert len(list(parked_items(engine))) == 4
+
+
+def test_what_a_processor_left_to_be_written_is_searched_between_transactions(engine, jobs):
+    class Row:
+        def __init__(self, number):
+            self.id = number
+
+    registry().map_imperatively(Row, work)
+    with engine.begin() as connection:
+        connection.execute(insert(work), {"id": 4})
+    report = step(
+        jobs,
+        engine,
+        processor=lambda item: current_context().transaction.add(Row(item)) or item,
+        writer=lambda *_: None,
+        skip=SkipPolicy(skip_for=IntegrityError),
+        no_rollback_for=IntegrityError,
+    ).run()
+    assert [skipped.number for skipped in report.skipped] == [5]
+    assert (report.counts.written, rows(engine)) == (9, list(range(10)))
 
 
 @pytest.mark.parametrize("begin", ["session", "connection"])

@@ -95,6 +95,20 @@ def test_a_bad_byte_in_a_field_of_several_lines_makes_no_row_of_the_rest(path):
     assert text[records[0][1] :].startswith(b"3,ok")
 
 
+def test_a_first_row_that_has_a_name_twice_is_an_error(path):
+    path.write_text("a,b,a\n1,2,3\n")
+    with pytest.raises(ValueError, match="its first row has 'a' several times"):
+        list(CsvReader(path).read_from(None))
+
+
+def test_a_line_that_is_nested_too_deeply_is_unreadable(path):
+    path.write_text("[" * 100_000 + "\n1\n")
+    (deep, _), (item, _) = JsonLinesReader(path).read_from(None)
+    assert isinstance(deep, Unreadable)
+    assert isinstance(deep.error, RecursionError)
+    assert item == 1
+
+
 def test_a_byte_order_mark_is_not_part_of_the_first_name(path):
     path.write_bytes(b"\xef\xbb\xbfa\n1\n")
     assert [item for item, _ in CsvReader(path).read_from(None)] == [{"a": "1"}]
