@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Final
 
@@ -146,17 +145,6 @@ def _facts(job: Job) -> Iterator[tuple[str, Cell]]:
     yield "finished", job.finished_at
 
 
-@contextmanager
-def _refused_by_the_database() -> Iterator[None]:
-    """What the database does not let happen, such as a read-only one, in a line for people."""
-    from sqlalchemy.exc import DBAPIError
-
-    try:
-        yield
-    except DBAPIError as error:
-        raise click.ClickException(safe(f"nothing is changed: {error.orig}")) from error
-
-
 def _nothing(number: int) -> click.ClickException:
     return click.ClickException(f"there is no job {number}")
 
@@ -179,8 +167,6 @@ def restart(*, url: str, number: int, yes: bool) -> None:
             raise _nothing(number)
         read = job.counts.get("read", 0)
         confirm(f"Let job {number}, {safe(job.name)} ({job.status}, {read} items read), begin anew?", yes=yes)
-        with _refused_by_the_database():
-            found = restart_job(store.engine, number)
-        if found is None:
+        if restart_job(store.engine, number) is None:
             raise _nothing(number)
     click.echo(f"job {number} begins anew when it is started next")

@@ -9,8 +9,10 @@ from typing import Any, Final
 
 import attrs
 from sqlalchemy import Engine, select, update
+from sqlalchemy.exc import DBAPIError
 
 from retrykit.check import wrong_type
+from retrykit.errors import JobError
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
 from retrykit.sql.job_rows import believed, check_free, instant_of, loaded
@@ -78,8 +80,16 @@ def is_believed(job: Job, now: float) -> bool:
 def restart_job(bind: Engine, number: int) -> Job | None:
     """Let a job begin anew when it is started next; None if there is no such job.
 
-    Position and counts are forgotten; what it has written and parked stays. `JobRunningError` while somebody runs it.
+    Position and counts are forgotten; what it has written and parked stays. `JobRunningError` while somebody runs it,
+    `JobError` where the database lets nothing be changed.
     """
+    try:
+        return _restarted(bind, number)
+    except DBAPIError as error:
+        raise JobError(f"job {number} is not changed: {error.orig}") from error
+
+
+def _restarted(bind: Engine, number: int) -> Job | None:
     database = database_of(bind)
     if database is None:
         raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)

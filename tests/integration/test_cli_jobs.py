@@ -129,5 +129,5 @@ def test_a_database_that_changes_nothing_is_a_line_for_people(run, engine, jobs)
         connection.exec_driver_sql(
             "CREATE TRIGGER frozen BEFORE UPDATE ON rk_job BEGIN SELECT raise(ABORT, 'it is read-only'); END"
         )
-    assert run("restart", "2", "--yes", status=1) == "Error: nothing is changed: it is read-only\n"
+    assert run("restart", "2", "--yes", status=1) == "Error: job 2 is not changed: it is read-only\n"
     assert stored_job(engine, 2).status == "finished"
