@@ -18,6 +18,7 @@ import attrs
 import click
 
 from retrykit.batch import AsyncChunkStep, ChunkStep, Division, Report, run_partitions
+from retrykit.cli.jobs import brief
 from retrykit.cli.logs import FORMATS, LEVELS, set_up
 from retrykit.cli.plot import Point, Series, svg
 from retrykit.cli.screen import say_json
@@ -317,7 +318,7 @@ def _say(asked: Options, step: ChunkStep, parts: int, division: Division) -> Non
     for row in rows:
         counts: dict[str, Any] = row["counts"]
         skipped = sum(counts.get("skipped", {}).values())
-        why = f"  {safe(row['reason'])}" if row["reason"] else ""
+        why = f"  {safe(brief(row['reason']) or '')}" if row["reason"] else ""
         told = f"{counts.get('read', 0):>10,} read  {counts.get('written', 0):>10,} written  {skipped:>6,} skipped"
         click.echo(f"{row['partition']:>8}  {row['status']:<8}  {told}{why}")
 

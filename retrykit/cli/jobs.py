@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from retrykit.sql import Job
 
 FORMAT: Final = 1
+_BRIEF: Final = 120
 STATUSES: Final = ("new", "running", "finished", "failed", "stopped")
 _TITLES: Final = ("id", "name", "status", "runs", "read", "written", "skipped", "changed", "parameters", "reason")
 
@@ -81,8 +82,13 @@ def _row(job: Job) -> tuple[Cell, ...]:
         _skipped(counts),
         job.updated_at,
         _shown(job.parameters),
-        job.reason,
+        brief(job.reason),
     )
+
+
+def brief(reason: str | None) -> str | None:
+    """The first line of a reason: the others of a database's have its statement, and rows."""
+    return None if reason is None else reason.partition("\n")[0][:_BRIEF]
 
 
 def _skipped(counts: Mapping[str, Any]) -> int:

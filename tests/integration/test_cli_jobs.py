@@ -131,3 +131,14 @@ def test_a_database_that_changes_nothing_is_a_line_for_people(run, engine, jobs)
         )
     assert run("restart", "2", "--yes", status=1) == "Error: job 2 is not changed: it is read-only\n"
     assert stored_job(engine, 2).status == "finished"
+
+
+def test_a_list_has_the_first_line_of_a_long_reason_and_show_has_all(run, jobs):
+    def fail(item):
+        raise OSError("no line\n[SQL: INSERT]\n" + "rows " * 100)
+
+    step = ChunkStep(name="load", reader=[1], processor=fail, writer=lambda *_: None, jobs=jobs)
+    with pytest.raises(OSError, match="no line"):
+        step.run()
+    assert run("list", "--name", "load").splitlines()[-1].endswith("OSError: no line")
+    assert "rows rows" in run("show", "2")
