@@ -27,6 +27,9 @@ that is no item's fault is repeated there too, as the policy says. A single item
 gives it, and a history of its own if it has a key. Then its recovery, in a transaction of its own, records it. Nobody
 is condemned but by his own failure.
 
+*Too many.* Limits are counted in the order of the items. When one is found that cannot be skipped any more, the items
+before it are settled first, and then the step stops: a restart begins with it.
+
 *A crash* at any moment leaves what was committed last. Position and counts commit with the items where the job store
 can join the transaction: then a restart loses nothing and repeats nothing. Else they are stored after it, and a crash
 between the two has the chunk written again: at least once.
