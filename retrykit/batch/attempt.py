@@ -379,6 +379,8 @@ class Recovery:
         attempt.context = context
         joined = yield from attempt.join(context.transaction)
         if (yield from attempt.has_happened(joined)):
+            # The commit of this one, which does nothing, may go unconfirmed too.
+            attempt.finish(attempt.tally)
             return attempt.tally  # type: ignore[no-any-return]
         error = context.last_error
         assert error is not None  # noqa: S101 - nothing is recovered that has not failed

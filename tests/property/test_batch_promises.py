@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from math import log2
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import create_engine
 
@@ -66,6 +66,11 @@ def run_to_the_end(world, pulls):
 
 @settings(max_examples=80)
 @given(fates=fates, chunk_size=st.integers(1, 25), troubles=troubles)
+@example(
+    fates=["good", "writer", "good", "writer", "processor"],
+    chunk_size=2,
+    troubles={"pulls": [], "hiccups": {2}, "doubts": {17, 18}, "in_place": False},
+)
 def test_the_same_after_crashes_at_any_statement_and_commits_that_were_not_confirmed(
     folder, fates, chunk_size, troubles
 ):
