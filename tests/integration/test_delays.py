@@ -268,7 +268,8 @@ def test_a_delay_longer_than_the_broker_keeps_is_kept_in_turns(server, queue):
     (first, second), _, numbers = late.attempts()
     assert numbers == (1, 2)
     assert second - first >= 1.45
-    assert late.container.counters.postponed >= 3
+    # Four turns, if the broker and this machine keep their times; one that comes late saves another.
+    assert late.container.counters.postponed >= 2
     assert late.container.counters.rolled_back == 1
 
 
@@ -322,7 +323,7 @@ def test_a_copy_survives_a_crash_of_the_broker(server, queue):
 
 
 def test_a_message_that_is_due_when_its_process_comes_back_waits_at_the_broker(server, queue):
-    late = Late(server, queue)
+    late = Late(server, queue, pause=3.0)
     late.publish(b"bad")
     # What a process leaves behind that died after its failed attempt was stored, before the copy was sent.
     late.options["delay"] = "hold"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from contextlib import ExitStack, contextmanager
 
@@ -10,6 +11,7 @@ from sqlalchemy import create_engine, event, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlalchemy.pool import StaticPool
+from sqlalchemy.util import greenlet_spawn
 
 from retrykit.errors import ContextCacheError
 from retrykit.sql import SqlRetryContextCache, metadata, rk_context, sqlite_engine
@@ -260,12 +262,21 @@ class Async:
         self.__dict__.update(beneath)
 
 
-def test_sync_session_beneath_an_async_one_is_joined(cache, engine):
-    with Session(engine) as session, session.begin():
-        assert cache.joined(Async(sync_session=session)).save("a/1", MARK, None) is not None
-    with engine.begin() as connection:
-        assert cache.joined(Async(sync_connection=connection)).save("a/2", MARK, None) is not None
+def test_sync_session_beneath_an_async_one_is_joined_where_it_runs(cache, engine):
+    def within():
+        with Session(engine) as session, session.begin():
+            assert cache.joined(Async(sync_session=session)).save("a/1", MARK, None) is not None
+        with engine.begin() as connection:
+            assert cache.joined(Async(sync_connection=connection)).save("a/2", MARK, None) is not None
+
+    asyncio.run(greenlet_spawn(within))
     assert len(list(cache.items())) == 2
+
+
+def test_sync_session_beneath_an_async_one_is_not_joined_elsewhere(cache, engine):
+    refused = pytest.raises(TypeError, match="it needs an AsyncSqlRetryContextCache")
+    with Session(engine) as session, session.begin(), refused:
+        cache.joined(Async(sync_session=session))
 
 
 @pytest.mark.parametrize("nothing", [None, object(), "session", 7])

@@ -20,7 +20,7 @@ from sqlalchemy.pool import NullPool
 
 import retrykit
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
-from retrykit.sql import SqlRetryContextCache, create_tables, rk_context, rk_schema, rows, sqlite_engine
+from retrykit.sql import SCHEMA_VERSION, SqlRetryContextCache, create_tables, rk_context, rk_schema, rows, sqlite_engine
 from retrykit.sql import statements as sql
 from retrykit.sql.dialects import SQLITE
 from retrykit.sql.statements import statements_of
@@ -637,7 +637,8 @@ def test_table_that_went_missing_is_a_fault_with_its_cause(cache):
 
 
 @pytest.mark.parametrize(
-    ("version", "advice"), [(3, "upgrade retrykit"), (1, "run: retrykit db upgrade --store sqlite:///")]
+    ("version", "advice"),
+    [(SCHEMA_VERSION + 1, "upgrade retrykit"), (1, "run: retrykit db upgrade --store sqlite:///")],
 )
 def test_tables_of_another_version_are_refused_with_what_to_do(cache, url, version, advice):
     with cache.engine.begin() as connection:

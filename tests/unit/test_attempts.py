@@ -302,15 +302,19 @@ def test_a_loop_leaves_no_garbage(failures):
         with contextlib.suppress(ValueError):
             Sync.loop(template, Body(*[ValueError(str(n)) for n in range(failures)]))
 
+    def garbage(template):
+        gc.collect()
+        gc.disable()
+        try:
+            loop(template)
+            return gc.collect()
+        finally:
+            gc.enable()
+
     template = RetryTemplate()
     loop(template)
-    gc.collect()
-    gc.disable()
-    try:
-        loop(template)
-        assert gc.collect() == 0
-    finally:
-        gc.enable()
+    # A thread that an earlier test has left may leave some of its own now and then; ours would be there each time.
+    assert 0 in [garbage(template) for _ in range(5)]
 
 
 # -- interruptions outside of the block
