@@ -63,8 +63,20 @@ def opened(url: str) -> Iterator[Store]:
         raise StoreMissingError(str(error)) from error
     except ValueError as error:
         raise StoreError(str(error)) from error
-    with closing(cache):
+    with closing(cache), _without_advice():
         yield Store(cache, Histories(cache))
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """What a server's settings mean is for the program to hear that keeps histories there, not for every command."""
+    logger = logging.getLogger("retrykit.redis")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def with_driver(url: str) -> str:
@@ -103,8 +115,6 @@ def _sql_at(url: str) -> Any:
 def _redis_at(url: str) -> Any:
     from retrykit.redis import RedisRetryContextCache
 
-    # What the server's settings mean is for the program to hear that keeps histories there, not for every command.
-    logging.getLogger("retrykit.redis").setLevel(logging.ERROR)
     # Of its options one is the cache's own, the others are redis-py's.
     bare, _, query = url.partition("?")
     options = parse_qsl(query)

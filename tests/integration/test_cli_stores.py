@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from datetime import timedelta
 
 import attrs
@@ -91,6 +92,14 @@ def test_parked_items_go_back_and_are_discarded(store):
         assert [message.body for message in server.messages(QUEUE)] == [b"\x00"]
     assert run(url, "parked", "discard", "--all", "--yes").endswith("discarded: 2\n")
     assert list(parked_items(cache.engine)) == []
+
+
+@pytest.mark.parametrize("store", ["redis"], indirect=True)
+def test_advice_to_programs_is_not_given_at_each_command_but_to_programs_still(store, caplog):
+    _, url = store
+    assert "append-only" not in run(url, "contexts", "list")
+    assert "append-only" not in caplog.text
+    assert logging.getLogger("retrykit.redis").isEnabledFor(logging.WARNING)
 
 
 @pytest.mark.parametrize("store", SERVERS, indirect=True)
