@@ -1,7 +1,45 @@
-"""The servers that these tests talk to."""
+"""The servers that these tests talk to, real ones and doubles."""
 
 from __future__ import annotations
 
+import uuid
+
+import pytest
+
+from retrykit.testing import StompServer
 from tests.servers.fixtures import activemq, mariadb, postgresql, rabbitmq, redis_server
 
 __all__ = ["activemq", "mariadb", "postgresql", "rabbitmq", "redis_server"]
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    with StompServer(profile="activemq") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def embedded_rabbit():
+    with StompServer(profile="rabbitmq") as server:
+        yield server
+
+
+@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
+def server(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
+def rabbit(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=["embedded", "embedded_rabbit"])
+def double(request):
+    """A server that can be told to fail at a moment of our choice."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture
+def queue():
+    return f"/queue/orders.{uuid.uuid4().hex[:12]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-import uuid
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager
 
@@ -27,7 +26,6 @@ from retrykit.sql import (
     parked_items,
     sqlite_engine,
 )
-from retrykit.testing import StompServer
 from tests.servers.databases import empty_database, with_driver
 
 PATIENCE = 90.0
@@ -37,20 +35,9 @@ SLOW = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x <
 DRIVERS = {"sqlite": ("aiosqlite", "pysqlite"), "postgresql": ("asyncpg", "psycopg")}
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
 @pytest.fixture(params=["embedded", "activemq", "rabbitmq"])
 def server(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/async.{uuid.uuid4().hex[:12]}"
 
 
 class Database:

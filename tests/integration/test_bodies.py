@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 import time
-import uuid
 from contextlib import closing
 
 import pytest
@@ -22,7 +21,6 @@ from retrykit.messaging import (
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import NeverRetryPolicy, SimpleRetryPolicy
 from retrykit.template import RetryTemplate
-from retrykit.testing import StompServer
 from tests.servers import ActiveMq, RabbitMq, Wire
 
 PATIENCE = 60.0
@@ -30,33 +28,6 @@ LARGE = 10_000_000
 LARGE_SECONDS = 30.0
 ODD = "a:b\\c\nd\re \t ü 日本 😀"
 ALL_BYTES = bytes(range(256)) * 3
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded", "embedded_rabbit"])
-def double(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/bodies.{uuid.uuid4().hex[:12]}"
 
 
 @pytest.fixture

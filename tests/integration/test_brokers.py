@@ -12,15 +12,8 @@ from retrykit.errors import CommitInDoubtError
 from retrykit.messaging import by_content
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.stomp import StompBroker
-from retrykit.testing import StompServer
 from retrykit.testing.broker_contract import BrokerContract
 from tests.servers import Wire
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
 
 
 class TestMemoryBroker(BrokerContract):
@@ -63,12 +56,6 @@ class TestActiveMq(_StompContract):
 
 class TestActiveMqAsAStranger(TestActiveMq):
     options: ClassVar = {"profile": "generic"}
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
 
 
 QUORUM = {"declare": {"x-queue-type": "quorum"}}

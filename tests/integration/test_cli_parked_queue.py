@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import uuid
 from contextlib import closing
 
 import pytest
@@ -21,41 +20,9 @@ from retrykit.messaging import ListenerContainer, park
 from retrykit.messaging.parked import browse, taken
 from retrykit.messaging.stomp import StompBroker
 from retrykit.sql import SqlRetryContextCache
-from retrykit.testing import StompServer
-from tests.servers import RabbitMq, Wire
+from tests.servers import Wire
 
 PATIENCE = 60.0
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
-def rabbit(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/orders.{uuid.uuid4().hex[:12]}"
-
-
-def is_rabbit(server):
-    return isinstance(server, RabbitMq) or getattr(server, "profile", "") == "rabbitmq"
 
 
 def parked(server, queue, *arguments, status=0, store=None):

@@ -6,7 +6,6 @@ import json
 import logging
 import threading
 import time
-import uuid
 from collections import Counter
 from contextlib import closing
 
@@ -34,7 +33,7 @@ from retrykit.policy import SimpleRetryPolicy
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
-from tests.servers import RabbitMq, Wire
+from tests.servers import RabbitMq, Wire, is_rabbit
 from tests.servers.rabbitmq import USER
 
 PATIENCE = 90.0
@@ -45,46 +44,9 @@ metadata = MetaData()
 effects = Table("effects", metadata, Column("number", Integer, primary_key=True), Column("body", String))
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=["activemq", "rabbitmq"])
 def real(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
-def rabbit(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded", "embedded_rabbit"])
-def double(request):
-    """A server that can be told to fail at a moment of our choice."""
-    return request.getfixturevalue(request.param)
-
-
-def is_rabbit(server):
-    return isinstance(server, RabbitMq) or getattr(server, "profile", "") == "rabbitmq"
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/orders.{uuid.uuid4().hex[:12]}"
 
 
 class Job:

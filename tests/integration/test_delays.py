@@ -7,7 +7,6 @@ import json
 import logging
 import threading
 import time
-import uuid
 from contextlib import closing, contextmanager
 from itertools import pairwise
 
@@ -23,7 +22,7 @@ from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.testing import StompServer
-from tests.servers import RabbitMq, Wire
+from tests.servers import RabbitMq, Wire, is_rabbit
 from tests.servers.activemq import ActiveMq, activemq_missing
 
 PATIENCE = 60.0
@@ -37,43 +36,6 @@ HEADERS = {
     "my-header": "a:b\\c\nd größer",
     "retrykit-id": "my-id",
 }
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
-def rabbit(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded", "embedded_rabbit"])
-def double(request):
-    """A server that can be told to fail at a moment of our choice."""
-    return request.getfixturevalue(request.param)
-
-
-def is_rabbit(server):
-    return isinstance(server, RabbitMq) or getattr(server, "profile", "") == "rabbitmq"
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/late.{uuid.uuid4().hex[:12]}"
 
 
 class Late:

@@ -38,7 +38,6 @@ from retrykit import ExponentialBackOffPolicy, FixedBackOffPolicy, RetryTemplate
 from retrykit.errors import CommitInDoubtError
 from retrykit.messaging import BrokerRefusedError, ConnectionLostError, ListenerContainer, park
 from retrykit.messaging.stomp import StompBroker
-from retrykit.testing import StompServer
 from tests.servers import Wire
 from tests.servers.proxy import TcpProxy
 
@@ -46,36 +45,9 @@ PATIENCE = 60.0
 QUICK = ExponentialBackOffPolicy(initial=0.01, max_interval=0.2, jitter="full")
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=["embedded", "activemq"])
 def active(request):
     return request.getfixturevalue(request.param)
-
-
-@pytest.fixture(params=["embedded_rabbit", "rabbitmq"])
-def rabbit(request):
-    return request.getfixturevalue(request.param)
-
-
-@pytest.fixture
-def queue():
-    return f"/queue/pitfall.{uuid.uuid4().hex[:12]}"
 
 
 def until(condition):

@@ -31,23 +31,6 @@ PATIENCE = 60.0
 SLOW_TO_FAIL = {"receipt_timeout": 20.0, "connect_timeout": 20.0}
 
 
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
-
-
-@pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])
-def server(request):
-    return request.getfixturevalue(request.param)
-
-
 @pytest.fixture(params=["embedded", "activemq"])
 def activemq_kind(request):
     return request.getfixturevalue(request.param)

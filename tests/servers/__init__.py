@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.servers.activemq import ActiveMq, activemq_missing
 from tests.servers.mariadb import MariaDb, mariadb_missing
 from tests.servers.postgresql import PostgreSql, postgresql_missing
-from tests.servers.rabbitmq import RabbitMq, rabbitmq_missing
+from tests.servers.rabbitmq import RabbitMq, is_rabbit, rabbitmq_missing
 from tests.servers.redis_server import RedisServer, redis_missing
 from tests.servers.tls import Authority
 from tests.servers.wire import Frame, StompErrorFrame, Wire
@@ -21,6 +21,7 @@ __all__ = [
     "StompErrorFrame",
     "Wire",
     "activemq_missing",
+    "is_rabbit",
     "mariadb_missing",
     "postgresql_missing",
     "rabbitmq_missing",

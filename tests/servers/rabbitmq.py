@@ -173,3 +173,8 @@ class RabbitMq(ServerProcess):
         except (OSError, AssertionError, StompErrorFrame):
             return False
         return True
+
+
+def is_rabbit(server: object) -> bool:
+    """Whether it is a RabbitMQ, or a double of one."""
+    return isinstance(server, RabbitMq) or getattr(server, "profile", "") == "rabbitmq"

@@ -29,7 +29,20 @@ def quick_run(script: str) -> dict[str, Any]:
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("script", ["batch.py", "overhead.py", "imports.py", "stores.py", "stomp.py"])
+# They take a minute each, and CI runs all benchmarks by themselves (`make bench QUICK=1`).
+_slow = pytest.mark.skipif("CI" in os.environ, reason="CI runs the benchmarks beside the tests")
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "batch.py",
+        "overhead.py",
+        "imports.py",
+        pytest.param("stores.py", marks=_slow),
+        pytest.param("stomp.py", marks=_slow),
+    ],
+)
 def test_a_quick_run_prints_one_object_with_rows_targets_and_the_machine(script: str) -> None:
     report = quick_run(script)
     assert set(report) == {"rows", "targets", "machine"}
