@@ -67,12 +67,15 @@ class Queued:
     """A number in a queue."""
 
     def __init__(self, server):
+        self.server = server
         self.queue = f"/queue/kept.{uuid.uuid4().hex}"
         self.connect = lambda: Wire(server.host, server.port, virtual_host=None)
 
     def keep(self, number):
         with self.connect() as wire:
             wire.publish(self.queue, str(number).encode())
+        # A RabbitMQ that is killed may forget a queue that it made a moment before.
+        self.server.keep_queues()
 
     def kept(self):
         with self.connect() as wire:
