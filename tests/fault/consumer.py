@@ -32,6 +32,15 @@ def open_database(directory):
     return engine
 
 
+def die_once(directory):
+    """SIGKILL, unless another process has had it already."""
+    try:
+        (directory / "died").touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 class Consumer:
     """Numbers that divide by 5 fail twice, those by 7 always. SIGKILL comes before `step` of `number`, once."""
 
@@ -77,11 +86,7 @@ class Consumer:
     def die_before(self, step):
         if (step, self.current) != (self.step, self.number):
             return
-        try:
-            (self.directory / "died").touch(exist_ok=False)
-        except FileExistsError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
+        die_once(self.directory)
 
     # -- the broker, with a session that dies
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 from pathlib import Path
 
@@ -16,7 +14,7 @@ from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.sql import SqlRetryContextCache
 from retrykit.template import RetryTemplate
-from tests.fault.consumer import effects, open_database
+from tests.fault.consumer import die_once, effects, open_database
 
 MAX_ATTEMPTS = 3
 PAUSE = 0.3
@@ -57,13 +55,8 @@ class Consumer:
             raise ConnectionError(message.text)
 
     def die_at(self, moment):
-        if moment != self.moment:
-            return
-        try:
-            (self.directory / "died").touch(exist_ok=False)
-        except FileExistsError:
-            return
-        os.kill(os.getpid(), signal.SIGKILL)
+        if moment == self.moment:
+            die_once(self.directory)
 
     # -- the broker, with a session that dies
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import uuid
 from collections import Counter, defaultdict
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 
 import pytest
 
 from retrykit import ExponentialBackOffPolicy, RetryTemplate, SimpleRetryPolicy
 from retrykit.messaging import ListenerContainer
 from retrykit.messaging.stomp import StompBroker
+from tests import waiting
 from tests.servers import RabbitMq, Wire
 
 PATIENCE = 90.0
@@ -48,11 +49,7 @@ def container(url, queue, handler, **options):
     )
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.02)
+until = partial(waiting.until, seconds=PATIENCE, look=0.02)
 
 
 # -- back-pressure

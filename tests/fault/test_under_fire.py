@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import random
 import time
 from collections import Counter
 
@@ -25,14 +23,6 @@ def nursery():
     nursery = Nursery("tests.fault.broker_consumer")
     yield nursery
     nursery.close()
-
-
-@pytest.fixture
-def seed():
-    """Another one in each run, unless RETRYKIT_FAULT_SEED says which; printed when the test fails."""
-    seed = int(os.environ.get("RETRYKIT_FAULT_SEED", random.randrange(1_000_000)))
-    print(f"RETRYKIT_FAULT_SEED={seed}")
-    return seed
 
 
 @pytest.fixture(params=["activemq", "rabbitmq"])

@@ -6,22 +6,9 @@ import uuid
 
 import pytest
 
-from retrykit.testing import StompServer
-from tests.servers.fixtures import activemq, mariadb, postgresql, rabbitmq, redis_server
+from tests.servers.fixtures import activemq, embedded, embedded_rabbit, mariadb, postgresql, rabbitmq, redis_server
 
-__all__ = ["activemq", "mariadb", "postgresql", "rabbitmq", "redis_server"]
-
-
-@pytest.fixture(scope="module")
-def embedded():
-    with StompServer(profile="activemq") as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def embedded_rabbit():
-    with StompServer(profile="rabbitmq") as server:
-        yield server
+__all__ = ["activemq", "embedded", "embedded_rabbit", "mariadb", "postgresql", "rabbitmq", "redis_server"]
 
 
 @pytest.fixture(params=["embedded", "activemq", "embedded_rabbit", "rabbitmq"])

@@ -8,6 +8,7 @@ import ssl
 import threading
 import time
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -16,6 +17,7 @@ from retrykit.messaging import BrokerUnavailableError, ConnectionLostError, List
 from retrykit.messaging.stomp import StompBroker
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
+from tests import waiting
 from tests.servers import Authority
 from tests.servers.proxy import TcpProxy
 from tests.servers.rabbitmq import USER
@@ -23,12 +25,7 @@ from tests.servers.rabbitmq import USER
 PATIENCE = 60.0
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.01)
+until = partial(waiting.until, seconds=PATIENCE)
 
 
 # -- encrypted

@@ -9,8 +9,8 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ pytest.importorskip("click")
 
 from retrykit.sql import SqlRetryContextCache
 from retrykit.testing import StompServer
+from tests import waiting
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
@@ -59,6 +60,7 @@ import os
 from retrykit import AsyncRetryTemplate, SimpleRetryPolicy
 from retrykit.messaging import Consumers, park
 from retrykit.sql import AsyncSqlRetryContextCache
+from tests import waiting
 
 cache = AsyncSqlRetryContextCache("sqlite+aiosqlite:///later.db")
 template = AsyncRetryTemplate(name="later", retry_policy=SimpleRetryPolicy(max_attempts=2), context_cache=cache)
@@ -170,11 +172,7 @@ class Service:
         self.reader.join(PATIENCE)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.02)
+wait_for = partial(waiting.until, seconds=PATIENCE, look=0.02)
 
 
 def handled(folder):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from contextlib import closing
+from functools import partial
 
 import attrs
 import pytest
@@ -33,6 +34,7 @@ from retrykit.policy import SimpleRetryPolicy
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
+from tests import waiting
 from tests.servers import RabbitMq, Wire, is_rabbit
 from tests.servers.rabbitmq import USER
 
@@ -464,12 +466,7 @@ def test_deliveries_of_a_subscription_that_was_left_are_dropped(tmp_path, reques
     assert job.container.counters.generations == 1
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.01)
+until = partial(waiting.until, seconds=PATIENCE)
 
 
 def consumer(server, queue, handler, **options):

@@ -31,6 +31,7 @@ import threading
 import time
 import uuid
 from contextlib import closing, contextmanager
+from functools import partial
 
 import pytest
 
@@ -38,6 +39,7 @@ from retrykit import ExponentialBackOffPolicy, FixedBackOffPolicy, RetryTemplate
 from retrykit.errors import CommitInDoubtError
 from retrykit.messaging import BrokerRefusedError, ConnectionLostError, ListenerContainer, park
 from retrykit.messaging.stomp import StompBroker
+from tests import waiting
 from tests.servers import Wire
 from tests.servers.proxy import TcpProxy
 
@@ -50,11 +52,7 @@ def active(request):
     return request.getfixturevalue(request.param)
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.01)
+until = partial(waiting.until, seconds=PATIENCE)
 
 
 def send(server, queue, *bodies, **headers):

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
 import uuid
 from collections import Counter
 from contextlib import closing
+from functools import partial
 
 import pytest
 
@@ -25,6 +24,7 @@ from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
+from tests import waiting
 from tests.servers import ActiveMq
 
 PATIENCE = 60.0
@@ -61,12 +61,7 @@ def publisher(server):
         yield publisher
 
 
-def until(condition):
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.01)
+until = partial(waiting.until, seconds=PATIENCE)
 
 
 def template(**options):

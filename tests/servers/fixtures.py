@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import pytest
 
+from retrykit.testing import StompServer
 from tests.servers.activemq import ActiveMq, activemq_missing
 from tests.servers.mariadb import MariaDb, mariadb_missing
 from tests.servers.postgresql import PostgreSql, postgresql_missing
@@ -75,3 +76,17 @@ def _of_this_process(
         server.start()
         config.stash[place] = server
     return config.stash[place]
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Iterator[StompServer]:
+    """The embedded server, as an ActiveMQ."""
+    with StompServer(profile="activemq") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def embedded_rabbit() -> Iterator[StompServer]:
+    """The embedded server, as a RabbitMQ."""
+    with StompServer(profile="rabbitmq") as server:
+        yield server

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
 
 import attrs
 import pytest
@@ -21,6 +22,7 @@ from retrykit.cache import MapRetryContextCache
 from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, desk, loop, park
 from retrykit.messaging.errors import LoopEndedError
 from retrykit.messaging.memory import MemoryBroker
+from tests import waiting
 from tests.doubles import AsyncCache
 
 ORDERS = "/queue/orders"
@@ -49,12 +51,7 @@ def consume(broker, handler, **options):
     return made
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.002)
+wait_for = partial(waiting.until, seconds=PATIENCE, look=0.002)
 
 
 class Database:

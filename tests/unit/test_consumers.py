@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
+from functools import partial
 
 import attrs
 import pytest
@@ -22,6 +22,7 @@ from retrykit.messaging import (
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
+from tests import waiting
 
 ORDERS = "/queue/orders"
 BILLS = "/queue/bills"
@@ -40,11 +41,7 @@ def consumers(broker):
     return Consumers(broker, template=TEMPLATE, reconnect=QUICK)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.002)
+wait_for = partial(waiting.until, seconds=PATIENCE, look=0.002)
 
 
 def handle(message):

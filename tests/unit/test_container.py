@@ -8,9 +8,9 @@ import gc
 import os
 import signal
 import threading
-import time
 import weakref
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 
 import attrs
 import pytest
@@ -37,6 +37,7 @@ from retrykit.messaging.patience import Patience
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.state import RetryState
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
+from tests import waiting
 
 ORDERS = "/queue/orders"
 PARKED = "/queue/orders.parked"
@@ -635,12 +636,7 @@ def test_a_connection_lost_while_the_handler_runs_rolls_the_database_back(broker
 # -- lifetime
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    pause = threading.Event()
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        pause.wait(0.002)
+wait_for = partial(waiting.until, seconds=PATIENCE, look=0.002)
 
 
 def test_stopping_finishes_the_message_in_hand_and_takes_no_other(broker):

@@ -6,7 +6,7 @@ import http.client
 import json
 import socket
 import threading
-import time
+from functools import partial
 
 import pytest
 
@@ -16,6 +16,7 @@ from retrykit.messaging.health import HealthServer
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
+from tests import waiting
 
 ORDERS = "/queue/orders"
 PATIENCE = 20.0
@@ -32,11 +33,7 @@ def container(broker, handler=lambda _message: None, **options):
     return ListenerContainer(broker, handler, template=template, reconnect=QUICK, **options)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.002)
+wait_for = partial(waiting.until, seconds=PATIENCE, look=0.002)
 
 
 def ask(server, page, method="GET"):

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ import pytest
 from retrykit.backoff import FixedBackOffPolicy
 from retrykit.cli import processes as module
 from retrykit.cli.processes import ProcessEndedError, Processes
+from tests import waiting
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0
@@ -49,11 +50,7 @@ def _folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
-def wait_for(condition):
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        threading.Event().wait(0.01)
+wait_for = partial(waiting.until, seconds=PATIENCE)
 
 
 def started(number=None):
