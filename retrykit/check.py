@@ -173,6 +173,15 @@ def _takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
     return True
 
 
+def closes_without_commit(manager: object) -> bool:
+    """Whether this is a Session or Connection of SQLAlchemy itself, in place of a transaction of it: what is done in it
+    is rolled back when it is left.
+    """
+    leave = getattr(type(manager), "__exit__", None) or getattr(type(manager), "__aexit__", None)
+    module = str(getattr(leave, "__module__", ""))
+    return hasattr(manager, "in_transaction") and module.partition(".")[0] == "sqlalchemy"
+
+
 def has(*methods: str, optional: bool = False) -> Validator:
     """An attrs validator: an object (not a class) with these methods; None too if `optional`."""
 

@@ -14,7 +14,7 @@ from retrykit.batch.inplace import WriteInPlace
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
-from retrykit.check import wrong_type
+from retrykit.check import closes_without_commit, wrong_type
 from retrykit.context import RetryContext
 from retrykit.errors import RetryError
 from retrykit.failure import ErrorSummary, summary
@@ -33,14 +33,11 @@ def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rol
 
 def _committing(manager: Any) -> Any:
     """The context manager, unless it is one of SQLAlchemy's that are left without a commit: `TypeError`."""
-    if hasattr(manager, "begin_nested"):
-        kind = type(manager)
-        leave = getattr(kind, "__exit__", None) or getattr(kind, "__aexit__", None)
-        if str(getattr(leave, "__module__", "")).startswith("sqlalchemy."):
-            wanted = "callable for a context manager that commits, such as sessionmaker(engine).begin or engine.begin"
-            if not hasattr(manager, "__aexit__"):
-                manager.close()
-            raise wrong_type("transaction", wanted, manager)
+    if closes_without_commit(manager):
+        wanted = "callable for a context manager that commits, such as sessionmaker(engine).begin or engine.begin"
+        if not hasattr(manager, "__aexit__"):
+            manager.close()
+        raise wrong_type("transaction", wanted, manager)
     return manager
 
 

@@ -10,10 +10,11 @@ Its transaction opens by itself with the first `send` or with `commit`, and ends
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
+from retrykit.check import wrong_type
 from retrykit.message import Message
 
 
@@ -104,3 +105,9 @@ class Broker(Protocol):
 
     def connect(self, *, consume: bool = True) -> Session:
         """Open a session, subscribed if `consume`. `BrokerUnavailableError` when that fails, with nothing left open."""
+
+
+def is_broker(_instance: Any, field: Any, value: Any) -> None:
+    """An attrs validator: something that connects."""
+    if isinstance(value, type) or not isinstance(value, Broker):
+        raise wrong_type(field.name, "a broker: an object with a name and connect()", value)

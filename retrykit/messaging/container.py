@@ -12,7 +12,7 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
 from retrykit.check import callable_with, is_callable_or_none, one_of, whole, wrong_type, wrong_value
-from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
 from retrykit.messaging.delivery import Delivery, Work
@@ -40,11 +40,6 @@ RECONNECT: Final = ExponentialBackOffPolicy(initial=0.1, multiplier=2.0, max_int
 def _is_template(_instance: Any, field: Any, value: Any) -> None:
     if not isinstance(value, RetryTemplate | AsyncRetryTemplate):
         raise wrong_type(field.name, "a RetryTemplate or an AsyncRetryTemplate", value)
-
-
-def _is_broker(_instance: Any, field: Any, value: Any) -> None:
-    if isinstance(value, type) or not isinstance(value, Broker):
-        raise wrong_type(field.name, "a broker: an object with a name and connect()", value)
 
 
 def _shares_messages(container: Any, field: Any, value: int) -> None:
@@ -114,7 +109,7 @@ class ListenerContainer(Lifetime):
     entering it fails, the container gives up.
     """
 
-    broker: Broker = attrs.field(validator=_is_broker)
+    broker: Broker = attrs.field(validator=is_broker)
     handler: Handler
     template: RetryTemplate | AsyncRetryTemplate = attrs.field(kw_only=True, validator=_is_template)
     transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)

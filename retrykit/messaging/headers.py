@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any, Final
+
+from retrykit.check import wrong_type
+
+_DIGITS: Final = 19
 
 
 def check_headers(headers: Mapping[str, str], given_as: str = "headers") -> None:
@@ -16,3 +21,19 @@ def check_headers(headers: Mapping[str, str], given_as: str = "headers") -> None
             f"{name}{value}".encode()
         except UnicodeEncodeError as error:
             raise ValueError(f"{given_as}: {name!r} cannot be sent as UTF-8: {error.reason}") from None
+
+
+def given_headers(given_as: str, value: Any) -> dict[str, str]:
+    """A mapping of names to texts that frames can carry; `TypeError` or `ValueError` for anything else."""
+    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
+        raise wrong_type(given_as, "a mapping of str to str", value)
+    check_headers(value, given_as)
+    return dict(value)
+
+
+def number_in(text: str | None) -> int:
+    """The whole number that a header says; 0 for none, and for what anybody may have written there instead.
+
+    Python refuses to read thousands of digits.
+    """
+    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < _DIGITS else 0

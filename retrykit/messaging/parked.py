@@ -22,6 +22,7 @@ import attrs
 from retrykit.check import wrong_value
 from retrykit.key import canonical_key, key_from_json
 from retrykit.messaging import recoverers as header
+from retrykit.messaging.headers import number_in
 from retrykit.messaging.stomp.address import without_path
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ FIRST_SECONDS: Final = 2.0
 NEXT_SECONDS: Final = 1.0
 END_SECONDS: Final = 15.0
 _QUEUE: Final = "/queue/"
-_DIGITS: Final = 19
 
 
 @attrs.frozen(kw_only=True)
@@ -77,7 +77,7 @@ class ParkedMessage:
             content_type=headers.get("content-type"),
             headers=header.original_headers(headers),
             reason=headers.get(header.REASON, ""),
-            attempts=_number(headers.get(header.ATTEMPTS)),
+            attempts=number_in(headers.get(header.ATTEMPTS)),
             errors=_errors(headers),
             first_failed_at=_instant(headers.get(header.FIRST_FAILED_AT)),
             last_failed_at=last,
@@ -207,13 +207,8 @@ def _errors(headers: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:
         return ()
     last = _instant(headers.get(header.LAST_FAILED_AT))
     at = {} if last is None else {"at": last.timestamp()}
-    number = _number(headers.get(header.ATTEMPTS))
+    number = number_in(headers.get(header.ATTEMPTS))
     return ({"attempt": number, "type": kind, "message": headers.get(header.ERROR, ""), **at},)
-
-
-def _number(text: str | None) -> int:
-    # Python refuses to read thousands of digits.
-    return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < _DIGITS else 0
 
 
 def _instant(text: str | None) -> datetime | None:
@@ -225,6 +220,6 @@ def _instant(text: str | None) -> datetime | None:
 
 def _since_epoch(milliseconds: str | None) -> datetime | None:
     try:
-        return datetime.fromtimestamp(_number(milliseconds) / 1_000, UTC) if _number(milliseconds) else None
+        return datetime.fromtimestamp(since / 1_000, UTC) if (since := number_in(milliseconds)) else None
     except (ValueError, OverflowError, OSError):
         return None

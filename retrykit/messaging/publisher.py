@@ -16,7 +16,7 @@ from retrykit.check import Seconds, one_of, wrong_type
 from retrykit.errors import CommitInDoubtError
 from retrykit.lock import lock_of
 from retrykit.message import as_sent, is_nonempty_text
-from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.errors import BrokerError, BrokerUnavailableError, ConnectionLostError, SendInDoubtError
 from retrykit.messaging.outbox import Outgoing
 from retrykit.messaging.recoverers import ID
@@ -42,11 +42,6 @@ def _publishing() -> RetryTemplate:
         retry_policy=SimpleRetryPolicy(max_attempts=_TRIES, retry_for=lost),
         back_off_policy=ExponentialBackOffPolicy(initial=0.2, multiplier=5.0, max_interval=1.0, jitter="full"),
     )
-
-
-def _is_broker(_instance: Any, field: Any, value: Any) -> None:
-    if isinstance(value, type) or not isinstance(value, Broker):
-        raise wrong_type(field.name, "a broker: an object with a name and connect()", value)
 
 
 def _is_template(_instance: Any, field: Any, value: Any) -> None:
@@ -104,7 +99,7 @@ class Publisher:
     (`StompBroker(identify=by_header("retrykit-id"))`).
     """
 
-    broker: Broker = attrs.field(validator=_is_broker)
+    broker: Broker = attrs.field(validator=is_broker)
     template: RetryTemplate = attrs.field(factory=_publishing, kw_only=True, validator=_is_template)
     _lock: Any = attrs.field(default=attrs.Factory(lock_of, takes_self=True), init=False, repr=False)
     _session: Session | None = attrs.field(default=None, init=False, repr=False)

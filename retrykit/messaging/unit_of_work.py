@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
+from retrykit.check import closes_without_commit
 from retrykit.errors import CommitInDoubtError
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError
 
@@ -101,7 +102,7 @@ class UnitOfWork:
         if not hasattr(database, "__enter__"):
             raise self._misused()
         given = database.__enter__()
-        if given is database and _closes_only(given, "__exit__"):
+        if given is database and closes_without_commit(given):
             database.__exit__(None, None, None)
             raise _never_commits(given)
         return given
@@ -134,7 +135,7 @@ class UnitOfWork:
         if not hasattr(database, "__aenter__"):
             return self.__enter__()
         given = await database.__aenter__()
-        if given is database and _closes_only(given, "__aexit__"):
+        if given is database and closes_without_commit(given):
             await database.__aexit__(None, None, None)
             raise _never_commits(given)
         if (misfit := self._misfit(given)) is not None:
@@ -203,12 +204,6 @@ def _next(steps: _Steps, fault: BaseException | None) -> _AtBroker | _InDatabase
 def _facts(error: BaseException | None) -> tuple[Any, Any, Any]:
     """What a context manager is told."""
     return (None, None, None) if error is None else (type(error), error, error.__traceback__)
-
-
-def _closes_only(manager: object, leave: str) -> bool:
-    """Whether this is SQLAlchemy's Session or Connection itself, in place of a transaction of it."""
-    module = getattr(getattr(type(manager), leave, None), "__module__", "")
-    return hasattr(manager, "in_transaction") and module.partition(".")[0] == "sqlalchemy"
 
 
 def _never_commits(manager: object) -> MisusedError:

@@ -13,7 +13,7 @@ import attrs
 from retrykit.check import as_seconds, callable_with, more_than, whole, wrong_type, wrong_value
 from retrykit.failure import type_name
 from retrykit.messaging.errors import BrokerUnavailableError
-from retrykit.messaging.headers import check_headers
+from retrykit.messaging.headers import check_headers, given_headers
 from retrykit.messaging.identity import Identify
 from retrykit.messaging.stomp.address import Address, Servers, can_be_sent, parse_servers, redacted
 from retrykit.messaging.stomp.failover import Rota
@@ -28,11 +28,8 @@ Credentials = Callable[[], tuple[str, str]]
 _log: Final = logging.getLogger("retrykit.messaging")
 
 
-def _headers(value: Any) -> dict[str, str]:
-    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise wrong_type("declare", "a mapping of str to str", value)
-    check_headers(value, "declare")
-    return dict(value)
+def _declared(value: Any) -> dict[str, str]:
+    return given_headers("declare", value)
 
 
 def _is_text(_instance: Any, field: Any, value: Any) -> None:
@@ -97,7 +94,7 @@ class StompBroker:
     identify: Identify | None = attrs.field(default=None, kw_only=True, validator=callable_with("headers", "body"))
     credentials: Credentials | None = attrs.field(default=None, kw_only=True, repr=False, validator=_gives_credentials)
     ssl_context: ssl.SSLContext | None = attrs.field(default=None, kw_only=True, validator=_is_context_or_none)
-    declare: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, converter=_headers, hash=False)
+    declare: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, converter=_declared, hash=False)
     subscribe: Mapping[str, str] = attrs.field(factory=dict, kw_only=True, converter=subscribe_headers, hash=False)
     selector: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)
     durable: str | None = attrs.field(default=None, kw_only=True, validator=_is_filled_text_or_none)

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from retrykit.message import EXPIRES_AT
 from retrykit.messaging.delays import Origin, Way, delay_queue, origin_of
+from retrykit.messaging.headers import number_in
 from retrykit.messaging.recoverers import COPY_OF, in_copies
 from retrykit.messaging.stomp.java_text import to_java
 
@@ -38,7 +39,6 @@ _OF_THE_WAIT: Final = frozenset(
 )
 # RabbitMQ tells of the first queue that a message died in, and from version 4 of the last one.
 _DEATHS: Final = ("x-first-death-", "x-last-death-")
-_DIGITS: Final = 19
 _PROBE: Final = "/temp-queue/retrykit-probe"
 
 
@@ -95,8 +95,7 @@ def end_of(message: Message) -> int:
     origin = origin_of(message.headers, message.destination)
     if origin is not None:
         return origin.end
-    told = message.headers.get("expires") or message.headers.get(EXPIRES_AT) or ""
-    return int(told) if told.isascii() and told.isdigit() and len(told) < _DIGITS else 0
+    return number_in(message.headers.get("expires") or message.headers.get(EXPIRES_AT))
 
 
 def has_ended(message: Message) -> bool:

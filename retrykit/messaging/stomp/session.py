@@ -25,7 +25,7 @@ from retrykit.messaging.errors import (
     NoStableIdError,
     NotSupportedError,
 )
-from retrykit.messaging.headers import check_headers
+from retrykit.messaging.headers import check_headers, number_in
 from retrykit.messaging.identity import by_content, by_header
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.recoverers import COPY_OF, ID
@@ -50,7 +50,6 @@ THE_COMMIT: Final = "the commit"
 _THE_SENDS: Final = "the sends"
 _QUEUE: Final = "/queue/"
 _LENGTH: Final = "content-length"
-_DIGITS: Final = 19
 
 
 @attrs.frozen(eq=False)
@@ -68,7 +67,7 @@ class StompSession:
     def __init__(self, broker: StompBroker, wire: Wire) -> None:
         self._broker = broker
         self._wire = wire
-        self._profile = broker.profile or profile_for("")
+        self._know(broker.profile or profile_for(""))
         self._subscription: str | None = None
         self._subscriptions = itertools.count(1)
         self._transaction: str | None = None
@@ -81,7 +80,7 @@ class StompSession:
     def open(self, *, consume: bool) -> None:
         """Connect, find out what kind of broker it is, subscribe."""
         server = self._wire.open()
-        self._profile = self._profile_at(server)
+        self._know(self._profile_at(server))
         self._wire.not_refusals = self._profile.not_refusals
         if consume:
             check_supported(self._broker, self._profile)
@@ -109,7 +108,16 @@ class StompSession:
     @property
     def capabilities(self) -> Capabilities:
         """What that kind can do."""
-        own, identify = self._profile.capabilities, self._broker.identify
+        return self._capabilities
+
+    def _know(self, profile: Profile) -> None:
+        """It is a broker of this kind."""
+        self._profile = profile
+        self._counts = profile.counting_queues and self._broker.declare.get("x-queue-type") == "quorum"
+        self._capabilities = self._capabilities_of(profile.capabilities)
+
+    def _capabilities_of(self, own: Capabilities) -> Capabilities:
+        identify = self._broker.identify
         if identify is not None:
             # An id that is not the broker's may come again with another message, which the broker does not flag.
             stable = isinstance(identify, by_content)
@@ -119,10 +127,6 @@ class StompSession:
             # A copy would go to every subscriber.
             own = attrs.evolve(own, trustworthy_flag=False, flags_while_connected=False, delayed_copies=False)
         return attrs.evolve(own, counts_deliveries=True) if self._counts else own
-
-    @property
-    def _counts(self) -> bool:
-        return self._profile.counting_queues and self._broker.declare.get("x-queue-type") == "quorum"
 
     @property
     def stale_frames(self) -> int:
@@ -180,7 +184,7 @@ class StompSession:
             key=(destination, stable),
             # A copy is sent after a failed attempt only. What a redelivery policy of the broker brings says so too.
             redelivered=origin is not None or headers.get("redelivered") == "true" or "redeliveryDelay" in headers,
-            delivery_count=_again(headers) + 1 if self._counts else None,
+            delivery_count=number_in(headers.get("x-delivery-count")) + 1 if self._counts else None,
             handle=_Handle(self._wire, headers["subscription"], ack),
         )
 
@@ -417,9 +421,3 @@ class StompSession:
             with contextlib.suppress(BrokerError):
                 self._wire.settle(GOODBYE_SECONDS)
         self._wire.hang_up()
-
-
-def _again(headers: Mapping[str, str]) -> int:
-    count = headers.get("x-delivery-count", "0")
-    # A producer may have sent one, of any length.
-    return int(count) if count.isascii() and count.isdigit() and len(count) < _DIGITS else 0

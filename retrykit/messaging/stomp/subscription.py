@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
-from retrykit.check import wrong_type, wrong_value
+from retrykit.check import wrong_value
 from retrykit.messaging.errors import NotSupportedError
-from retrykit.messaging.headers import check_headers
+from retrykit.messaging.headers import given_headers
 from retrykit.messaging.stomp.profiles import Profile
 
 if TYPE_CHECKING:
@@ -30,13 +29,11 @@ _OF_EACH: Final = ("/topic/", "/exchange/")
 
 def subscribe_headers(value: Any) -> dict[str, str]:
     """An attrs converter: headers of SUBSCRIBE, without those that are said otherwise."""
-    if not isinstance(value, Mapping) or not all(isinstance(text, str) for item in value.items() for text in item):
-        raise wrong_type("subscribe", "a mapping of str to str", value)
-    for name in value:
+    given = given_headers("subscribe", value)
+    for name in given:
         if name in _RESERVED:
             raise ValueError(f"subscribe: {name!r} is reserved: {_RESERVED[name]}")
-    check_headers(value, "subscribe")
-    return dict(value)
+    return given
 
 
 def is_topic(destination: str) -> bool:
