@@ -39,6 +39,11 @@ def namespace(name: str) -> str:
     return space if len(space) <= MAX_SPACE else f"{space[: MAX_SPACE - 65]}~{_sha256(space)}"
 
 
+def is_name(_instance: Any, _field: Any, name: Any) -> None:
+    """An attrs validator: what a name may be."""
+    namespace(name)
+
+
 def _escaped(letter: str) -> str:
     return "".join(f"%{byte:02X}" for byte in letter.encode("utf-8", "surrogatepass"))
 

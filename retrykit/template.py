@@ -21,7 +21,7 @@ from retrykit.check import Seconds, as_seconds, as_seconds_or_none, has, more_th
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, _bound
 from retrykit.driver import Driver, async_drive, drive, readable, without_frame
-from retrykit.key import Key, check_key, in_namespace, namespace
+from retrykit.key import Key, check_key, in_namespace, is_name, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
 from retrykit.state import RetryState
@@ -52,10 +52,6 @@ def short_cut(allowed: bool) -> Iterator[None]:  # noqa: FBT001 - read as short_
         _short_cut = before
 
 
-def _check_name(_instance: Any, _field: Any, name: Any) -> None:
-    namespace(name)
-
-
 def _listeners(given: Sequence[RetryListener]) -> tuple[RetryListener, ...]:
     return tuple(given) if isinstance(given, list | tuple) else given  # type: ignore[return-value] # what is none the validator refuses
 
@@ -78,7 +74,7 @@ def _is_cache_for(template: Any, field: Any, cache: Any) -> None:
 class _Template(Value):
     """What both templates are made of."""
 
-    name: str = attrs.field(default="retry", validator=_check_name)
+    name: str = attrs.field(default="retry", validator=is_name)
     retry_policy: RetryPolicy = attrs.field(factory=SimpleRetryPolicy, validator=is_policy)
     back_off_policy: BackOffPolicy = attrs.field(factory=NoBackOffPolicy, validator=is_back_off)
     context_cache: Any = attrs.field(factory=MapRetryContextCache, validator=_is_cache_for, eq=identity)

@@ -58,7 +58,7 @@ from typing import Any, NoReturn
 
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped
-from retrykit.batch.isolation import Search, Verdict, isolate, next_group, tread_carefully
+from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
 from retrykit.batch.work import Work
@@ -206,12 +206,7 @@ class Course:
         live = chunk.live(size)
         if not live:
             yield from self._test(chunk, size, whole=False)
-        search = method(len(live))
-        group = next_group(search)
-        while group is not None:
-            end = size if group[1] == len(live) else live[group[1]]
-            verdict = yield from self._test(chunk, end, whole=False)
-            group = next_group(search, verdict)
+        yield from searched(method, live, size, lambda _, end: self._test(chunk, end, whole=False))
 
     def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""

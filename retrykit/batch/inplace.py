@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from retrykit.batch.isolation import Verdict, isolate, next_group
+from retrykit.batch.isolation import Verdict, isolate, searched
 from retrykit.batch.work import Work
 
 if TYPE_CHECKING:
@@ -36,12 +36,7 @@ class WriteInPlace:
         verdict = yield from self._test(0, size)
         if verdict is Verdict.FAILED:
             left = [index for index in range(size) if index not in self.aside]
-            search = isolate(len(left))
-            group = next_group(search)
-            while group is not None:
-                end = size if group[1] == len(left) else left[group[1]]
-                verdict = yield from self._test(left[group[0]], end)
-                group = next_group(search, verdict)
+            yield from searched(isolate, left, size, self._test)
         return size - len(self.aside)
 
     def _test(self, start: int, end: int) -> Work[Verdict]:

@@ -26,11 +26,13 @@ and still everything that commits is done, and whatever fails by itself is at fa
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from enum import Enum
 from typing import Any
 
 import attrs
+
+from retrykit.batch.work import Work
 
 
 class Verdict(Enum):
@@ -118,6 +120,20 @@ def _search(known: _Known) -> Search:
         verdict: Any = yield start, end
         assert verdict is not Verdict.FAILED or end - start > 1, "a group of one has a verdict of its own"  # noqa: S101
         known.learn(end, verdict)
+
+
+def searched(
+    method: Callable[[int], Search], places: Sequence[int], end: int, test: Callable[[int, int], Work[Verdict]]
+) -> Work[None]:
+    """Bring the items at these places to their end by a search: `test(start, end)` says what comes of those from one
+    place up to, not including, another; the last group reaches to `end`.
+    """
+    search = method(len(places))
+    group = next_group(search)
+    while group is not None:
+        first, behind = group
+        verdict = yield from test(places[first], end if behind == len(places) else places[behind])
+        group = next_group(search, verdict)
 
 
 def next_group(search: Search, verdict: Verdict | None = None) -> Group | None:

@@ -23,7 +23,7 @@ from retrykit.check import (
     wrong_type,
     wrong_value,
 )
-from retrykit.key import canonical_key, namespace
+from retrykit.key import canonical_key, is_name
 from retrykit.message import Message
 from retrykit.policy import CompositeRetryPolicy, PredicateRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
@@ -71,10 +71,6 @@ class Templates:
         )
 
 
-def _check_name(_instance: Any, _field: Any, name: Any) -> None:
-    namespace(name)
-
-
 def _default_template(step: Any) -> Any:
     return step._kind(name=step.name)  # noqa: SLF001 - the step's own
 
@@ -83,7 +79,7 @@ def _default_template(step: Any) -> Any:
 class _Step(Value):
     """What both kinds of steps are made of."""
 
-    name: str = attrs.field(validator=_check_name)
+    name: str = attrs.field(validator=is_name)
     reader: Any = attrs.field()
     writer: Callable[[Any, list[Any]], Any] = attrs.field(validator=is_callable)
     processor: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)

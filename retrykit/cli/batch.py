@@ -19,7 +19,7 @@ import click
 
 from retrykit.batch import AsyncChunkStep, ChunkStep, Division, Report, run_partitions
 from retrykit.cli.jobs import brief
-from retrykit.cli.logs import FORMATS, LEVELS, set_up
+from retrykit.cli.logs import log_options, set_up
 from retrykit.cli.plot import Point, Series, svg
 from retrykit.cli.screen import say_json
 from retrykit.cli.steps import made_by, step_of
@@ -104,14 +104,7 @@ def batch() -> None:
     help="Draw items a second and failures over time; not with --partitions.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON document.")
-@click.option(
-    "--log-level",
-    type=click.Choice(LEVELS, case_sensitive=False),
-    default="info",
-    show_default=True,
-    help="What goes to standard error.",
-)
-@click.option("--log-format", type=click.Choice(FORMATS), default="text", show_default=True, help="Of the log.")
+@log_options
 def run(**options: Any) -> None:
     """Run a batch job to its end.
 

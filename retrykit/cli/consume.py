@@ -14,7 +14,7 @@ import attrs
 import click
 
 from retrykit.cli.channel import Answers
-from retrykit.cli.logs import FORMATS, LEVELS, set_up
+from retrykit.cli.logs import log_options, set_up
 from retrykit.cli.processes import ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
@@ -77,20 +77,7 @@ class Options:
     callback=as_duration,
     help="How long the messages in hand may take when it is to stop.",
 )
-@click.option(
-    "--log-level",
-    type=click.Choice(LEVELS, case_sensitive=False),
-    default="info",
-    show_default=True,
-    help="What goes to standard error.",
-)
-@click.option(
-    "--log-format",
-    type=click.Choice(FORMATS),
-    default="text",
-    show_default=True,
-    help="Lines for people, or a JSON object a line.",
-)
+@log_options
 @click.option("--supervised", type=click.IntRange(1), hidden=True)
 def consume(**options: Any) -> None:
     """Consume messages until told to stop.

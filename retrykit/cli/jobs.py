@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import click
 
-from retrykit.cli.options import database_option, json_option, pages, use, yes_option
+from retrykit.cli.options import database_option, id_of, json_option, pages, use, yes_option
 from retrykit.cli.screen import Cell, Screen, confirm, say_json
 from retrykit.cli.words import safe
 
@@ -44,7 +44,7 @@ def list_(*, url: str, name: str | None, status: str | None, limit: int, after: 
     """
     from retrykit.sql import stored_jobs
 
-    behind = _number(after)
+    behind = 0 if after is None else id_of(after, "--after", "number of a job", least=0)
     with use(url) as store:
         found = list(
             islice(stored_jobs(store.engine, name=name, status=status, after=behind, limit=limit + 1), limit + 1)
@@ -60,14 +60,6 @@ def list_(*, url: str, name: str | None, status: str | None, limit: int, after: 
         screen.line("no such job")
     if following is not None:
         click.echo(f"there are more: --after {following}", err=True)
-
-
-def _number(after: str | None) -> int:
-    if after is None:
-        return 0
-    if not after.isdecimal():
-        raise click.BadParameter(f"{after!r} is no number of a job", param_hint="--after")
-    return int(after)
 
 
 def _row(job: Job) -> tuple[Cell, ...]:

@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
+
+import click
 
 from retrykit.cli.words import safe
 from retrykit.messaging.logs import JsonLines
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 LEVELS: Final = ("debug", "info", "warning", "error")
 FORMATS: Final = ("text", "json")
+
+
+def log_options(command: F) -> F:
+    """`--log-level` and `--log-format`."""
+    level = click.option(
+        "--log-level",
+        type=click.Choice(LEVELS, case_sensitive=False),
+        default="info",
+        show_default=True,
+        help="What goes to standard error.",
+    )
+    form = click.option(
+        "--log-format",
+        type=click.Choice(FORMATS),
+        default="text",
+        show_default=True,
+        help="Lines for people, or a JSON object a line.",
+    )
+    return level(form(command))
 
 
 class TextLines(logging.Formatter):

@@ -63,6 +63,13 @@ def item_of(history: str | None, name: str | None, key: str | None, key_json: Ke
     raise click.UsageError("Say which: HISTORY as it is listed, or --name with --key (or with --key-json).")
 
 
+def id_of(text: str, hint: str, what: str = "ID", *, least: int = 1) -> int:
+    """A number by which a database knows something: what SQL takes for one, and no more."""
+    if not (text.isascii() and text.isdecimal() and least <= int(text) < 1 << 63):
+        raise click.BadParameter(f"{text!r} is no {what}", param_hint=hint)
+    return int(text)
+
+
 def since_until(what: str) -> Callable[[F], F]:
     """`--since` and `--until`."""
     return together(

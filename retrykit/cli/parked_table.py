@@ -11,7 +11,7 @@ import attrs
 import click
 
 from retrykit.cli.brokers import broker_at
-from retrykit.cli.options import told, use
+from retrykit.cli.options import id_of, told, use
 from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, origin, row_of, to_json
 from retrykit.cli.screen import Screen, confirm, say_json
 from retrykit.cli.stores import Store, opened
@@ -53,7 +53,7 @@ def list_items(url: str, which: Which, *, limit: int, after: str | None, as_json
         items = list(
             parked_items(
                 store.engine,
-                after=0 if after is None else _number(after, "--after"),
+                after=0 if after is None else id_of(after, "--after"),
                 limit=limit,
                 **attrs.asdict(which),
             )
@@ -69,13 +69,6 @@ def list_items(url: str, which: Which, *, limit: int, after: str | None, as_json
         screen.line("nothing is parked")
     if more is not None:
         click.echo(f"there may be more: --after {more}", err=True)
-
-
-def _number(text: str, hint: str) -> int:
-    # What SQL takes for a number, and no more.
-    if not (text.isascii() and text.isdecimal() and 0 < int(text) < 1 << 63):
-        raise click.BadParameter(f"{text!r} is no ID", param_hint=hint)
-    return int(text)
 
 
 def show_item(url: str, number: str, *, as_json: bool, body: Path | None) -> None:
@@ -94,7 +87,7 @@ def show_item(url: str, number: str, *, as_json: bool, body: Path | None) -> Non
 def _item(engine: Any, number: str) -> ParkedItem:
     from retrykit.sql import parked_item
 
-    item = parked_item(engine, _number(number, "ID"))
+    item = parked_item(engine, id_of(number, "ID"))
     if item is None:
         raise click.ClickException(f"no item {number} is parked")
     return item

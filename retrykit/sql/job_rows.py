@@ -249,8 +249,8 @@ def _in_words(parts: int | None) -> str:
 
 def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The parameters of all jobs of the step that is divided as these say; none if it is not."""
-    _, _, parts = str(parameters.get("partition", "")).partition("/")
-    return [partition(parameters, part, int(parts)) for part in range(1, int(parts) + 1)] if parts.isdecimal() else []
+    parts = _parts_of(parameters)
+    return [] if parts is None else [partition(parameters, part, parts) for part in range(1, parts + 1)]
 
 
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:
