@@ -15,9 +15,11 @@ from retrykit.messaging.errors import (
     BrokerUnavailableError,
     ConnectionLostError,
     DelayUnavailableError,
+    LoginRefusedError,
     NoStableIdError,
     NotSupportedError,
     SendInDoubtError,
+    SubscriptionRefusedError,
 )
 from retrykit.messaging.group import ContainerGroup
 from retrykit.messaging.identity import Identify, by_content, by_header
@@ -43,6 +45,7 @@ __all__ = [
     "Health",
     "Identify",
     "ListenerContainer",
+    "LoginRefusedError",
     "Message",
     "NoStableIdError",
     "NotSupportedError",
@@ -55,6 +58,7 @@ __all__ = [
     "SendInDoubtError",
     "Session",
     "Settlement",
+    "SubscriptionRefusedError",
     "by_content",
     "by_header",
     "discard",

@@ -6,11 +6,20 @@ from retrykit.errors import RetryError
 
 
 class BrokerError(RetryError):
-    """The broker {broker} refused or failed: {reason}"""
+    """The broker {broker} refused or failed: {reason}
+
+    `answer` is all that it said in an ERROR frame, as far as 10,000 bytes of it; "" where it said nothing.
+    """
+
+    answer: str = ""
 
 
 class BrokerUnavailableError(BrokerError):
     """No connection to the broker {broker} could be made: {reason}"""
+
+
+class LoginRefusedError(BrokerUnavailableError):
+    """The broker {broker} did not let us in: {reason}"""
 
 
 class ConnectionLostError(BrokerError):
@@ -40,6 +49,13 @@ class NotSupportedError(BrokerError):
     """The broker {broker} cannot do what it is asked for: {reason}
 
     It would pass it over in silence, so nothing is begun, and a container stops.
+    """
+
+
+class SubscriptionRefusedError(BrokerError):
+    """The broker {broker} refuses the subscription, and would at every other try: {reason}
+
+    It cannot be understood (`selector`), or contradicts the queue (`declare`), so a container stops.
     """
 
 

@@ -23,6 +23,7 @@ from retrykit.messaging.errors import (
     LoopEndedError,
     NoStableIdError,
     NotSupportedError,
+    SubscriptionRefusedError,
 )
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.messaging.unit_of_work import TransactionMisuseError
@@ -35,7 +36,16 @@ if TYPE_CHECKING:
     from retrykit.message import Message
     from retrykit.messaging.desk import Desk
 
-_FATAL: Final = (NoStableIdError, TransactionMisuseError, DelayUnavailableError, NotSupportedError, LoopEndedError)
+MISCONFIGURED: Final = (
+    NoStableIdError,
+    TransactionMisuseError,
+    DelayUnavailableError,
+    NotSupportedError,
+    SubscriptionRefusedError,
+)
+"""What would be so again with every connection, and in every process, until somebody changes something."""
+
+_FATAL: Final = (*MISCONFIGURED, LoopEndedError)
 _log = logging.getLogger("retrykit.messaging")
 
 

@@ -16,6 +16,7 @@ from retrykit.messaging import (
     NotSupportedError,
     OutgoingMessage,
     Publisher,
+    SubscriptionRefusedError,
     by_content,
     by_header,
     park,
@@ -290,10 +291,13 @@ def test_a_durable_subscription_may_have_a_selector(activemq, topic):
         until(lambda: reader.handled == ["2"])
 
 
-def test_a_selector_that_cannot_be_read_is_refused(activemq, name):
+def test_a_selector_that_cannot_be_read_stops_the_container_with_a_sentence(activemq, name):
     broker = StompBroker(activemq.url, destination=f"/queue/selected.{name}", selector="colour =")
-    with pytest.raises(BrokerUnavailableError, match="colour ="):
-        broker.connect()
+    container = ListenerContainer(broker, print, template=template())
+    container.start()
+    with pytest.raises(SubscriptionRefusedError, match=r"selector: .*Exception: colour =$") as refused:
+        container.wait(PATIENCE)
+    assert "\tat org.apache" in refused.value.answer
 
 
 def test_a_selector_stops_the_container_on_a_broker_that_would_take_no_notice(rabbitmq_kind, name):

@@ -66,6 +66,8 @@ class Profile:
     """Whose a durable subscription is: of one client's id and a name, or of all that use its name."""
     expiry: Literal["expires", "expiration"] | None = None
     """The header that ends a message: `expires` at an instant, `expiration` after a time; in milliseconds."""
+    wrong_subscriptions: Mapping[str, str] = attrs.field(factory=dict, hash=False)
+    """Words in the ERROR that answers a SUBSCRIBE which is wrong for good, and what of it is."""
     not_refusals: tuple[str, ...] = ()
     """How the `message` header of an ERROR begins that is about the connection, not about what was sent on it."""
 
@@ -85,6 +87,7 @@ ACTIVEMQ: Final = Profile(
     text_headers={"amq-msg-type": "text"},
     selectors=True,
     durable="by client",
+    wrong_subscriptions={"InvalidSelectorException": "selector"},
     expiry="expires",
     browses=True,
     delays="scheduler",
@@ -119,6 +122,10 @@ RABBITMQ: Final = Profile(
     # The arguments of queues are milliseconds in 32 bits.
     longest_delay=30 * 86_400.0,
     made_queues="/amq/queue/",
+    wrong_subscriptions={
+        "Unknown destination": "destination",
+        "PRECONDITION_FAILED": "declare has to say how the queue was made",
+    },
     not_refusals=(
         "AMQP channel died",
         "Server cancelled subscription",

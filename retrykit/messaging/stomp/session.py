@@ -21,7 +21,6 @@ from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import (
     BrokerError,
     BrokerRefusedError,
-    BrokerUnavailableError,
     NoStableIdError,
     NotSupportedError,
 )
@@ -32,6 +31,7 @@ from retrykit.messaging.recoverers import COPY_OF, ID
 from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
 from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
+from retrykit.messaging.stomp.refusals import not_subscribed
 from retrykit.messaging.stomp.subscription import (
     check_supported,
     headers_for,
@@ -88,7 +88,7 @@ class StompSession:
             try:
                 self._wire.settle(self._broker.receipt_timeout)
             except BrokerError as error:
-                raise BrokerUnavailableError(broker=self._broker.name, reason=error.__dict__["reason"]) from error
+                raise not_subscribed(self._broker, self._profile, error) from error
 
     def _profile_at(self, server: str) -> Profile:
         given, found = self._broker.profile, profile_for(server)

@@ -83,7 +83,8 @@ def explained(error: BaseException) -> str:
     if isinstance(error, ssl.SSLError):
         return f"TLS failed (is it spoken there?): {error.reason or error}"
     if isinstance(error, TimeoutError):
-        return f"nobody answered there in time{' in TLS' if 'handshake' in str(error) else ''}"
+        late = "TLS was not agreed on in time (is it spoken there?)"
+        return late if "handshake" in str(error) else "nobody answered there in time"
     return str(error) or type(error).__name__
 
 

@@ -23,9 +23,16 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, ConnectionLostError
+from retrykit.messaging.errors import (
+    BrokerError,
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    ConnectionLostError,
+    LoginRefusedError,
+)
 from retrykit.messaging.stomp.address import Address
 from retrykit.messaging.stomp.frames import HEART_BEAT, FrameCutter, decoded, encoded
+from retrykit.messaging.stomp.refusals import sentence, unanswered, whole_text
 from retrykit.messaging.stomp.session import GOODBYE_SECONDS, THE_COMMIT
 from retrykit.messaging.stomp.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
 
@@ -45,7 +52,6 @@ except ModuleNotFoundError as missing:
     raise ImportError('STOMP brokers need stomp.py: pip install "retrykit[stomp]"', name="stomp") from missing
 
 _log = logging.getLogger("retrykit.messaging")
-_MAX_ERROR: Final = 500
 _CHUNK: Final = 65_536
 LAST_WORDS_SECONDS: Final = 1.0
 
@@ -192,6 +198,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
         self._awaited: dict[str, str] = {}
         self._refused = ""
+        self.answer = ""
         self._outgoing: list[bytes] = []
         self._numbers = itertools.count(1)
         self._leaving = False
@@ -224,12 +231,12 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 
     def on_error(self, frame: Any) -> None:
         """The broker refused something: after that nothing on this connection can be relied on."""
-        detail = frame.body[:_MAX_ERROR].decode("utf-8", "replace") if isinstance(frame.body, bytes) else ""
-        message = frame.headers.get("message", "")
+        body, message = frame.body or b"", frame.headers.get("message", "")
         with self._changed:
             if not message.startswith(self.not_refusals):
                 self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
-        self.lose(f"the broker sent ERROR: {message} {' '.join(detail.split())}".rstrip())
+            self.answer = self.answer or whole_text(message, body)
+        self.lose(f"the broker sent ERROR: {sentence(message, body)}")
 
     def _meant(self, receipt: str | None) -> str:
         """What an ERROR refuses; "" when that is not sure.
@@ -280,7 +287,8 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         with self._changed:
             self._changed.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
         if self.lost or self.server is None:
-            raise self._unavailable(self.lost or f"it did not answer in {self.broker.connect_timeout:g} s")
+            late = f"it did not answer in {self.broker.connect_timeout:g} s"
+            raise self._unavailable(unanswered(self.lost or late, encrypted=self._call.context is not None))
         if not self._beats:
             _log.warning(
                 "%s: the server sends no heart-beats: should it be gone, that is noticed minutes later", self.name
@@ -350,7 +358,9 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         with self._changed:
             what, self._refused = self._refused, ""
         # Said once: what is tried on this connection afterwards was not refused, it never arrived.
-        return BrokerRefusedError(broker=self.name, what=what, reason=self.lost) if what else self.error()
+        if not what:
+            return self.error()
+        return BrokerRefusedError(broker=self.name, what=what, reason=self.lost, answer=self.answer)
 
     def pause(self, length: float) -> bool:
         """Wait; False when interrupted or lost."""
@@ -380,7 +390,8 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 
     def error(self) -> ConnectionLostError:
         """Why the connection is of no use."""
-        return ConnectionLostError(broker=self.name, reason=self.lost)
+        return ConnectionLostError(broker=self.name, reason=self.lost, answer=self.answer)
 
     def _unavailable(self, reason: str) -> BrokerUnavailableError:
-        return BrokerUnavailableError(broker=self.name, reason=reason)
+        kind = LoginRefusedError if self.answer else BrokerUnavailableError
+        return kind(broker=self.name, reason=reason, answer=self.answer)
