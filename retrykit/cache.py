@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal, Protocol, runtime_checkable
 
 import attrs
@@ -18,6 +18,7 @@ from retrykit.check import as_seconds_or_none, has, more_than, one_of, whole
 from retrykit.errors import CacheCapacityError
 from retrykit.key import canonical_key
 from retrykit.lock import lock_of
+from retrykit.tombstone import WEEK, Bound, entombed
 from retrykit.value import Value
 
 __all__ = [
@@ -51,7 +52,9 @@ class RetryContextCache(Protocol):
     `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times. One that may
     forget histories by itself (because it is full, or they are old) has an attribute `may_forget` that is true: then a
     history that is gone is not taken for one that somebody settled. `open_keys(prefix, limit)`, where a store has it,
-    gives the keys of its histories, completion marks left out, or None when there are more.
+    gives the keys of its histories, completion marks left out, or None when there are more. `vetoed(keys)`, where a
+    store has it, gives those of so many keys that have a veto, with what is stored of them, in one round trip; without
+    it each is loaded. `shared` is false for a cache of one process only.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -62,13 +65,14 @@ class RetryContextCache(Protocol):
 
         Returns the new version, a number never used before for this key; None if somebody else was first, and nothing
         was changed. `CacheCapacityError` when the store is full and the key is new: a known key can always be stored.
+        What is stored in place of a tombstone needs room as a new key does.
         """
 
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget the key, if its version still is `expected` (None: whatever it is). Whether something was removed."""
 
     def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
-        """All keys that begin with the prefix, in order, with what is stored: for operators.
+        """All keys that begin with the prefix, in order, with what is stored, tombstones left out: for operators.
 
         `after`: only keys behind this one, found without reading those before it.
         """
@@ -124,9 +128,11 @@ class MapRetryContextCache:
 
     `capacity`: how many histories at most. When it is full and a new key comes, `on_full="reject"` raises
     `CacheCapacityError` (the failure is then not remembered, and the business error stays what the caller sees),
-    `"evict_oldest"` forgets the one that was stored longest ago. `time_to_live`: seconds after which a history that was
-    not touched may be forgotten (`expire`); None keeps it. A pickled or copied cache has the same bounds and is empty:
-    history in memory belongs to its process.
+    `"evict_oldest"` drops the one that was stored longest ago. `time_to_live`: seconds after which a history that was
+    not touched may be dropped (`expire`); None keeps it. What is dropped leaves a tombstone, from which its count goes
+    on: `tombstones` at most (None: as many as `capacity`; 0: none), for `tombstone_time_to_live` seconds (None: until
+    there are too many). A pickled or copied cache has the same bounds and is empty: history in memory belongs to its
+    process.
     """
 
     capacity: int = attrs.field(default=100_000, validator=whole(1))
@@ -136,10 +142,16 @@ class MapRetryContextCache:
     time_to_live: float | None = attrs.field(
         default=None, converter=as_seconds_or_none, validator=more_than(0), kw_only=True
     )
+    _tombstones: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True, repr=False)
+    tombstone_time_to_live: float | None = attrs.field(
+        default=WEEK, converter=as_seconds_or_none, validator=more_than(0), kw_only=True, repr=False
+    )
     _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=lambda entries: str(len(entries)))
     # Completion marks and the states of circuits: kept apart, because they take no place from histories and are never
     # evicted. Marks go when their time is over.
     _marks: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
+    # What was dropped, in that order.
+    _graves: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=False)
     _look_again: float = attrs.field(init=False, default=0.0, repr=False)
     _lock: Any = attrs.field(init=False, default=attrs.Factory(lock_of, takes_self=True), repr=False)
     shared: ClassVar[bool] = False
@@ -152,9 +164,14 @@ class MapRetryContextCache:
         return self.on_full == "evict_oldest" or self.time_to_live is not None
 
     @property
+    def tombstones(self) -> int:
+        """How many tombstones are kept."""
+        return self.capacity if self._tombstones is None else self._tombstones
+
+    @property
     def bounds(self) -> tuple[Any, ...]:
         """What it was made with."""
-        return (self.capacity, self.on_full, self.time_to_live)
+        return (self.capacity, self.on_full, self.time_to_live, self._tombstones, self.tombstone_time_to_live)
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._marks)
@@ -166,7 +183,7 @@ class MapRetryContextCache:
         return _empty, self.bounds
 
     def _home_of(self, key: str) -> dict[str, StoredContext]:
-        return self._marks if key in self._marks else self._entries
+        return next((home for home in (self._entries, self._marks, self._graves) if key in home), self._entries)
 
     def load(self, key: str) -> StoredContext | None:
         """What is stored under the key, or None."""
@@ -184,7 +201,7 @@ class MapRetryContextCache:
             found = home.get(key)
             if (None if found is None else found.version) != expected:
                 return None
-            if not is_mark and home.get(key) is None:
+            if not is_mark and (found is None or home is self._graves):
                 self._make_room(key, kept)
             # Taken out and put back: the dict's order is the order in which histories were last stored.
             home.pop(key, None)
@@ -209,7 +226,14 @@ class MapRetryContextCache:
             raise CacheCapacityError(capacity=self.capacity, key=key)
         # A veto is somebody's word, to be kept: those go last.
         free = (one for one, stored in self._entries.items() if not stored.snapshot.get("veto"))
-        del self._entries[next(free, next(iter(self._entries)))]
+        self._bury(next(free, next(iter(self._entries))), now, "capacity")
+
+    def _bury(self, key: str, now: float, by: Bound) -> None:
+        """Drop a history. Its tombstone has its version: it says nothing that whoever knows that does not know."""
+        stored = self._entries.pop(key)
+        self._graves[key] = StoredContext(entombed(stored.snapshot, now, by), stored.version)
+        while len(self._graves) > self.tombstones:
+            del self._graves[next(iter(self._graves))]
 
     def remove(self, key: str, expected: int | None = None) -> bool:
         """Forget the key, if its version still is `expected`."""
@@ -235,24 +259,35 @@ class MapRetryContextCache:
                 yield key, stored
 
     def open_keys(self, prefix: str, limit: int) -> list[str] | None:
-        """The keys of histories that begin with the prefix; None when there are more than `limit`."""
+        """The keys of histories and tombstones that begin with the prefix; None when there are more than `limit`."""
         with self._lock:
-            found = [key for key in self._entries if key.startswith(prefix)]
+            found = [key for key in (*self._entries, *self._graves) if key.startswith(prefix)]
         return found if len(found) <= limit else None
 
+    def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
+        """Those of the keys that have a veto, with what is stored."""
+        with self._lock:
+            entries = self._entries
+            found = {key: entries[key] for key in keys if key in entries and entries[key].snapshot.get("veto")}
+        return {key: StoredContext(copied(stored.snapshot), stored.version) for key, stored in found.items()}
+
     def expire(self, now: float | None = None, limit: int | None = None) -> int:
-        """Forget completion marks that are over, and histories not touched for `time_to_live`."""
+        """Drop completion marks and tombstones that are over, and histories not touched for `time_to_live`."""
         with self._lock:
             return self._drop_over(time.time() if now is None else now, limit)
 
     def _drop_over(self, now: float, limit: int | None = None) -> int:
         dropped = 0
-        for home in (self._entries, self._marks):
-            all_over = (key for key, stored in home.items() if self._is_over(stored.snapshot, now))
+        for home in (self._graves, self._marks, self._entries):
+            is_over = self._is_worn if home is self._graves else self._is_over
+            all_over = (key for key, stored in home.items() if is_over(stored.snapshot, now))
             over = list(itertools.islice(all_over, None if limit is None else limit - dropped))
             dropped += len(over)
             for key in over:
-                del home[key]
+                if home is self._entries:
+                    self._bury(key, now, "time_to_live")
+                else:
+                    del home[key]
         return dropped
 
     def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
@@ -261,6 +296,10 @@ class MapRetryContextCache:
             touched = snapshot.get("last_failed_at") or snapshot.get("started_at")
             until = None if touched is None else touched + self.time_to_live
         return until is not None and until <= now
+
+    def _is_worn(self, tombstone: Mapping[str, Any], now: float) -> bool:
+        lasts = self.tombstone_time_to_live
+        return lasts is not None and float(tombstone["evicted"]["at"]) + lasts <= now
 
 
 _WHOLE: Final = frozenset({str, int, float, bool, type(None)})
@@ -278,6 +317,11 @@ def copied(value: Any) -> Any:
 
 
 def _empty(
-    capacity: int, on_full: Literal["reject", "evict_oldest"], time_to_live: float | None
+    capacity: int,
+    on_full: Literal["reject", "evict_oldest"],
+    time_to_live: float | None,
+    tombstones: int | None = None,
+    tombstone_time_to_live: float | None = WEEK,
 ) -> MapRetryContextCache:
-    return MapRetryContextCache(capacity, on_full=on_full, time_to_live=time_to_live)
+    bounds: dict[str, Any] = {"on_full": on_full, "time_to_live": time_to_live, "tombstones": tombstones}
+    return MapRetryContextCache(capacity, **bounds, tombstone_time_to_live=tombstone_time_to_live)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from time import monotonic
 from typing import Any, ClassVar, Final, Self, TypeVar
 
@@ -160,6 +160,10 @@ class RedisRetryContextCache:
         """
         return self._send(self._requests.open_keys(prefix, limit))
 
+    def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
+        """Those of the keys that have a veto, with what is stored: one round trip, however many they are."""
+        return self._send(self._requests.vetoed(keys)) if keys else {}
+
     def open(self) -> None:
         """Ask the server for its time: a program that begins with this learns at once whether there is a server.
 
@@ -297,6 +301,10 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
     async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override] # as in `load`
         """As `RedisRetryContextCache.open_keys`."""
         return await self._send(self._requests.open_keys(prefix, limit))
+
+    async def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:  # type: ignore[override] # as in `load`
+        """As `RedisRetryContextCache.vetoed`."""
+        return await self._send(self._requests.vetoed(keys)) if keys else {}
 
     async def open(self) -> None:  # type: ignore[override] # as in `load`
         """Ask the server for its time, so that it is known before the first attempt: to be awaited at the start.

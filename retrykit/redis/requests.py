@@ -10,7 +10,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Final, Generic, Literal, TypeVar
 
 import attrs
@@ -19,7 +19,7 @@ from retrykit.cache import StoredContext
 from retrykit.check import is_finite, seconds, wrong_type, wrong_value
 from retrykit.clock import Clock
 from retrykit.errors import CacheCapacityError, CodecError
-from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, OPEN, PAGE, REMOVE, SAVE, Script
+from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, OPEN, PAGE, REMOVE, SAVE, VETOED, Script
 from retrykit.value import Value
 
 logger = logging.getLogger("retrykit.redis")
@@ -184,6 +184,19 @@ class Requests(Value):
         """The keys of histories, if there are not too many."""
         given = (_encoded("open_keys", prefix), limit)
         return Request("open_keys", prefix, OPEN, (1, self._indexes[1], *given), _keys_of)
+
+    def vetoed(self, keys: Collection[str]) -> Request[dict[str, StoredContext]]:
+        """Those of the keys that have a veto."""
+        asked = list(keys)
+
+        def read(answer: list[bytes]) -> dict[str, StoredContext]:
+            numbers, records = answer[1::2], answer[2::2]
+            names = [asked[int(number) - 1] for number in numbers]
+            found = {key: _stored(key, record) for key, record in zip(names, records, strict=True)}
+            return {key: stored for key, stored in found.items() if stored.snapshot.get("veto")}
+
+        records = [self._record("vetoed", key) for key in asked]
+        return Request("vetoed", "", VETOED, (len(records), *records), read)
 
     def time(self) -> Request[None]:
         """Nothing but the server's time, which every answer has."""

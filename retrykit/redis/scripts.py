@@ -233,6 +233,22 @@ return now .. sweep(given ~= '' and given or now, limit)
 """,
 )
 
+# A snapshot that says "veto" somewhere is sent; whoever reads it looks where.
+VETOED: Final = _script(
+    _HEAD,
+    """
+local found = {now}
+for number, record in ipairs(KEYS) do
+  local text = redis.call('GET', record)
+  if text and string.find(text, '"veto":', 17, true) then
+    found[#found + 1] = tostring(number)
+    found[#found + 1] = text
+  end
+end
+return found
+""",
+)
+
 # The index by time is the one of histories alone: looked through as a whole, unless that is too much.
 OPEN: Final = _script(
     "local stored = KEYS[1]\n",

@@ -7,7 +7,7 @@ its blocking one, and gives way to other tasks wherever it waits for the databas
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 from sqlalchemy import URL
@@ -91,6 +91,10 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
     async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override]
         """The keys of histories that begin with the prefix, as `SqlRetryContextCache.open_keys`."""
         return await self._run(super().open_keys, prefix, limit)
+
+    async def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:  # type: ignore[override]
+        """Those of the keys that have a veto, as `SqlRetryContextCache.vetoed`."""
+        return await self._run(super().vetoed, keys)
 
     async def joined(self, transaction: object) -> AsyncJoinedContextCache | None:  # type: ignore[override]
         """The same verbs inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
 
 from sqlalchemy import URL, Connection, Engine, Transaction
@@ -252,6 +252,13 @@ class SqlRetryContextCache(_Verbs):
         readable(prefix)
         with wording("open_keys", prefix, self._url):
             return self._perform("reading", lambda connection, _: self._rows.open_keys(connection, prefix, limit))
+
+    def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
+        """Those of the keys that have a veto, with what is stored: one statement, however many they are."""
+        for key in keys:
+            readable(key)
+        with wording("vetoed", "", self._url):
+            return self._perform("reading", lambda connection, _: self._rows.vetoed(connection, keys)) if keys else {}
 
     def joined(self, transaction: object) -> JoinedContextCache | None:
         """The same verbs inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT.

@@ -55,6 +55,8 @@ class Database:
     place: Executable | None = None
     delete_chosen: Callable[[Select[Any]], Delete] | None = None
     texts: Mapping[str, Executable] = attrs.field(factory=dict)
+    # The rows of `rk_context` with the keys in a JSON array, each looked up by the index, whatever the planner knows.
+    among: str
     # Reads of a transaction may show what was there at its beginning, while its writes meet what is there now. So a
     # read that explains why a write lost takes a lock: then it sees the same. (PostgreSQL refuses such a write.)
     reads_the_past: bool = False
@@ -101,6 +103,7 @@ def _delete_in(chosen: Select[Any]) -> Delete:
 
 SQLITE: Final = Database(
     title="SQLite",
+    among="json_each(:the_keys) AS given CROSS JOIN rk_context ON rk_context.context_key = given.value",
     delete_chosen=_delete_in,
     is_server=False,
     insert_or_nothing=_on_conflict(sqlite),
@@ -156,6 +159,8 @@ def _delete_in_array(chosen: Select[Any]) -> Delete:
 
 POSTGRESQL: Final = Database(
     title="PostgreSQL",
+    among="json_array_elements_text(CAST(CAST(:the_keys AS text) AS json)) AS given (member) "
+    "JOIN rk_context ON rk_context.context_key = given.member",
     delete_chosen=_delete_in_array,
     is_server=True,
     insert_or_nothing=_on_conflict(postgresql),
@@ -226,8 +231,12 @@ _EVICT: Final = (
     "FOR UPDATE SKIP LOCKED) AS oldest STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
 )
 
+_MEMBER: Final = "member VARCHAR(600) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin PATH '$'"
+
 MARIADB: Final = Database(
     title="MariaDB",
+    among=f"JSON_TABLE(:the_keys, '$[*]' COLUMNS ({_MEMBER})) AS given "
+    "STRAIGHT_JOIN rk_context ON rk_context.context_key = given.member",
     is_server=True,
     insert_or_nothing=_on_duplicate_key,
     # Of a time in a time zone there may be two in a year; of UTC there is one.

@@ -16,7 +16,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 import attrs
@@ -112,6 +112,11 @@ class ContextRows:
         given = {"prefix": prefix, "length": len(prefix), "most": most, "most_keys": limit + 1}
         keys = [row.context_key for row in OPEN_KEYS.on(connection, given).rows]
         return keys if len(keys) <= limit else None
+
+    def vetoed(self, connection: Connection, keys: Collection[str]) -> dict[str, StoredContext]:
+        """Those of the keys that have a veto."""
+        rows = self.sql.vetoed.on(connection, {"the_keys": json.dumps([*dict.fromkeys(keys)])}).rows
+        return {row.context_key: _stored(row) for row in rows}
 
     def now(self) -> float:
         """The time that decides what is over: the given clock's, else the store's as far as it is known."""

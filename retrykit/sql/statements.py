@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Executable, Integer, Select, String, bindparam, delete, exists, func, select, update
+from sqlalchemy import Executable, Integer, Select, String, bindparam, delete, exists, func, select, text, update
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
@@ -90,6 +90,12 @@ OPEN_KEYS: Final = Prepared(
 FIRST_PAGE: Final = Prepared(_page.where(_c.context_key >= bindparam("start")))
 NEXT_PAGE: Final = Prepared(_page.where(_c.context_key > bindparam("start")))
 
+# All keys are one parameter: so the statement is the same for any number of them.
+_VETOED: Final = (
+    "SELECT rk_context.id, rk_context.revision, rk_context.context_key, rk_context.snapshot FROM {} "
+    "WHERE rk_context.veto IS NOT NULL"
+)
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Statements:
@@ -98,6 +104,7 @@ class Statements:
     load: Prepared
     load_joined: Prepared
     saver: Prepared
+    vetoed: Prepared
     insert: Prepared
     expire: Prepared
     expire_joined: Prepared
@@ -120,6 +127,7 @@ def statements_of(database: Database) -> Statements:
         load=Prepared(load),
         load_joined=Prepared(reading_now[0]),
         saver=Prepared(reading_now[1]),
+        vetoed=Prepared(text(_VETOED.format(database.among))),
         insert=Prepared(insert.returning(_c.id, _c.token, *clock)),
         **{name: Prepared(statement) for name, statement in _dropping(database).items()},
     )

@@ -62,7 +62,7 @@ class BlockingContextCache:
 
     def __getattr__(self, name: str) -> Any:
         # What a cache may have besides is there if the cache has it.
-        if name != "open_keys":
+        if name not in {"open_keys", "vetoed"}:
             raise AttributeError(name)
         verb = getattr(self.cache, name)
         return lambda *arguments: self.run(verb(*arguments))

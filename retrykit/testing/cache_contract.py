@@ -31,6 +31,7 @@ class ContextCacheContract:
 
     threads = 8
     rounds = 25
+    many = 2_000
 
     def make_cache(self, directory: Path, **options: Any) -> RetryContextCache:
         """A new, empty cache: to be given by the subclass."""
@@ -248,6 +249,25 @@ class ContextCacheContract:
         assert sorted(cache.open_keys("a/", 2)) == ["a/1", "a/3"]
         assert cache.open_keys("a/", 1) is None
         assert cache.open_keys("c/", 1) == []
+
+    def test_vetoed_keys_are_found_among_many(self, tmp_path: Path) -> None:
+        cache: Any = self.make_cache(tmp_path)
+        if not hasattr(cache, "vetoed"):
+            import pytest
+
+            pytest.skip("this cache has no vetoed")
+        kept: dict[str, Any] = {"retry_count": 0, "veto": "no, \u20ac", "attributes": {"veto": 1}}
+        version = _saved(cache, "a/ä'1", kept)
+        _saved(cache, "a/2", {"retry_count": 1, "attributes": {"veto": "x"}, "reason": '"veto":"x"'})
+        _saved(cache, "a/3", {"veto": "not asked for"})
+        _saved(cache, "A/2", {"veto": "another key"})
+        lifted = _saved(cache, "a/4", {"veto": "withdrawn"})
+        _saved(cache, "a/4", {"retry_count": 1}, lifted)
+        found = cache.vetoed(["a/ä'1", "a/2", "a/4", *(f"a/never{number}" for number in range(self.many))])
+        assert {key: (dict(stored.snapshot), stored.version) for key, stored in found.items()} == {
+            "a/ä'1": (kept, version)
+        }
+        assert cache.vetoed([]) == {}
 
     # -- a full cache
 
