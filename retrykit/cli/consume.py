@@ -15,11 +15,12 @@ import click
 
 from retrykit.cli.channel import Answers
 from retrykit.cli.logs import log_options, set_up
-from retrykit.cli.processes import ProcessEndedError, Processes
+from retrykit.cli.processes import GIVEN_UP, UNUSABLE, ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
 from retrykit.messaging.lifetime import run
 from retrykit.messaging.readiness import Health
+from retrykit.messaging.worker import MISCONFIGURED
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -59,7 +60,7 @@ class Options:
 @click.command()
 @click.argument("target", metavar="MODULE:NAME")
 @click.option(
-    "--concurrency", type=click.IntRange(1), metavar="N", help="Workers of each consumer. [default: as the code says]"
+    "--concurrency", type=click.IntRange(1), metavar="N", help="Workers of each consumer, whatever the code says."
 )
 @click.option(
     "--processes",
@@ -83,17 +84,19 @@ def consume(**options: Any) -> None:
     """Consume messages until told to stop.
 
     MODULE:NAME is a ListenerContainer, a Consumers registry, or a function without arguments that makes one; the
-    current directory is importable.
+    current directory is importable: `retrykit consume shop.orders:consumers --processes 4 --health 8080`.
 
     SIGTERM or SIGINT (Ctrl-C): the messages in hand are finished, no other is taken, and it ends. After --grace, or a
     second signal, it ends at once: what was in hand goes back to the broker.
 
-    With --processes a process that dies is replaced, after a pause that grows while it dies soon after its start.
+    With --processes a process that dies is replaced, after a pause that grows while it dies soon after its start. One
+    that gives up for a reason that each would have (messages have no stable id, say) ends them all.
 
     --health serves /health/live, /health/ready (503 while a worker is not connected) and /health/counters.
 
-    Exit status: 0 when everything in hand was finished, 1 when not, or when consuming was given up or could not begin,
-    2 when the command cannot be understood, or MODULE:NAME is not there or nothing that can consume.
+    Exit status: 0 when it was told to stop and everything in hand was finished. 1 when not, or when it gave up or could
+    not begin; the log says why. 2 when the command cannot be understood, or MODULE:NAME is not there or nothing that
+    can consume.
     """
     asked = Options(**options)
     set_up(asked.log_level.lower(), asked.log_format)
@@ -117,7 +120,8 @@ def _alone(asked: Options) -> int:
         except Exception:
             if consumer.error is None:
                 raise
-            return 1  # the container has logged what made it give up
+            # The container has logged what made it give up.
+            return GIVEN_UP if supervised and isinstance(consumer.error, MISCONFIGURED) else 1
     return _FINISHED[finished]
 
 
@@ -141,7 +145,7 @@ def _in_processes(asked: Options, count: int) -> int:
             # They keep to the grace by themselves: this is for one that cannot.
             finished = run(processes, grace=asked.grace + _MARGIN)
         except ProcessEndedError as error:
-            return error.status
+            return UNUSABLE if error.status == UNUSABLE else 1
         processes.wait(_MARGIN)
     return _FINISHED[finished and not processes.disorderly]
 

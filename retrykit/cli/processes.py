@@ -38,6 +38,8 @@ STEADY: Final = 10.0
 """A process that lived for so many seconds had a good start: another one follows at once."""
 UNUSABLE: Final = 2
 """The status of a process that could not understand its command: no other would."""
+GIVEN_UP: Final = 3
+"""The status of a process that has said what somebody has to change: any other would come to the same."""
 _ANSWER: Final = 0.8
 _FRESH: Final = 0.2
 # What may still happen at the end of one that was told to stop: it has nothing in hand before it knows the signal.
@@ -50,10 +52,20 @@ class ProcessEndedError(Exception):
     """A process has ended that was to go on: with `status`, negative for the number of a signal."""
 
     def __init__(self, number: int, pid: int, status: int, seconds: float) -> None:
-        how = f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
-        super().__init__(f"process {number} (pid {pid}) {how} after {seconds:.3g} s")
+        super().__init__(f"process {number} (pid {pid}) {_ended(status)} after {seconds:.3g} s")
         self.status = status
         self.seconds = seconds
+
+    @property
+    def for_good(self) -> bool:
+        """Whether another one would end in the same way."""
+        return self.status in (UNUSABLE, GIVEN_UP)
+
+
+def _ended(status: int) -> str:
+    if status == GIVEN_UP:
+        return "has given up, for a reason that each would have,"
+    return f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
 
 
 def _signal_name(number: int) -> str:
@@ -65,7 +77,7 @@ def _signal_name(number: int) -> str:
 
 def _may_be_replaced(error: BaseException) -> bool:
     # OSError: the system could not start one at this moment.
-    return isinstance(error, OSError) or (isinstance(error, ProcessEndedError) and error.status != UNUSABLE)
+    return isinstance(error, OSError) or not (isinstance(error, ProcessEndedError) and error.for_good)
 
 
 class _Teller(RetryListener):
@@ -118,7 +130,7 @@ class _Place:
             _log.info("process %d (pid %d) has ended with status %d", self.number, process.pid, status)
             return
         end = ProcessEndedError(self.number, process.pid, status, time.monotonic() - started)
-        if end.seconds < STEADY:
+        if end.seconds < STEADY or end.for_good:
             raise end
         _log.error("%s; another one follows", end)
 

@@ -12,6 +12,7 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
 from retrykit.check import callable_with, is_callable_or_none, one_of, whole, wrong_type, wrong_value
+from retrykit.failure import type_name
 from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
@@ -19,11 +20,12 @@ from retrykit.messaging.delivery import Delivery, Work
 from retrykit.messaging.errors import CutShortError, LoopEndedError
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
+from retrykit.messaging.logs import ATTRIBUTE
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
 from retrykit.messaging.unit_of_work import Transaction
-from retrykit.messaging.worker import Worker
+from retrykit.messaging.worker import MISCONFIGURED, Worker
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 if TYPE_CHECKING:
@@ -300,7 +302,10 @@ class ListenerContainer(Lifetime):
             self._reasons.append(error)
         # Several workers may have the same one.
         if not known:
-            _log.critical("the container gives up: %s", error, exc_info=error)
+            # What is to be changed is said in a sentence; where in here it was noticed helps nobody.
+            traceback = None if isinstance(error, MISCONFIGURED) else error
+            name, facts = self.template.name, {"name": self.template.name, "error": type_name(type(error))}
+            _log.critical("%s: the container gives up: %s", name, error, exc_info=traceback, extra={ATTRIBUTE: facts})
             self._ending.fail(error)
             self.stop()
 

@@ -283,13 +283,17 @@ def test_coroutines_that_hang_are_cancelled_and_put_everything_straight(tmp_path
     assert running.output == []
 
 
-def test_a_container_that_gives_up_ends_the_process_with_the_reason(service):
+@pytest.mark.parametrize("options", [(), ("--processes", "2")], ids=["alone", "supervised"])
+def test_what_every_process_would_give_up_for_is_told_in_a_sentence_and_ends_them_all(service, options):
     with StompServer(profile="rabbitmq") as rabbitmq:
         rabbitmq.publish(ORDERS, b"x")
-        running = service(broker=rabbitmq.url)
+        running = service(*options, broker=rabbitmq.url)
         assert running.wait() == 1
-    (line,) = running.logged("the container gives up")
-    assert "NoStableIdError" in line["traceback"]
+    line, *_ = running.logged("shop.orders: the container gives up: A message from /queue/orders at the broker")
+    assert line["error"] == "retrykit.messaging.errors.NoStableIdError"
+    assert "traceback" not in line
+    assert len(running.logged("no other follows")) <= len(options)
+    assert len(running.logged("has started (pid")) == (2 if options else 0)
     assert running.output == []
 
 

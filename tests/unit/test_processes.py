@@ -115,6 +115,14 @@ def test_a_command_that_nobody_understands_is_given_up(caplog):
     assert "no other follows" in caplog.text
 
 
+def test_one_that_gave_up_for_all_is_not_replaced_however_long_it_lived(caplog, monkeypatch):
+    monkeypatch.setattr(module, "STEADY", 0.0)
+    made = processes("raise SystemExit(3)")
+    with pytest.raises(ProcessEndedError, match="has given up, for a reason that each would have"):
+        made.run()
+    assert "no other follows" in caplog.text
+
+
 def test_one_that_does_not_obey_is_killed_when_the_grace_is_over():
     made = processes(obeying("signal.SIG_IGN"))
     killer = threading.Thread(target=lambda: (wait_for(started), os.kill(os.getpid(), signal.SIGTERM)))
