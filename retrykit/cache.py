@@ -142,7 +142,7 @@ class MapRetryContextCache:
     time_to_live: float | None = attrs.field(
         default=None, converter=as_seconds_or_none, validator=more_than(0), kw_only=True
     )
-    _tombstones: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True, repr=False)
+    tombstones: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True, repr=False)
     tombstone_time_to_live: float | None = attrs.field(
         default=WEEK, converter=as_seconds_or_none, validator=more_than(0), kw_only=True, repr=False
     )
@@ -164,14 +164,9 @@ class MapRetryContextCache:
         return self.on_full == "evict_oldest" or self.time_to_live is not None
 
     @property
-    def tombstones(self) -> int:
-        """How many tombstones are kept."""
-        return self.capacity if self._tombstones is None else self._tombstones
-
-    @property
     def bounds(self) -> tuple[Any, ...]:
         """What it was made with."""
-        return (self.capacity, self.on_full, self.time_to_live, self._tombstones, self.tombstone_time_to_live)
+        return (self.capacity, self.on_full, self.time_to_live, self.tombstones, self.tombstone_time_to_live)
 
     def __len__(self) -> int:
         return len(self._entries) + len(self._marks)
@@ -180,7 +175,9 @@ class MapRetryContextCache:
         return True
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _empty, self.bounds
+        capacity, on_full, time_to_live, tombstones, lasts = self.bounds
+        others = {"on_full": on_full, "time_to_live": time_to_live, "tombstones": tombstones}
+        return _empty, (capacity, others | {"tombstone_time_to_live": lasts})
 
     def _home_of(self, key: str) -> dict[str, StoredContext]:
         return next((home for home in (self._entries, self._marks, self._graves) if key in home), self._entries)
@@ -232,7 +229,8 @@ class MapRetryContextCache:
         """Drop a history. Its tombstone has its version: it says nothing that whoever knows that does not know."""
         stored = self._entries.pop(key)
         self._graves[key] = StoredContext(entombed(stored.snapshot, now, by), stored.version)
-        while len(self._graves) > self.tombstones:
+        most = self.capacity if self.tombstones is None else self.tombstones
+        while len(self._graves) > most:
             del self._graves[next(iter(self._graves))]
 
     def remove(self, key: str, expected: int | None = None) -> bool:
@@ -316,12 +314,5 @@ def copied(value: Any) -> Any:
     return [copied(part) for part in value] if isinstance(value, list | tuple) else value
 
 
-def _empty(
-    capacity: int,
-    on_full: Literal["reject", "evict_oldest"],
-    time_to_live: float | None,
-    tombstones: int | None = None,
-    tombstone_time_to_live: float | None = WEEK,
-) -> MapRetryContextCache:
-    bounds: dict[str, Any] = {"on_full": on_full, "time_to_live": time_to_live, "tombstones": tombstones}
-    return MapRetryContextCache(capacity, **bounds, tombstone_time_to_live=tombstone_time_to_live)
+def _empty(capacity: int, others: Mapping[str, Any]) -> MapRetryContextCache:
+    return MapRetryContextCache(capacity, **others)

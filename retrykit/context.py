@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from retrykit.clock import Clock
     from retrykit.policy import RetryDecision
+    from retrykit.tombstone import Eviction
 
 _bound: ContextVar[Any] = ContextVar("retrykit.context", default=None)
 
@@ -278,6 +279,12 @@ class RetryContext:
         """Whether a recovery has produced the outcome."""
         history = self._history
         return history is not None and history.recovered
+
+    @property
+    def evicted(self) -> Eviction | None:
+        """That the store has dropped the item's history, if it has: its failures count on, its errors are gone."""
+        history = self._history
+        return None if history is None else history.evicted
 
     @property
     def veto_until(self) -> datetime | None:

@@ -14,6 +14,7 @@ import attrs
 
 from retrykit.errors import CodecError
 from retrykit.failure import ErrorSummary, error_from_json, error_to_json, stored
+from retrykit.tombstone import Eviction
 
 FORMAT: Final = 1
 MAX_ERRORS: Final = 10
@@ -139,7 +140,8 @@ class History:
     `live` are the failures of the present call that have not been put into words: (number, error, monotonic time).
     `pause` is what the back-off proposes, in seconds, while a decision is made. `veto` lasts until `veto_until` (None:
     until it is withdrawn). `own_veto`: what this call has said about the veto and nobody has stored: (the one it saw,
-    its own or None, until when). `fingerprint` is that of the item's content, where the source gives one.
+    its own or None, until when). `fingerprint` is that of the item's content, where the source gives one. `evicted`:
+    the store has dropped it once, and what is counted here begins with its tombstone.
     """
 
     # One is made at every first failure, and most end with the call: only what every failure stores is set when one is
@@ -159,6 +161,7 @@ class History:
     fingerprint: str | None = None
     errors: tuple[ErrorSummary, ...] = ()
     in_flight: tuple[Flight, ...] = ()
+    evicted: Eviction | None = None
     exhausted: bool = False
     recovered: bool = False
     reason: str = ""
@@ -236,6 +239,8 @@ class History:
             facts["errors"] = [error.to_json() for error in self.errors]
         if self.in_flight:
             facts["in_flight"] = [flight.to_json() for flight in self.in_flight]
+        if self.evicted is not None:
+            facts["evicted"] = self.evicted.to_json()
         if self._tallies:
             facts["tallies"] = {label: [tally.count, tally.since] for label, tally in self._tallies.items()}
         if self._attributes:
@@ -259,7 +264,7 @@ class History:
     @classmethod
     def _from_json(cls, facts: Mapping[str, Any]) -> History:
         plain = {fact: _sound(fact, facts[fact]) for fact in _PLAIN if fact in facts}
-        last = facts.get("last_error")
+        last, evicted = facts.get("last_error"), facts.get("evicted")
         attributes = Attributes()
         dict.update(attributes, facts.get("attributes", {}))
         return cls(
@@ -267,6 +272,7 @@ class History:
             last_error=error_from_json(last) if last else None,
             errors=tuple(ErrorSummary(**error) for error in facts.get("errors", ())),
             in_flight=tuple(Flight(**_sound_flight(flight)) for flight in facts.get("in_flight", ())),
+            evicted=Eviction.from_json(evicted, facts["retry_count"]) if evicted else None,
             _tallies={label: Tally(*tally) for label, tally in facts.get("tallies", {}).items()},
             _attributes=attributes,
             _outbox=list(facts.get("outbox", ())),

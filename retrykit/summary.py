@@ -18,6 +18,7 @@ from retrykit.failure import ErrorSummary, StoredError, error_to_json
 from retrykit.history import Flight, History
 from retrykit.key import Key, key_from_json, key_to_json, namespace
 from retrykit.owner import is_running
+from retrykit.tombstone import Eviction
 
 FORMAT: Final = 1
 """The version of the JSON form. Keys may be added to it; one that changes its meaning makes it 2."""
@@ -82,8 +83,9 @@ class HistorySummary:
     reason of the last decision ("SimpleRetryPolicy: attempt 3 of 3"). `errors` are the last ten failures, a line each,
     oldest first; `last_error` is the last one with its traceback and causes. `next_attempt_at`: when the back-off lets
     the item be tried again. `completed_at` marks an item that is done with, whose duplicates are answered until
-    `expires_at`; `unsent` is how many messages its handler has sent that no broker is known to have. `fingerprint` is
-    that of the item's content, `version` the store's. `fault` says why a snapshot cannot be read: then all other facts
+    `expires_at`; `unsent` is how many messages its handler has sent that no broker is known to have. `evicted`: a bound
+    of the store has dropped the history, and its count goes on from the tombstone. `fingerprint` is that of the item's
+    content, `version` the store's. `fault` says why a snapshot cannot be read: then all other facts
     are missing.
     """
 
@@ -111,6 +113,7 @@ class HistorySummary:
     running: tuple[RunningAttempt, ...] = ()
     veto: Veto | None = None
     unsent: int = 0
+    evicted: Eviction | None = None
     attributes: Mapping[str, Any] = attrs.field(factory=dict)
     fault: str | None = None
 
@@ -210,6 +213,7 @@ def _facts(history: History, now: float) -> dict[str, Any]:
         "exhausted": history.exhausted,
         "why": history.reason,
         "unsent": len(history.outbox),
+        "evicted": history.evicted,
         "running": tuple(RunningAttempt.of(flight, now) for flight in history.in_flight),
     }
 
@@ -238,8 +242,8 @@ def _as_json(value: Any) -> Any:
             return error_to_json(value)
         case ErrorSummary(at=at):
             return {**value.to_json(), "at": _as_json(_instant(at))}
-        case RunningAttempt() | Veto():
-            return value.to_json()
+        case RunningAttempt() | Veto() | Eviction():
+            return attrs.asdict(value, value_serializer=_serialized)
         case tuple():
             return [_as_json(part) for part in value]
     return value

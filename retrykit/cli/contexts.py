@@ -148,6 +148,7 @@ def _facts(screen: Screen, summary: HistorySummary) -> Iterator[tuple[str, Cell]
     yield "fault", summary.fault
     yield "failed attempts", _count(summary)
     yield "why", summary.why
+    yield "evicted", _evicted(screen, summary)
     if summary.veto is not None:
         yield "veto", summary.veto.reason
         yield "veto until", summary.veto.until or "it is withdrawn"
@@ -171,6 +172,14 @@ def _count(summary: HistorySummary) -> str:
     extra = (("crash", "crashes", summary.crashes), ("failed recovery", "failed recoveries", summary.recovery_failures))
     told = [f"{count} {one if count == 1 else many}" for one, many, count in extra if count]
     return f"{summary.retry_count}" + (f" ({', '.join(told)})" if told else "")
+
+
+def _evicted(screen: Screen, summary: HistorySummary) -> str | None:
+    evicted = summary.evicted
+    if evicted is None:
+        return None
+    bound = {"capacity": "the store was full", "time_to_live": "past its time"}[evicted.by]
+    return f"{screen.when(evicted.at)} ({bound}), with {evicted.failures} failed: they count on, their errors are gone"
 
 
 def _running(screen: Screen, attempt: Any) -> str:

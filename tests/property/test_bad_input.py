@@ -281,6 +281,8 @@ CONSTRUCTORS: dict[Any, dict[str, Kind]] = {
         "capacity": whole(1),
         "on_full": among("reject", "evict_oldest"),
         "time_to_live": lasting(more_than(0)).or_none(),
+        "tombstones": whole(0).or_none(),
+        "tombstone_time_to_live": lasting(more_than(0)).or_none(),
     },
     LoggingListener: {
         "logger": Kind(lambda value: value is None or callable(getattr(value, "log", None))),

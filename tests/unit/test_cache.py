@@ -73,7 +73,7 @@ def test_a_full_cache_can_forget_what_was_stored_longest_ago():
 
 @pytest.mark.parametrize("instant", ["started_at", "last_failed_at"])
 def test_a_full_cache_first_drops_what_is_past_its_time_by_the_clock_of_the_snapshots(instant):
-    cache = MapRetryContextCache(1, time_to_live=5)
+    cache = MapRetryContextCache(1, time_to_live=5, tombstones=0)
     cache.save("a", {"started_at": 1.0}, None)
     with pytest.raises(CacheCapacityError):
         cache.save("b", {instant: 5.9}, None)
@@ -122,7 +122,7 @@ def test_a_history_that_is_completed_gives_its_place_to_another():
     ids=str,
 )
 def test_what_is_past_its_time_expires(snapshot, dropped):
-    cache = MapRetryContextCache(time_to_live=5)
+    cache = MapRetryContextCache(time_to_live=5, tombstones=0)
     cache.save("k", snapshot, None)
     assert cache.expire(100.0) == int(dropped)
     assert (cache.load("k") is None) is dropped

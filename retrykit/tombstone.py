@@ -1,0 +1,101 @@
+"""A tombstone: what is left of a history that a bound of its store has dropped, so that its count goes on.
+
+It is the same snapshot without what only people read and users keep: the list of errors, the traceback and causes of
+the last one, the attributes. Count, times, fence, veto and running attempts stay, so whoever finds it under the key
+goes on with it as with any history, and no policy allows more attempts than it would have.
+
+Stores that cannot take JSON apart cut its text: `cuttable` puts what falls away at the end, behind `CUT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+import attrs
+
+if TYPE_CHECKING:
+    from datetime import datetime
+
+Bound = Literal["capacity", "time_to_live"]
+
+WEEK: Final = 7 * 86_400.0
+CUT: Final = ",\n"
+"""Where a text may be cut. It is white space to JSON, and nowhere else in a text that an encoder wrote in one line."""
+CLOSING: Final = "}}"
+"""What a text that was cut lacks: the end of the last error, and of the snapshot."""
+
+_FALLS: Final = frozenset({"errors", "attributes", "outbox"})
+_FALLS_OF_ERROR: Final = frozenset({"traceback", "cause"})
+_MAX_MESSAGE: Final = 200
+
+
+@attrs.frozen
+class Eviction:
+    """That a bound of the store has dropped the history of an item: when, which bound, and how many failures it had.
+
+    These failures still count. The descriptions of the errors and the user's attributes of that time are gone.
+    """
+
+    at: datetime
+    by: Bound
+    failures: int
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any], failures: int) -> Eviction:
+        """As a snapshot has it; `failures`: how many it has, unless that was noted. `ValueError` if it is damaged."""
+        from datetime import UTC, datetime
+
+        at, by, noted = fields["at"], fields["by"], fields.get("failures", failures)
+        if by not in ("capacity", "time_to_live") or type(noted) is not int:
+            msg = f"evicted is {dict(fields)!r:.80}"
+            raise ValueError(msg)
+        try:
+            return cls(datetime.fromtimestamp(at, UTC), by, noted)
+        except (OverflowError, OSError) as error:
+            msg = f"evicted at {at!r:.80}"
+            raise ValueError(msg) from error
+
+    def to_json(self) -> dict[str, Any]:
+        """The JSON form: the fields by name, `at` in seconds since the epoch."""
+        return {"at": self.at.timestamp(), "by": self.by, "failures": self.failures}
+
+    def __str__(self) -> str:
+        failures = "1 failure" if self.failures == 1 else f"{self.failures} failures"
+        return f"{failures} counted before its history was evicted at {self.at.isoformat(' ', 'seconds')}, by {self.by}"
+
+
+def entombed(snapshot: Mapping[str, Any], at: float, by: Bound) -> dict[str, Any]:
+    """The tombstone of a snapshot that is dropped `at` so many seconds since the epoch."""
+    kept = {fact: value for fact, value in snapshot.items() if fact not in _FALLS}
+    error = kept.get("last_error")
+    if isinstance(error, Mapping):
+        kept["last_error"] = {field: value for field, value in error.items() if not _falls(field, value)}
+    return {**kept, "evicted": {"at": at, "by": by}}
+
+
+def _falls(field: str, value: Any) -> bool:
+    return field in _FALLS_OF_ERROR or (field == "message" and len(str(value)) > _MAX_MESSAGE)
+
+
+def cuttable(snapshot: Mapping[str, Any], encode: Callable[[Any], str]) -> str:
+    """The snapshot as JSON text of two lines, of which the first, with `CLOSING` for what follows it, is its tombstone.
+
+    Of one line, where there is little that could fall away. `encode` gives compact JSON without line breaks.
+    """
+    error = snapshot.get("last_error")
+    if not isinstance(error, Mapping):
+        return encode(snapshot)
+    stays = {fact: value for fact, value in snapshot.items() if fact not in _FALLS and fact != "last_error"}
+    short = {field: value for field, value in error.items() if not _falls(field, value)}
+    rest = {field: value for field, value in error.items() if field not in short}
+    if not (stays and short and rest):
+        return encode(snapshot)
+    falls = {fact: value for fact, value in snapshot.items() if fact in _FALLS}
+    last = "," + encode(falls)[1:] if falls else "}"
+    return f'{encode(stays)[:-1]},"last_error":{encode(short)[:-1]}{CUT}{encode(rest)[1:]}{last}'
+
+
+def epitaph(at: float, by: Bound) -> str:
+    """What a store adds to a text that it has cut, in place of the last brace."""
+    return f',"evicted":{{"at":{at!r},"by":"{by}"}}}}'
