@@ -265,8 +265,8 @@ class MapRetryContextCache:
     def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
         """Those of the keys that have a veto, with what is stored."""
         with self._lock:
-            entries = self._entries
-            found = {key: entries[key] for key in keys if key in entries and entries[key].snapshot.get("veto")}
+            known = ((key, self._entries.get(key) or self._graves.get(key)) for key in keys)
+            found = {key: stored for key, stored in known if stored is not None and stored.snapshot.get("veto")}
         return {key: StoredContext(copied(stored.snapshot), stored.version) for key, stored in found.items()}
 
     def expire(self, now: float | None = None, limit: int | None = None) -> int:

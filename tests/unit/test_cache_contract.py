@@ -5,6 +5,7 @@ from retrykit.testing import ContextCacheContract
 
 
 class TestMapRetryContextCache(ContextCacheContract):
+    leaves_tombstones = True
     threads = 4
     rounds = 100
 

@@ -59,6 +59,8 @@ class AsyncStore:
 
 
 class TestFrontOfAMap(ContextCacheContract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return FrontContextCache(MapRetryContextCache(**options))
 

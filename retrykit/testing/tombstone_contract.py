@@ -1,0 +1,186 @@
+"""What a context cache promises that leaves tombstones: the part of `ContextCacheContract` that is a capability."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from retrykit.cache import RetryContextCache, StoredContext
+from retrykit.errors import CacheCapacityError
+from retrykit.tombstone import entombed
+
+
+class TombstoneContract:
+    """The suite for caches whose class of tests says `leaves_tombstones = True`; skipped for others.
+
+    `make_cache` is given more options then: `time_to_live`, `tombstones` (how many at most, 0: none) and
+    `tombstone_time_to_live`, both times in seconds.
+    """
+
+    leaves_tombstones = False
+    """Whether the cache leaves a tombstone in place of each history that a bound makes it drop."""
+
+    def make_cache(self, directory: Path, **options: Any) -> RetryContextCache:
+        """A new, empty cache: to be given by the subclass."""
+        raise NotImplementedError
+
+    def _evicting(self, directory: Path, **options: Any) -> RetryContextCache:
+        """A cache with room for two histories."""
+        if not self.leaves_tombstones:
+            # As in the rest of the contract.
+            import pytest
+
+            pytest.skip("this cache leaves no tombstones")
+        return self.make_cache(directory, **{"capacity": 2, "on_full": "evict_oldest", "tombstones": 10} | options)
+
+    def test_history_that_is_evicted_leaves_a_tombstone(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path)
+        saved(cache, "a/1", _HISTORY)
+        saved(cache, "a/2", {"retry_count": 1})
+        saved(cache, "a/3", {"retry_count": 1})
+        stone = found(cache, "a/1").snapshot
+        at = stone["evicted"]["at"]
+        assert isinstance(at, int | float)
+        assert dict(stone) == entombed(_HISTORY, at, "capacity")
+        assert not {"errors", "attributes"} & stone.keys()
+        assert "traceback" not in stone["last_error"]
+
+    def test_tombstone_is_no_history_but_its_key_is_open(self, tmp_path: Path) -> None:
+        cache: Any = self._evicting(tmp_path)
+        for number in range(4):
+            saved(cache, f"a/{number}", {"retry_count": 1})
+        assert [key for key, _ in cache.items("a/")] == ["a/2", "a/3"]
+        if hasattr(cache, "open_keys"):
+            assert sorted(cache.open_keys("a/", 4)) == [f"a/{number}" for number in range(4)]
+            assert cache.open_keys("a/", 3) is None
+
+    def test_tombstone_of_anything_is_a_snapshot(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1)
+        odd: dict[str, dict[str, Any]] = {
+            "empty": {},
+            "only an error": {"last_error": {"type": "T", "traceback": "x"}},
+            "nothing to cut": {"retry_count": 1, "last_error": {"type": "T", "message": "m"}},
+            "odd text": {"retry_count": 1, "last_error": {"type": ",\n", "message": "\x00\ud800", "traceback": '"}'}},
+            "nothing kept of the error": {"retry_count": 1, "last_error": {"traceback": "x"}, "attributes": {"a": {}}},
+        }
+        for key, snapshot in odd.items():
+            saved(cache, key, snapshot)
+        saved(cache, "last", {})
+        for key, snapshot in odd.items():
+            stone = dict(found(cache, key).snapshot)
+            evicted = stone.pop("evicted")
+            assert evicted["by"] == "capacity"
+            kept = entombed(snapshot, 0.0, "capacity")
+            # What there is little of may stay as it was.
+            assert stone in (snapshot, {fact: value for fact, value in kept.items() if fact != "evicted"})
+
+    def test_tombstone_is_a_known_key_and_becomes_a_history_again_by_compare_and_set(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path)
+        for number in range(3):
+            saved(cache, f"a/{number}", {"retry_count": number})
+        assert cache.save("a/0", {"retry_count": 7}, None) is None
+        version = found(cache, "a/0").version
+        second = saved(cache, "a/0", {"retry_count": 1}, version)
+        assert second != version
+        assert cache.save("a/0", {"retry_count": 7}, version) is None
+        assert dict(found(cache, "a/0").snapshot) == {"retry_count": 1}
+        assert [key for key, _ in cache.items()] == ["a/0", "a/2"], "what comes back needs room as a new key does"
+        assert found(cache, "a/1").snapshot["evicted"]["by"] == "capacity"
+
+    def test_completion_mark_takes_the_place_of_a_tombstone_without_room(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path)
+        for number in range(3):
+            saved(cache, f"a/{number}", {"retry_count": number})
+        saved(cache, "a/0", {"completed_at": 1.0, "expires_at": 2.0}, found(cache, "a/0").version)
+        assert [key for key, _ in cache.items()] == ["a/0", "a/1", "a/2"]
+
+    def test_tombstone_is_removed_as_a_history_is(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1)
+        for key in ("a/1", "a/2", "a/3"):
+            saved(cache, key, {"retry_count": 1})
+        assert cache.remove("a/1", found(cache, "a/1").version + 1) is False
+        assert cache.remove("a/1", found(cache, "a/1").version) is True
+        assert cache.remove("a/2") is True
+        assert (cache.load("a/1"), cache.load("a/2")) == (None, None)
+        saved(cache, "a/1", {"retry_count": 1})
+
+    def test_there_are_at_most_so_many_tombstones_and_the_oldest_go(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1, tombstones=2)
+        for number in range(6):
+            saved(cache, f"a/{number}", {"retry_count": 1})
+        assert [number for number in range(6) if cache.load(f"a/{number}") is not None] == [3, 4, 5]
+
+    def test_cache_that_is_told_to_leaves_no_tombstone(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1, time_to_live=10, tombstones=0)
+        saved(cache, "a/1", {"retry_count": 1, "last_failed_at": 4e9})
+        saved(cache, "a/2", {"retry_count": 1, "last_failed_at": 4e9})
+        assert cache.expire(4e9 + 10.0) == 1
+        assert (cache.load("a/1"), cache.load("a/2")) == (None, None)
+
+    def test_history_past_its_time_leaves_a_tombstone_with_a_time_of_its_own(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, time_to_live=10, tombstone_time_to_live=100)
+        history = {"retry_count": 2, "last_failed_at": 4e9}
+        saved(cache, "a/1", history)
+        saved(cache, "a/2", {"completed_at": 4e9, "expires_at": 4e9 + 5.0})
+        assert cache.expire(4e9 + 10.0) == 2
+        assert dict(found(cache, "a/1").snapshot) == entombed(history, 4e9 + 10.0, "time_to_live")
+        assert list(cache.items()) == []
+        assert cache.expire(4e9 + 109.0) == 0
+        assert cache.expire(4e9 + 110.0) == 1
+        assert cache.load("a/1") is None
+
+    def test_full_cache_that_rejects_keeps_a_tombstone_for_which_it_has_no_room(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1, on_full="reject", time_to_live=10)
+        saved(cache, "a/1", {"retry_count": 3, "last_failed_at": 4e9})
+        cache.expire(4e9 + 10.0)
+        saved(cache, "a/2", {"retry_count": 1, "last_failed_at": 4e9 + 10.0})
+        version = found(cache, "a/1").version
+        refused(lambda: cache.save("a/1", {"retry_count": 4, "last_failed_at": 4e9 + 11.0}, version))
+        assert found(cache, "a/1").snapshot["retry_count"] == 3
+        assert cache.remove("a/2")
+        saved(cache, "a/1", {"retry_count": 4, "last_failed_at": 4e9 + 11.0}, found(cache, "a/1").version)
+
+
+def saved(cache: RetryContextCache, key: str, snapshot: dict[str, Any], expected: int | None = None) -> int:
+    """Save, which must win."""
+    version = cache.save(key, snapshot, expected)
+    assert version is not None, f"{key!r} was not saved"
+    return version
+
+
+def found(cache: RetryContextCache, key: str) -> StoredContext:
+    """Load, which must find something."""
+    stored = cache.load(key)
+    assert stored is not None, f"nothing is stored under {key!r}"
+    return stored
+
+
+def refused(save: Callable[[], Any]) -> None:
+    """The store must be too full."""
+    try:
+        save()
+    except CacheCapacityError:
+        return
+    raise AssertionError("CacheCapacityError was not raised")
+
+
+_ERROR = {"type": "builtins.OSError", "message": "down", "classes": ["builtins.OSError"], "traceback": "Traceback…\n"}
+_HISTORY: dict[str, Any] = {
+    "format": 1,
+    "name": "orders",
+    "key": ["m", 1, {"bytes": "00ff"}],
+    "retry_count": 2,
+    "crashes": 1,
+    "fence": 1763700000123456,
+    "first_failed_at": 1763700000.125,
+    "last_failed_at": 1763700000.25,
+    "not_before": 1763700010.5,
+    "exhausted": True,
+    "reason": "attempt 2 of 2",
+    "last_error": {**_ERROR, "cause": _ERROR},
+    "errors": [{"attempt": 1, "type": "OSError", "message": "down", "at": 1763700000.25}],
+    "in_flight": [{"fence": 7, "owner": "host/boot/1", "since": 1763700000.5, "until": 1763700030.5}],
+    "tallies": {"0": [2, 0.5]},
+    "attributes": {"seen": 3},
+}
