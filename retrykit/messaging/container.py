@@ -17,7 +17,7 @@ from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
 from retrykit.messaging.delivery import Delivery, Work
-from retrykit.messaging.errors import CutShortError, LoopEndedError
+from retrykit.messaging.errors import BrokerUnavailableError, CutShortError, LoopEndedError
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
 from retrykit.messaging.logs import ATTRIBUTE
@@ -134,6 +134,7 @@ class ListenerContainer(Lifetime):
     _desks: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _doors: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
+    _failure: str = attrs.field(default="", init=False, repr=False)
     _reasons: list[BaseException] = attrs.field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
@@ -226,6 +227,7 @@ class ListenerContainer(Lifetime):
             connected=connected,
             counters=counters,
             error="" if self.error is None else type(self.error).__name__,
+            failure="" if connected == self.concurrency else self._failure,
         )
         return Health((own,))
 
@@ -263,7 +265,7 @@ class ListenerContainer(Lifetime):
             desk, door = self.loop.desk(), self.loop.desk()
             self._desks.append(desk)
             self._doors.append(door)
-        worker = Worker(self.broker, work, self.reconnect, self._stopping, self._enlist, desk)
+        worker = Worker(self.broker, work, self.reconnect, self._stopping, self._enlist, self._heard, desk)
         return threading.Thread(target=self._work, args=(worker, door), name=name, daemon=True)
 
     def _work(self, worker: Worker, door: Desk | None) -> None:
@@ -295,6 +297,11 @@ class ListenerContainer(Lifetime):
                 self._sessions.remove(session)
             session.close()
             self._tally.add(stale_frames=session.stale_frames)
+
+    def _heard(self, error: Exception) -> None:
+        # Of an OSError the class says more than that there is no connection.
+        cause = error.__cause__ if isinstance(error, BrokerUnavailableError) else None
+        self._failure = type(cause if isinstance(cause, OSError) else error).__name__
 
     def _give_up(self, error: BaseException) -> None:
         with self._lock:

@@ -22,7 +22,9 @@ _WORDS: Mapping[str, str] = {
 class ConsumerHealth:
     """One container at one moment: its template's name, its destination, its workers and how many are connected.
 
-    `error` is the class of what made it give up, "" if it has not. `process` is its number, where there are several.
+    `error` is the class of what made it give up, "" if it has not. `failure` is the class of what ended a connection
+    last, or kept it from being made; "" when every worker is connected. `process` is its number, where there are
+    several.
     """
 
     name: str
@@ -32,6 +34,7 @@ class ConsumerHealth:
     connected: int
     counters: Counters
     error: str = ""
+    failure: str = ""
     process: int | None = None
 
     @property
@@ -42,7 +45,8 @@ class ConsumerHealth:
         if self.state != "running":
             return self._said(_WORDS[self.state])
         if self.connected < self.workers:
-            return self._said(f"has {self.connected} of {self.workers} workers connected")
+            why = f" ({self.failure})" if self.failure else ""
+            return self._said(f"has {self.connected} of {self.workers} workers connected{why}")
         return ""
 
     def _said(self, words: str) -> str:

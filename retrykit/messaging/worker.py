@@ -14,6 +14,7 @@ import attrs
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.connecting import connected
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import (
@@ -58,7 +59,8 @@ def _told(error: Exception) -> str:
 class Worker:
     """Consumes until `stopping`.
 
-    `enlist` registers a session with the container, which interrupts it to stop, and closes it after use.
+    `enlist` registers a session with the container, which interrupts it to stop, and closes it after use. `heard` is
+    told what ended a connection, or kept it from being made.
     """
 
     broker: Broker
@@ -66,6 +68,7 @@ class Worker:
     reconnect: BackOffPolicy
     stopping: threading.Event
     enlist: Callable[[Session], AbstractContextManager[Session]]
+    heard: Callable[[Exception], None]
     desk: Desk | None = None
 
     def run(self) -> None:
@@ -92,8 +95,10 @@ class Worker:
     def _life(self, context: RetryContext) -> None:
         delivered = 0
         try:
-            self.work.delays.check(self.broker)
-            with self.enlist(self.broker.connect()) as session:
+            connection = connected(self._connect, self.stopping)
+            if connection is None:
+                return
+            with self.enlist(connection) as session:
                 work = self._work_in(session)
                 while (message := self._next(session)) is not None:
                     work.deliver(session, message)
@@ -104,6 +109,10 @@ class Worker:
             self._report(error, delivered, context)
             if not delivered:
                 raise
+
+    def _connect(self) -> Session:
+        self.work.delays.check(self.broker)
+        return self.broker.connect()
 
     def _next(self, session: Session) -> Message | None:
         return None if self.stopping.is_set() else session.receive()
@@ -125,6 +134,7 @@ class Worker:
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
+        self.heard(error)
         # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.
         if isinstance(error, BrokerUnavailableError):
             # It names the broker itself.

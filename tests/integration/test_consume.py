@@ -222,7 +222,7 @@ def test_health_and_the_log_tell_what_happens(server, service):
     assert running.output == []
 
 
-NOT_CONNECTED = "shop.orders has 0 of 1 workers connected"
+NOT_CONNECTED = "shop.orders has 0 of 1 workers connected (ConnectionRefusedError)"
 
 
 def test_a_process_that_is_killed_is_replaced_and_one_that_lives_goes_on(tmp_path, server, service):

@@ -14,8 +14,10 @@ from retrykit.backoff import ExponentialBackOffPolicy
 from retrykit.messaging import ConsumerHealth, Consumers, Counters, Health, ListenerContainer, NoStableIdError
 from retrykit.messaging.health import HealthServer
 from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
+from retrykit.testing import StompServer
 from tests import waiting
 
 ORDERS = "/queue/orders"
@@ -58,10 +60,21 @@ def test_a_container_is_ready_while_every_worker_is_connected(broker):
         assert made.health().reasons == ()
         broker.refuse_connections()
         broker.drop_connections()
-        wait_for(lambda: made.health().reasons == ("orders has 0 of 2 workers connected",))
+        wait_for(lambda: made.health().reasons == ("orders has 0 of 2 workers connected (BrokerUnavailableError)",))
         broker.refuse_connections(False)
         wait_for(lambda: made.health().ready)
     assert made.health().reasons == ("orders has ended",)
+
+
+def test_why_nobody_is_connected_is_told_by_a_class_of_errors():
+    with StompServer(user="shop", password="right") as server:
+        refused = container(StompBroker(server.url.replace("right", "wrong"), destination=ORDERS))
+        with refused:
+            wait_for(lambda: refused.health().consumers[0].failure == "LoginRefusedError")
+        url = server.url
+    gone = container(StompBroker(url, destination=ORDERS))
+    with gone:
+        wait_for(lambda: gone.health().reasons == ("orders has 0 of 1 workers connected (ConnectionRefusedError)",))
 
 
 def test_a_container_that_is_stopping_is_not_ready(broker):
@@ -119,10 +132,11 @@ def test_health_travels_as_json():
         workers=2,
         connected=1,
         counters=Counters(received=3, parked=1),
+        failure="TimeoutError",
         process=4,
     )
     assert ConsumerHealth.from_json(json.loads(json.dumps(one.to_json()))) == one
-    assert one.reason == "process 4: orders has 1 of 2 workers connected"
+    assert one.reason == "process 4: orders has 1 of 2 workers connected (TimeoutError)"
     both = Health.of([Health((one,)), Health((one,), ("fault",))])
     assert (both.total.received, both.total.parked, both.faults) == (6, 2, ("fault",))
 
@@ -176,6 +190,7 @@ def test_the_pages_tell_a_container_as_it_is(broker):
         "workers": 1,
         "connected": 1,
         "error": "",
+        "failure": "",
         "process": None,
     }
 
