@@ -38,18 +38,23 @@ class AsyncDelivery(Delivery):
 
     async def attempt(self, context: RetryContext) -> Any:
         """As `Delivery.attempt`, awaited."""
-        with self._open(context) as message:
+        try:
+            message = self._opened(context)
             with self._desk.hearing():
                 result = await finished(self.work.call(message, context))
             return self._obey(result, context, "handler")
+        finally:
+            self._close()
 
     async def recovery(self, context: RetryContext) -> Any:
         """As `Delivery.recovery`, awaited."""
-        with self._open(context) as message:
-            recover = self._recoverer()
+        try:
+            message, recover = self._opened(context), self._recoverer()
             with self._desk.hearing():
                 result = await finished(recover(message, context))
             return self._obey(result, context, "recover")
+        finally:
+            self._close()
 
     def put(self, outgoing: Outgoing) -> None:
         """Keep it, until `flush`."""

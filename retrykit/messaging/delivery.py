@@ -27,8 +27,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -75,6 +74,15 @@ class Work:
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
     pauses: Pauses | None = None
+
+    def journal_of(self, message: Message) -> Literal["redelivered", "always", "never"]:
+        """Whether the attempt is to be reserved, should the history be asked for.
+
+        A history that this process keeps for itself goes when the process goes: no crash can be found in it. So only
+        what other sessions of this process may still have in hand is reserved there, and the source flags that.
+        """
+        alone = self.journal == "redelivered" and not getattr(self.template.context_cache, "shared", True)
+        return "never" if alone and not message.redelivered else self.journal
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -168,23 +176,17 @@ class Delivery:
         template: Any = self.work.template
         recovery = None if self.work.recover is None else self.recovery
         state = self.state(key)
-        with self._pausing():
+        pauses = self.work.pauses
+        if pauses is not None:
+            # Meanwhile a pause that the template takes is this message's.
+            pauses.message = self.message
+        try:
             self.complete(
                 lambda: template.execute(self.attempt, recovery, state=state, transaction=lambda: UnitOfWork(self))
             )
-
-    @contextmanager
-    def _pausing(self) -> Iterator[None]:
-        """Meanwhile a pause that the template takes is this message's."""
-        pauses = self.work.pauses
-        if pauses is None:
-            yield
-            return
-        pauses.message = self.message
-        try:
-            yield
         finally:
-            pauses.message = None
+            if pauses is not None:
+                pauses.message = None
 
     def complete(self, verb: Callable[[], Any]) -> Any:
         """Do something with the template."""
@@ -197,7 +199,7 @@ class Delivery:
             key=key,
             redelivered=redelivered,
             recover_on_redelivery=False,
-            journal=self.work.journal,
+            journal=self.work.journal_of(self.message),
             fingerprint=self.message.fingerprint,
         )
 
@@ -210,20 +212,18 @@ class Delivery:
 
     def attempt(self, context: RetryContext) -> Any:
         """The template's callback: the handler, and what its result asks for."""
-        with self._open(context) as message:
-            return self._obey(self.work.call(message, context), context, "handler")
+        try:
+            return self._obey(self.work.call(self._opened(context), context), context, "handler")
+        finally:
+            self._close()
 
-    @contextmanager
-    def _open(self, context: RetryContext) -> Iterator[Message]:
-        """The message as a handler gets it: it can send meanwhile, and nothing of an earlier attempt has been sent."""
+    def _opened(self, context: RetryContext) -> Message:
+        """The message as a handler gets it: it can send until `_close`, and nothing of an earlier attempt is sent."""
         self.context, self._sender = context, (sender := object())
         if self.sent:
             self.sent = 0
             context.outbox.clear()
-        try:
-            yield with_sender(self.message, partial(self._send_as, sender))
-        finally:
-            self._close()
+        return with_sender(self.message, partial(self._send_as, sender))
 
     def _close(self) -> None:
         """Let no one send any more."""
@@ -261,8 +261,10 @@ class Delivery:
 
     def recovery(self, context: RetryContext) -> Any:
         """The template's recovery: the recoverer, and what its result asks for."""
-        with self._open(context) as message:
-            return self._obey(self._recoverer()(message, context), context, "recover")
+        try:
+            return self._obey(self._recoverer()(self._opened(context), context), context, "recover")
+        finally:
+            self._close()
 
     def _recoverer(self) -> Recoverer:
         if self.refused is not None:

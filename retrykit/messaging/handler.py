@@ -94,7 +94,7 @@ def _arguments(handler: Handler) -> tuple[int, bool]:
 
 def refuse_unfinished(result: Any, whose: str) -> None:
     """What has not run yet must not count as done."""
-    if not (inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)):
+    if result is None or not (inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result)):
         return
     if inspect.iscoroutine(result) or inspect.isgenerator(result):
         result.close()

@@ -35,6 +35,8 @@ class Kept:
 
     def wait(self, limit: float | None) -> float | None:
         """Seconds until something is due, or until `limit` on the monotonic clock; None: there is neither."""
+        if not self._heap and limit is None:
+            return None
         first = self._heap[0][0] if self._heap else None
         ends = [end for end in (first, limit) if end is not None]
         # The longest wait that there is: longer ones are an error.

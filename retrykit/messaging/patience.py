@@ -51,8 +51,8 @@ class Patience:
 
     def wait(self, key: object, clock: Clock) -> bool:
         """Take the pause that is due for a message; False when it was cut short, and so stays due."""
-        with self._lock:
-            debt = self._debts.get(key)
+        # Most messages owe nothing, and most of the time none does.
+        debt = self._debts.get(key) if self._debts else None
         if debt is None or not debt.pause:
             return True
         try:
@@ -64,5 +64,6 @@ class Patience:
 
     def forgive(self, key: object) -> None:
         """The message came to an end, or to a failed attempt that counts."""
-        with self._lock:
-            self._debts.pop(key, None)
+        if self._debts:
+            with self._lock:
+                self._debts.pop(key, None)

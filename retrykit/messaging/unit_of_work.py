@@ -11,9 +11,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, null
 from functools import partial
 from inspect import iscoroutine, iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
-
-import attrs
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrykit.check import closes_without_commit
 from retrykit.errors import CommitInDoubtError
@@ -34,15 +32,13 @@ class MisusedError(BaseException):
     """Ends a call as an interrupt does: nothing is counted against the message."""
 
 
-@attrs.frozen
-class _AtBroker:
+class _AtBroker(NamedTuple):
     """Something that the session is to do."""
 
     do: Callable[[], None]
 
 
-@attrs.frozen
-class _InDatabase:
+class _InDatabase(NamedTuple):
     """The database's transaction is to be left: committed, or rolled back with an error."""
 
     error: BaseException | None

@@ -1,22 +1,24 @@
 from __future__ import annotations
 
+import socket
 import ssl
 import subprocess
 import sys
-import threading
 from contextlib import closing, nullcontext
 from types import SimpleNamespace
 
 import pytest
-from stomp.utils import Frame
 
 from retrykit.messaging import ListenerContainer, by_content, by_header
 from retrykit.messaging.errors import BrokerRefusedError, BrokerUnavailableError
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
+from retrykit.messaging.stomp.frames import Frame
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
 from retrykit.messaging.stomp.session import StompSession
-from retrykit.messaging.stomp.wire import Call, Wire
+from retrykit.messaging.stomp.sockets import PlainSocket
+from retrykit.messaging.stomp.transport import Call
+from retrykit.messaging.stomp.wire import Wire
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 
@@ -170,19 +172,22 @@ def unused_port():
 
 def test_a_broker_that_refused_a_frame_and_hung_up_is_heard_before_the_next_is_given_up(monkeypatch):
     wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
-    last_words = threading.Timer(0.1, wire.on_error, [Frame("ERROR", {"message": "no such exchange"}, b"")])
+    transport = wire._connection.transport
+    ours, theirs = socket.socketpair()
 
     def write(data):
         if data.startswith(b"COMMIT"):
-            last_words.start()
+            theirs.sendall(b"ERROR\nmessage:no such exchange\n\n\0")
+            theirs.close()
             raise BrokenPipeError
 
-    monkeypatch.setattr(wire, "_connection", SimpleNamespace(transport=SimpleNamespace(send=write)))
-    wire.put_confirmed("SEND", {}, b"x", "a message")
-    wire.put("COMMIT", {})
-    last_words.join()
-    with pytest.raises(BrokerRefusedError, match="no such exchange"):
-        raise wire.failure()
+    with ours, theirs:
+        transport.socket = PlainSocket(ours)
+        monkeypatch.setattr(transport, "send", write)
+        wire.put_confirmed("SEND", {}, b"x", "a message")
+        wire.put("COMMIT", {})
+        with pytest.raises(BrokerRefusedError, match="no such exchange"):
+            raise wire.failure()
 
 
 def test_frames_that_belong_together_go_out_in_one_piece(monkeypatch):

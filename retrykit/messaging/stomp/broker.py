@@ -21,7 +21,8 @@ from retrykit.messaging.stomp.profiles import Profile, to_profile
 from retrykit.messaging.stomp.session import StompSession
 from retrykit.messaging.stomp.sockets import unverified
 from retrykit.messaging.stomp.subscription import check_durable, is_shared_out, subscribe_headers
-from retrykit.messaging.stomp.wire import Call, Wire
+from retrykit.messaging.stomp.transport import Call
+from retrykit.messaging.stomp.wire import Wire
 
 Credentials = Callable[[], tuple[str, str]]
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from queue import Empty
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
@@ -132,9 +131,6 @@ def delays_are_ignored(wire: Any, timeout: float) -> bool:
     wire.put("SUBSCRIBE", {"id": "probe", "destination": _PROBE, "ack": "auto"})
     wire.put_confirmed("SEND", {"destination": _PROBE, DELAY: "1"}, b"retrykit asks whether there is a scheduler")
     wire.settle(timeout)
-    try:
-        frame = wire.frames.get(timeout=timeout)
-    except Empty:
-        # It is being kept back for longer than was asked.
-        return False
-    return frame is not None and DELAY in frame.headers
+    delivery = wire.delivery(timeout)
+    # None: it is being kept back for longer than was asked.
+    return delivery is not None and DELAY in delivery.headers

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, NamedTuple
 
-HEART_BEAT: Final = b"\n"
 _EOLS: Final = b"\r\n"
 _HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
-_LENGTH: Final = re.compile(rb"\ncontent-length:[ \t]*([0-9]+)")
+_LENGTH: Final = "content-length"
+# A longer number is no length of anything.
+_DIGITS: Final = 19
 _MARKS: Final = re.compile(r"[\\:\r\n]")
 _ESCAPES: Final = {"\\": "\\\\", ":": "\\c", "\r": "\\r", "\n": "\\n"}
 _ESCAPED: Final = re.compile(r"\\[\\crn]")
@@ -28,19 +29,110 @@ def escaped(text: str) -> str:
 
 def encoded(command: str, headers: Mapping[str, str], body: bytes) -> bytes:
     """A frame of STOMP 1.2."""
-    head = "".join([f"{escaped(name)}:{escaped(value)}\n" for name, value in headers.items()])
+    head = "".join([f"{name}:{value}\n" for name, value in headers.items()])
+    # What is to be escaped is one of these, or one of these too many.
+    if "\\" in head or "\r" in head or not head.count(":") == head.count("\n") == len(headers):
+        head = "".join([f"{escaped(name)}:{escaped(value)}\n" for name, value in headers.items()])
     return f"{command}\n{head}\n".encode() + body + b"\0"
 
 
-def decoded(frame: bytes) -> tuple[str, dict[str, str], bytes]:
-    """Command, headers and body of a frame as `FrameCutter` gives it; of a repeated header the first counts.
+class Frame(NamedTuple):
+    """A frame as it was received; of a repeated header the first counts."""
 
-    A NUL in a header, which brokers hand on and nobody could send again, is U+FFFD in it.
-    """
-    end = _HEAD_END.search(frame)
-    assert end is not None  # noqa: S101 - or the end of the frame would not have been found
-    head = frame[: end.start()].decode("utf-8", "replace").replace("\0", "\ufffd")
-    command, *lines = head.replace("\r\n", "\n").split("\n")
+    command: str
+    headers: dict[str, str]
+    body: bytes
+
+
+HEART_BEAT: Final = Frame("", {}, b"")
+
+
+class FrameReader:
+    """Takes bytes as they come, gives whole frames."""
+
+    def __init__(self) -> None:
+        # Bytes as they came; a bytearray while a frame comes in several pieces, so that none is copied twice.
+        self._data: bytes | bytearray = b""
+        self._at = 0
+        self._searched = 0
+        # Of the frame at the front, once its head is there: what it says, and where its body begins.
+        self._head: tuple[str, dict[str, str], int] | None = None
+
+    def feed(self, data: bytes) -> None:
+        """Take what was received."""
+        if self._at == len(self._data):
+            self._data, self._at, self._searched = data, 0, 0
+            return
+        if not isinstance(self._data, bytearray):
+            self._data = bytearray(self._data)
+        del self._data[: self._at]
+        self._searched -= self._at
+        if self._head is not None:
+            command, headers, body = self._head
+            self._head = command, headers, body - self._at
+        self._at = 0
+        self._data += data
+
+    def next(self) -> Frame | None:
+        """The next frame, `HEART_BEAT` for any number of them, or None: more has to come."""
+        if self._head is None:
+            if self._drop_line_ends():
+                return HEART_BEAT
+            if not self._find_head():
+                return None
+        assert self._head is not None  # noqa: S101 - it was found, or None was given
+        command, headers, body = self._head
+        end = self._find_end(headers.get(_LENGTH), body)
+        if end < 0:
+            return None
+        frame = Frame(command, headers, self._part(body, end))
+        self._head, self._at = None, end + 1
+        # The line end that may follow a frame is no heart-beat.
+        self._drop_line_ends()
+        self._searched = self._at
+        if self._at == len(self._data):
+            self.feed(b"")
+        return frame
+
+    def _drop_line_ends(self) -> bool:
+        data, start = self._data, self._at
+        while self._at < len(data) and data[self._at] in _EOLS:
+            self._at += 1
+        return self._at > start
+
+    def _find_head(self) -> bool:
+        found = _HEAD_END.search(self._data, max(self._at, self._searched - 3))
+        if found is None:
+            self._searched = len(self._data)
+            return False
+        command, headers = _said(self._part(self._at, found.start()))
+        self._head, self._searched = (command, headers, found.end()), found.end()
+        return True
+
+    def _find_end(self, length: str | None, body: int) -> int:
+        """Where the NUL is that ends the frame; negative while it is not there."""
+        if length is not None and len(length) < _DIGITS and length.strip().isdecimal():
+            end = body + int(length)
+            return end if end < len(self._data) else -1
+        end = self._data.find(0, max(body, self._searched))
+        self._searched = len(self._data)
+        return end
+
+    def _part(self, start: int, end: int) -> bytes:
+        if isinstance(self._data, bytes):
+            return self._data[start:end]
+        with memoryview(self._data) as view:
+            return bytes(view[start:end])
+
+
+def _said(head: bytes) -> tuple[str, dict[str, str]]:
+    """Command and headers. A NUL in a header, which brokers hand on and nobody could send again, is U+FFFD in it."""
+    text = head.decode("utf-8", "replace")
+    if "\0" in text:
+        text = text.replace("\0", "\ufffd")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n")
+    command, *lines = text.split("\n")
     headers: dict[str, str] = {}
     for line in lines:
         name, colon, value = line.partition(":")
@@ -48,71 +140,9 @@ def decoded(frame: bytes) -> tuple[str, dict[str, str], bytes]:
             name, value = _unescaped(name), _unescaped(value)
         if name and colon and name not in headers:
             headers[name] = value
-    return command, headers, frame[end.end() : -1]
+    return command, headers
 
 
 def _unescaped(text: str) -> str:
     # What the protocol does not define stays as it is.
     return _ESCAPED.sub(lambda escape: _PLAIN[escape[0]], text)
-
-
-class FrameCutter:
-    """Takes bytes as they come, gives whole frames."""
-
-    def __init__(self) -> None:
-        self._buffer = bytearray()
-        self._searched = 0
-        # Where the frame at the front ends, its NUL included; where its body begins, while the end is not known.
-        self._end: int | None = None
-        self._body: int | None = None
-
-    def feed(self, data: bytes) -> None:
-        """Take what was received."""
-        self._buffer += data
-
-    def next(self) -> bytes | None:
-        """The next frame with its NUL, `HEART_BEAT` for any number of them, or None: more has to come."""
-        if self._body is None and self._buffer.startswith((b"\n", b"\r")):
-            self._drop_line_ends()
-            return HEART_BEAT
-        end = self._find_end()
-        if end is None or end > len(self._buffer):
-            return None
-        with memoryview(self._buffer) as view:
-            frame = bytes(view[:end])
-        del self._buffer[:end]
-        self._searched, self._end, self._body = 0, None, None
-        # The line end that may follow a frame is no heart-beat.
-        self._drop_line_ends()
-        return frame
-
-    def _drop_line_ends(self) -> None:
-        buffer = self._buffer
-        ends = 0
-        while ends < len(buffer) and buffer[ends] in _EOLS:
-            ends += 1
-        del buffer[:ends]
-
-    def _find_end(self) -> int | None:
-        if self._end is None:
-            self._body = self._body or self._find_body()
-            if self._body is not None and self._end is None:
-                self._end = self._find_nul(self._body)
-        return self._end
-
-    def _find_body(self) -> int | None:
-        """Where the body begins, once the whole head is there; sets the end, where the head says it."""
-        found = _HEAD_END.search(self._buffer, max(0, self._searched - 2))
-        if found is None:
-            self._searched = len(self._buffer)
-            return None
-        self._searched = found.end()
-        length = _LENGTH.search(self._buffer, 0, found.end())
-        if length is not None:
-            self._end = found.end() + int(length[1]) + 1
-        return found.end()
-
-    def _find_nul(self, body: int) -> int | None:
-        found = self._buffer.find(0, max(body, self._searched))
-        self._searched = len(self._buffer)
-        return None if found < 0 else found + 1

@@ -8,7 +8,6 @@ import logging
 import time
 import uuid
 from collections.abc import Mapping
-from queue import Empty
 from typing import TYPE_CHECKING, Any, Final
 
 import attrs
@@ -143,13 +142,10 @@ class StompSession:
                 raise self._wire.error()
             if (kept := self._kept.due(self._in_hand_still)) is not None:
                 return kept
-            try:
-                frame = self._wire.frames.get(timeout=self._kept.wait(limit))
-            except Empty:
+            frame = self._wire.delivery(self._kept.wait(limit))
+            if frame is None:
                 if limit is not None and limit <= time.monotonic():
                     return None
-                continue
-            if frame is None:
                 continue
             if frame.headers.get("subscription") == self._subscription:
                 message = self._message(frame)

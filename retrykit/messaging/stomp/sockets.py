@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import select
 import selectors
 import socket
 import ssl
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Final, TypeVar
 
@@ -25,7 +28,7 @@ _T = TypeVar("_T")
 
 def open_socket(
     address: Address, *, connect_timeout: float, send_timeout: float, context: ssl.SSLContext | None
-) -> socket.socket | TlsSocket:
+) -> PlainSocket | TlsSocket:
     """Connect, and shake hands where `context` is given; `OSError` when that fails, or takes longer than
     `connect_timeout`.
     """
@@ -34,7 +37,7 @@ def open_socket(
         _tune(plain, send_timeout)
         if context is None:
             plain.settimeout(None)
-            return plain
+            return PlainSocket(plain)
         # The name of the host is what the certificate is compared with.
         return TlsSocket(context.wrap_socket(plain, server_hostname=address.host), send_timeout)
     except BaseException:
@@ -54,7 +57,7 @@ def _tune(live: socket.socket, send_timeout: float) -> None:
         live.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
 
 
-def acknowledge_at_once(live: socket.socket | TlsSocket) -> None:
+def _acknowledge_at_once(live: socket.socket) -> None:
     """Have the kernel acknowledge what it has received, which otherwise holds up the peer's next frame for 40 ms.
 
     The kernel takes it back by itself, so this is said after each read.
@@ -88,8 +91,37 @@ def explained(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
+class PlainSocket:
+    """A connection that one thread at a time reads, and others, in turn, write to."""
+
+    def __init__(self, live: socket.socket) -> None:
+        self._socket = live
+        self.sendall = live.sendall
+        self.shutdown = live.shutdown
+        self.close = live.close
+        # Made once: it is asked for each message.
+        self._poll = _poll_of(live)
+
+    def receive(self, size: int, seconds: float | None = None) -> bytes | None:
+        """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""
+        if seconds is not None and not self._poll(seconds):
+            return None
+        data = self._socket.recv(size)
+        _acknowledge_at_once(self._socket)
+        return data
+
+
+def _poll_of(live: socket.socket) -> Callable[[float], object]:
+    """What waits for so many seconds until something can be read."""
+    if not hasattr(select, "poll"):
+        return lambda seconds: select.select([live], [], [], seconds)[0]
+    poll = select.poll()
+    poll.register(live, select.POLLIN)
+    return lambda seconds: poll.poll(math.ceil(seconds * 1000))
+
+
 class TlsSocket:
-    """A TLS connection that one thread reads and others, in turn, write to.
+    """A TLS connection that one thread at a time reads, and others, in turn, write to.
 
     A TLS connection has one state for both directions, and can do one thing at a time; a reader that waits inside of it
     would keep the writers out. So the socket does not block: each call is made under a lock, and waited for outside.
@@ -102,15 +134,20 @@ class TlsSocket:
         self._lock = threading.Lock()
         self._closed = False
 
-    def recv(self, size: int) -> bytes:
-        """At most so many bytes; b"" at the end."""
+    def receive(self, size: int, seconds: float | None = None) -> bytes | None:
+        """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""
+        limit = math.inf if seconds is None else time.monotonic() + seconds
         while True:
             received, event = self._call(lambda: self._socket.recv(size))
             if received is not None:
+                _acknowledge_at_once(self._socket)
                 return received
             if not event:
                 return b""
-            self._wait(event, _LOOK_SECONDS)
+            left = limit - time.monotonic()
+            if left <= 0:
+                return None
+            self._wait(event, min(left, _LOOK_SECONDS))
 
     def sendall(self, data: bytes) -> None:
         """Everything; `OSError` when the connection ends, or takes nothing for as long as a send may last."""
@@ -144,14 +181,6 @@ class TlsSocket:
             except ValueError:
                 return True  # closed in the meantime, which the next call tells
             return bool(selector.select(timeout))
-
-    def setsockopt(self, level: int, option: int, value: int) -> None:
-        """As a socket's own."""
-        self._socket.setsockopt(level, option, value)
-
-    def getsockname(self) -> object:
-        """As a socket's own."""
-        return self._socket.getsockname()
 
     def shutdown(self, how: int) -> None:
         """Say goodbye, and wake whoever waits."""

@@ -1,27 +1,17 @@
-"""One STOMP connection, on stomp.py 9: `Wire`.
+"""One STOMP connection: `Wire`.
 
-stomp.py runs a thread that reads frames and calls listeners; a listener that raises closes the connection without a
-word, one that waits holds up heart-beats. So here the callbacks put what came into queues and set flags, nothing else,
-and everything is decided by the worker. A connection is used once: no callback reconnects, and frames of another
-generation have nowhere to arrive.
-
-stomp.py's own sockets are not used: its TLS connections do not notice that the other side has closed, and turn in
-circles until a heart-beat is missed.
+What comes is put into queues, or sets flags; everything is decided by the worker. A connection is used once: nothing
+reconnects it, and frames of another generation have nowhere to arrive.
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
-import socket
-import ssl
 import threading
+from collections import deque
 from collections.abc import Iterable, Mapping
-from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final
-
-import attrs
 
 from retrykit.messaging.errors import (
     BrokerError,
@@ -30,158 +20,23 @@ from retrykit.messaging.errors import (
     ConnectionLostError,
     LoginRefusedError,
 )
-from retrykit.messaging.stomp.address import Address
-from retrykit.messaging.stomp.frames import HEART_BEAT, FrameCutter, decoded, encoded
+from retrykit.messaging.stomp.frames import Frame, encoded
 from retrykit.messaging.stomp.refusals import sentence, unanswered, whole_text
 from retrykit.messaging.stomp.session import GOODBYE_SECONDS, THE_COMMIT
-from retrykit.messaging.stomp.sockets import TlsSocket, acknowledge_at_once, explained, open_socket
+from retrykit.messaging.stomp.sockets import explained
+from retrykit.messaging.stomp.transport import Call, Connection, StompException
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp.broker import StompBroker
 
-try:
-    from stomp.connect import BaseConnection
-    from stomp.exception import NotConnectedException, StompException
-    from stomp.listener import ConnectionListener
-    from stomp.protocol import Protocol12
-    from stomp.transport import Transport
-    from stomp.utils import HEARTBEAT_FRAME, Frame, convert_frame, default_create_thread, pack
-except ModuleNotFoundError as missing:
-    if (missing.name or "").partition(".")[0] != "stomp":
-        raise
-    raise ImportError('STOMP brokers need stomp.py: pip install "retrykit[stomp]"', name="stomp") from missing
-
 _log = logging.getLogger("retrykit.messaging")
-_CHUNK: Final = 65_536
 LAST_WORDS_SECONDS: Final = 1.0
 
 
-@attrs.frozen
-class Call:
-    """Whom to connect to, as whom."""
-
-    address: Address
-    login: str | None = None
-    passcode: str | None = attrs.field(default=None, repr=False)
-    virtual_host: str | None = None
-    client_id: str | None = None
-    context: ssl.SSLContext | None = None
-    """How to encrypt; None: not at all."""
-
-
-class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
-    """stomp.py's transport over a socket of our own, read frame by frame."""
-
-    def __init__(self, broker: StompBroker, call: Call) -> None:
-        super().__init__([(call.address.host, call.address.port)], auto_decode=False)
-        self._broker = broker
-        self._call = call
-        self.socket: socket.socket | TlsSocket | None = None
-        self._frames = FrameCutter()
-        self._sending = threading.Lock()
-        self.failure: OSError | None = None
-        self.silent = False
-        self._ended = False
-        self.override_threading(lambda _stomp_pys_own_loop: default_create_thread(self._read))
-
-    def _read(self) -> None:
-        """Tell of each frame, until the connection ends."""
-        try:
-            while self.running and (piece := self.receive()):
-                self.process_frame(HEARTBEAT_FRAME if piece == HEART_BEAT else Frame(*decoded(piece)), piece)
-        finally:
-            self._ended = True
-            self.disconnect_socket()
-
-    def attempt_connection(self) -> None:
-        """Once, to one address; whoever asked decides what is tried next."""
-        address, broker = self._call.address, self._broker
-        self.socket = open_socket(
-            address,
-            connect_timeout=broker.connect_timeout,
-            send_timeout=broker.send_timeout,
-            context=self._call.context,
-        )
-        self.current_host_and_port = (address.host, address.port)
-
-    def receive(self) -> bytes:
-        """One frame or heart-beat, or what is as good as one, a part of a frame; b"" at the end."""
-        if (piece := self._frames.next()) is not None:
-            return piece
-        live = self.socket
-        if live is None:
-            return b""
-        try:
-            data: bytes = live.recv(_CHUNK)
-        except OSError as error:
-            self.failure = error
-            return b""
-        if not data:
-            return b""
-        acknowledge_at_once(live)
-        self._frames.feed(data)
-        # Within a frame no broker can beat: one that takes its time is a sign of life all the same.
-        return self._frames.next() or HEART_BEAT
-
-    def send(self, encoded_frame: bytes) -> None:
-        """One frame after the other. Whoever sends tells what goes wrong; stomp.py's own would log each as an error."""
-        live = self.socket
-        if live is None:
-            raise NotConnectedException
-        with self._sending:
-            live.sendall(encoded_frame)
-
-    def is_connected(self) -> bool:
-        """Logged in, and not closed; the socket may go at any moment."""
-        return self.socket is not None and bool(self.connected)
-
-    def disconnect_socket(self) -> None:
-        """Wake the reader, and close; it is no matter who was first."""
-        # While it is being read stomp.py closes a connection only if no heart-beat came, and says why afterwards.
-        self.silent = self.silent or not self._ended
-        self.running = False
-        live, self.socket = self.socket, None
-        if live is not None:
-            with contextlib.suppress(OSError):
-                live.shutdown(socket.SHUT_RDWR)
-            live.close()
-        if not self.notified_on_disconnect:
-            self.notify("disconnected")
-
-
-class _Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py has no types
-    """STOMP 1.2 over that transport."""
-
-    def __init__(self, broker: StompBroker, call: Call) -> None:
-        beat = int(broker.heart_beat * 1000)
-        transport = _Transport(broker, call)
-        BaseConnection.__init__(self, transport)
-        Protocol12.__init__(
-            self,
-            transport,
-            heartbeats=(beat, beat),
-            auto_content_length=False,
-            # A broker that beats only if the last interval was silent is up to two intervals late, in good health.
-            heart_beat_receive_scale=2.5,
-        )
-
-    def login(self, call: Call) -> None:
-        """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
-        headers = {
-            "accept-version": self.version,
-            "host": call.virtual_host,
-            "heart-beat": ",".join(map(str, self.heartbeats)),
-            "login": call.login,
-            "passcode": call.passcode,
-            "client-id": call.client_id,
-        }
-        self.transport.send(pack(convert_frame(Frame("CONNECT", headers))))
-
-
-class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
+class Wire:
     """One connection: sends frames, keeps what comes until the worker asks.
 
-    Its `on_…` methods run on stomp.py's thread.
+    Its `on_…` methods are called by whatever thread reads.
     """
 
     def __init__(self, broker: StompBroker, call: Call) -> None:
@@ -193,8 +48,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self.interrupted = False
         self.server: str | None = None
         self._beats = False
-        self.frames: SimpleQueue[Any] = SimpleQueue()
-        self._changed = threading.Condition()
+        self._deliveries: deque[Frame] = deque()
         # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
         self._awaited: dict[str, str] = {}
         self._refused = ""
@@ -203,38 +57,38 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         self._numbers = itertools.count(1)
         self._leaving = False
         self._closed = False
-        self._connection = _Connection(broker, call)
-        self._connection.set_listener("retrykit", self)
+        self._connection = Connection(broker, call, self)
+        self._reading = self._connection.transport.reading
+        self._changed = self._reading.news
 
-    # -- called by stomp.py's threads
+    # -- called by whoever reads
 
-    def on_connected(self, frame: Any) -> None:
+    def on_connected(self, headers: dict[str, str]) -> None:
         """Logged in: the server's name for itself is known."""
         with self._changed:
-            self.server = frame.headers.get("server", "")
-            self._beats = frame.headers.get("heart-beat", "0").partition(",")[0].strip() != "0"
+            self.server = headers.get("server", "")
+            self._beats = headers.get("heart-beat", "0").partition(",")[0].strip() != "0"
             self._changed.notify_all()
 
-    def on_message(self, frame: Any) -> None:
+    def on_message(self, frame: Frame) -> None:
         """A delivery: for the worker to look at."""
-        self.frames.put(frame)
+        self._deliveries.append(frame)
 
-    def on_receipt(self, frame: Any) -> None:
+    def on_receipt(self, receipt: str) -> None:
         """One confirmation less to wait for.
 
         After an ERROR it confirms nothing: RabbitMQ refuses a SUBSCRIBE, and then sends its receipt.
         """
         with self._changed:
             if self.lost is None:
-                self._awaited.pop(frame.headers.get("receipt-id", ""), None)
-            self._changed.notify_all()
+                self._awaited.pop(receipt, None)
 
-    def on_error(self, frame: Any) -> None:
+    def on_error(self, headers: dict[str, str], body: bytes) -> None:
         """The broker refused something: after that nothing on this connection can be relied on."""
-        body, message = frame.body or b"", frame.headers.get("message", "")
+        message = headers.get("message", "")
         with self._changed:
             if not message.startswith(self.not_refusals):
-                self._refused = self._refused or self._meant(frame.headers.get("receipt-id"))
+                self._refused = self._refused or self._meant(headers.get("receipt-id"))
             self.answer = self.answer or whole_text(message, body)
         self.lose(f"the broker sent ERROR: {sentence(message, body)}")
 
@@ -265,12 +119,11 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
     def lose(self, reason: str) -> None:
         """Note that the connection is of no more use, and wake everybody.
 
-        Closes nothing: this may be stomp.py's own thread.
+        Closes nothing: this may be the thread that reads.
         """
         with self._changed:
             self.lost = self.lost or reason
             self._changed.notify_all()
-        self.frames.put(None)
 
     # -- called by the session
 
@@ -284,8 +137,7 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
             self._connection.login(self._call)
         except (OSError, StompException) as error:
             raise self._unavailable(self._last_words() or explained(error)) from error
-        with self._changed:
-            self._changed.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
+        self._reading.wait_for(lambda: self.server is not None or self.lost, self.broker.connect_timeout)
         if self.lost or self.server is None:
             late = f"it did not answer in {self.broker.connect_timeout:g} s"
             raise self._unavailable(unanswered(self.lost or late, encrypted=self._call.context is not None))
@@ -318,9 +170,8 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 
     def _last_words(self) -> str | None:
         """Why the connection is lost, as far as the other side says it in a moment."""
-        with self._changed:
-            self._changed.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
-            return self.lost
+        self._reading.wait_for(lambda: self.lost, LAST_WORDS_SECONDS)
+        return self.lost
 
     def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:
         """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
@@ -336,6 +187,12 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
             for receipt in receipts:
                 self._awaited.pop(receipt, None)
 
+    def delivery(self, timeout: float | None) -> Frame | None:
+        """The next delivery; None if none came in time, or none will."""
+        if not self._deliveries:
+            self._reading.wait_for(lambda: self._deliveries or self.interrupted or self.lost, timeout)
+        return self._deliveries.popleft() if self._deliveries else None
+
     def settle(self, timeout: float, receipt: str | None = None) -> None:
         """Wait for every receipt that is due, or for one.
 
@@ -346,10 +203,9 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         def confirmed() -> bool:
             return receipt not in self._awaited if receipt is not None else not self._awaited
 
-        with self._changed:
-            self._changed.wait_for(lambda: confirmed() or self.lost, timeout)
-            done = confirmed()
-        if not done:
+        if not confirmed():
+            self._reading.wait_for(lambda: confirmed() or self.lost, timeout)
+        if not confirmed():
             self._server_lost(f"no receipt came in {timeout:g} s")
             raise self.failure()
 
@@ -364,20 +220,18 @@ class Wire(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 
     def pause(self, length: float) -> bool:
         """Wait; False when interrupted or lost."""
-        with self._changed:
-            # The longest wait that there is: longer ones are an error.
-            limit = min(length, threading.TIMEOUT_MAX)
-            return not self._changed.wait_for(lambda: self.interrupted or self.lost, limit)
+        # The longest wait that there is: longer ones are an error.
+        self._reading.wait_for(lambda: self.interrupted or self.lost, min(length, threading.TIMEOUT_MAX))
+        return not (self.interrupted or self.lost)
 
     def interrupt(self) -> None:
         """End all waiting for deliveries and in pauses."""
         with self._changed:
             self.interrupted = True
             self._changed.notify_all()
-        self.frames.put(None)
 
     def hang_up(self) -> None:
-        """Close the socket and see stomp.py's thread off. Never called from it."""
+        """Close the socket and see the thread that stands by off. Never called from it."""
         self.lose("closed")
         with self._changed:
             closed, self._closed = self._closed, True

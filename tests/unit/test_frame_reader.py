@@ -7,25 +7,34 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retrykit.messaging.headers import check_headers
-from retrykit.messaging.stomp.frames import HEART_BEAT, FrameCutter, decoded, encoded, escaped
+from retrykit.messaging.stomp.frames import HEART_BEAT, FrameReader, encoded, escaped
 from retrykit.testing.stomp_server.frames import Frame, FrameParser, encode
 
-FRAMES = (
-    b"CONNECTED\nversion:1.2\n\n\x00",
-    b"MESSAGE\nmessage-id:1\n\nplain text\x00",
-    b"MESSAGE\ncontent-length:5\nmessage-id:2\n\na\x00\n\nb\x00",
-    b"MESSAGE\ncontent-length:0\n\n\x00",
-    b"MESSAGE\r\nmessage-id:3\r\ncontent-length:2\r\n\r\n\x00\x00\x00",
-    b"RECEIPT\nreceipt-id:r-1\n\n\x00",
-)
+FRAMES = {
+    b"CONNECTED\nversion:1.2\n\n\x00": ("CONNECTED", {"version": "1.2"}, b""),
+    b"MESSAGE\nmessage-id:1\n\nplain text\x00": ("MESSAGE", {"message-id": "1"}, b"plain text"),
+    b"MESSAGE\ncontent-length:5\nmessage-id:2\n\na\x00\n\nb\x00": (
+        "MESSAGE",
+        {"content-length": "5", "message-id": "2"},
+        b"a\0\n\nb",
+    ),
+    b"MESSAGE\ncontent-length:0\n\n\x00": ("MESSAGE", {"content-length": "0"}, b""),
+    b"MESSAGE\r\nmessage-id:3\r\ncontent-length:2\r\n\r\n\x00\x00\x00": (
+        "MESSAGE",
+        {"message-id": "3", "content-length": "2"},
+        b"\0\0",
+    ),
+    b"RECEIPT\nreceipt-id:r-1\n\n\x00": ("RECEIPT", {"receipt-id": "r-1"}, b""),
+}
+PLAIN, WITH_NULS, RECEIPT = list(FRAMES)[1], list(FRAMES)[2], list(FRAMES)[5]
 
 
-def cut(chunks):
-    cutter, found = FrameCutter(), []
+def read(chunks):
+    reader, found = FrameReader(), []
     for chunk in chunks:
-        cutter.feed(chunk)
-        while (piece := cutter.next()) is not None:
-            found.append(piece)
+        reader.feed(chunk)
+        while (frame := reader.next()) is not None:
+            found.append(frame)
     return found
 
 
@@ -36,39 +45,57 @@ def chunked(data, places):
 
 @given(
     st.lists(
-        st.tuples(st.sampled_from(FRAMES), st.sampled_from([b"", b"\n", b"\r\n", b"\n\n", b"\n\n\n"])), max_size=8
+        st.tuples(st.sampled_from(list(FRAMES)), st.sampled_from([b"", b"\n", b"\r\n", b"\n\n", b"\n\n\n"])), max_size=8
     ),
     st.lists(st.integers(0, 1_000), max_size=20),
 )
 def test_frames_come_whole_however_they_are_received(sent, places):
     data = b"".join(frame + ends for frame, ends in sent)
-    assert [piece for piece in cut(chunked(data, places)) if piece != HEART_BEAT] == [frame for frame, _ in sent]
+    frames = [frame for frame in read(chunked(data, places)) if frame is not HEART_BEAT]
+    assert frames == [FRAMES[frame] for frame, _ in sent]
 
 
 @pytest.mark.parametrize("beats", [b"\n", b"\n\n", b"\n" * 100, b"\r\n\r\n"])
 def test_a_frame_behind_heart_beats_is_not_lost(beats):
-    assert cut([beats + FRAMES[1]]) == [HEART_BEAT, FRAMES[1]]
+    assert read([beats + PLAIN]) == [HEART_BEAT, FRAMES[PLAIN]]
 
 
 def test_a_line_end_behind_a_frame_is_no_heart_beat_if_it_comes_with_it():
-    assert cut([FRAMES[1] + b"\n", FRAMES[5]]) == [FRAMES[1], FRAMES[5]]
+    assert read([PLAIN + b"\n", RECEIPT]) == [FRAMES[PLAIN], FRAMES[RECEIPT]]
 
 
 def test_a_frame_waits_for_its_end():
-    assert cut([FRAMES[2][:-1]]) == []
-    assert cut([b"MESSAGE\ncontent-length:9\n\n12345678"]) == []
+    assert read([WITH_NULS[:-1]]) == []
+    assert read([b"MESSAGE\ncontent-length:9\n\n12345678"]) == []
 
 
 def test_the_first_content_length_counts():
     frame = b"MESSAGE\ncontent-length:2\ncontent-length:9\n\n\x00\x00\x00"
-    assert cut([frame]) == [frame]
+    assert read([frame]) == [("MESSAGE", {"content-length": "2"}, b"\0\0")]
+
+
+@pytest.mark.parametrize("length", ["", "five", "-1", "9" * 5_000, "\u00b2"])
+def test_a_length_that_is_none_is_no_length(length):
+    assert read([f"MESSAGE\ncontent-length:{length}\n\nbody\0".encode(), RECEIPT]) == [
+        ("MESSAGE", {"content-length": length}, b"body"),
+        FRAMES[RECEIPT],
+    ]
+
+
+def test_a_large_frame_in_small_pieces_is_copied_once_a_piece():
+    body, reader = b"x" * 4_000_000, FrameReader()
+    data = b"MESSAGE\ncontent-length:%d\n\n%b\0" % (len(body), body)
+    for start in range(0, len(data), 65_536):
+        assert reader.next() is None
+        reader.feed(data[start : start + 65_536])
+    assert reader.next() == ("MESSAGE", {"content-length": "4000000"}, body)
+    assert reader.next() is None
 
 
 def test_a_nul_in_a_header_ends_no_frame_and_is_replaced():
     frame = b"MESSAGE\na\0:bin\0RECEIPT\nreceipt-id:r-1\ncontent-length:3\n\n\0x\0\0"
-    assert cut([frame, FRAMES[1]]) == [frame, FRAMES[1]]
     headers = {"a\ufffd": "bin\ufffdRECEIPT", "receipt-id": "r-1", "content-length": "3"}
-    assert decoded(frame) == ("MESSAGE", headers, b"\0x\0")
+    assert read([frame, PLAIN]) == [("MESSAGE", headers, b"\0x\0"), FRAMES[PLAIN]]
 
 
 def test_names_and_values_are_escaped_as_1_2_wants_it():
@@ -95,15 +122,12 @@ def test_a_frame_is_written_as_others_read_it(headers, body):
 @given(st.dictionaries(texts.filter(bool), texts, max_size=5), st.binary(max_size=50))
 def test_a_frame_is_read_as_others_write_it(headers, body):
     full = {**headers, "content-length": str(len(body))}
-    (frame,) = cut([encode(Frame("MESSAGE", full, body), "1.2")])
-    assert decoded(frame) == ("MESSAGE", full, body)
+    assert read([encode(Frame("MESSAGE", full, body), "1.2")]) == [("MESSAGE", full, body)]
 
 
 @pytest.mark.parametrize(
     ("frame", "headers", "body"),
     [
-        (FRAMES[2], {"content-length": "5", "message-id": "2"}, b"a\0\n\nb"),
-        (FRAMES[4], {"message-id": "3", "content-length": "2"}, b"\0\0"),
         (b"MESSAGE\na:1\na:2\n\n\0", {"a": "1"}, b""),
         (b"MESSAGE\na:x:y\nb\n:c\nd:\n\n\0", {"a": "x:y", "d": ""}, b""),
         (rb"MESSAGE" + b"\n" + rb"a:\x\\c\n" + b"\n\n\0", {"a": "\\x\\c\n"}, b""),
@@ -111,4 +135,4 @@ def test_a_frame_is_read_as_others_write_it(headers, body):
     ],
 )
 def test_what_a_frame_says(frame, headers, body):
-    assert decoded(frame) == ("MESSAGE", headers, body)
+    assert read([frame]) == [("MESSAGE", headers, body)]
