@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from retrykit.batch.errors import ItemError, SkipLimitError, stop
+from retrykit.batch.errors import ItemError, SkipLimitError, VetoedError, stop
 from retrykit.batch.files import CsvReader, JsonLinesReader
 from retrykit.batch.messages import MessageReader
-from retrykit.batch.partitions import Division, run_partitions
+from retrykit.batch.partitions import Division, async_run_partitions, run_partitions
 from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import END_OF_CHUNK, Reader, Unreadable
@@ -41,6 +41,8 @@ __all__ = [
     "SqlCursorReader",
     "SqlWriter",
     "Unreadable",
+    "VetoedError",
+    "async_run_partitions",
     "run_partitions",
     "stop",
 ]

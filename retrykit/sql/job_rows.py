@@ -12,9 +12,10 @@ import attrs
 from sqlalchemy import Connection, bindparam, case, insert, literal, select, update
 
 from retrykit.check import wrong_value
-from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
 from retrykit.owner import begin, end, is_running
 from retrykit.sql.dialects import Database
+from retrykit.sql.divisions import check_division, partitions_of
 from retrykit.sql.parked import park_in
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.rows import rows_for, storable
@@ -76,12 +77,13 @@ class JobRows:
         instance = instance_of(name, parameters)
         row = connection.execute(select(rk_job).where(_c.instance == instance).with_for_update()).first()
         if (row is None or row.status == "new") and not again:
-            _check_division(connection, name, parameters)
+            check_division(connection, name, parameters)
         if row is None:
             row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
         else:
             check_free(row, now, again=again)
         anew = row.status == "finished"
+        started = now if anew or row.status == "new" else row.started_at
         claim = Claim(
             id=row.id,
             name=name,
@@ -94,7 +96,8 @@ class JobRows:
             crashed=row.status == "running",
         )
         try:
-            connection.execute(update(rk_job).where(_c.id == row.id).values(self._claimed(row, claim, now)))
+            values = self._claimed(row, claim, now) | {"started_at": started}
+            connection.execute(update(rk_job).where(_c.id == row.id).values(values))
         except BaseException:
             end(claim.owner)
             raise
@@ -198,61 +201,6 @@ class JobRows:
         return 1
 
 
-def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
-    """The parameters of one of the jobs that a step is divided into; `part` counts from 1."""
-    return {**parameters, "partition": f"{part}/{parts}"}
-
-
-def _parts_of(parameters: Mapping[str, Any]) -> int | None:
-    """Into how many partitions the job is divided that has these; None if it is not."""
-    part, _, parts = str(parameters.get("partition", "")).partition("/")
-    return int(parts) if part.isdecimal() and parts.isdecimal() else None
-
-
-def divided_otherwise(connection: Connection, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
-    """The numbers of the jobs that were begun with the same input in another number of partitions, with that number
-    (None: undivided).
-    """
-    parts = _parts_of(parameters)
-    whole = dict(parameters) if parts is None else _undivided(parameters)
-    head, _, tail = json.dumps(partition(whole, 1, 1), sort_keys=True).partition("1/1")
-    divided = _c.parameters.startswith(head, autoescape=True) & _c.parameters.endswith(tail, autoescape=True)
-    alike = divided | (_c.parameters == json.dumps(whole, sort_keys=True))
-    begun = select(_c.id, _c.parameters).where(_c.name == name, _c.status != "new", alike).order_by(_c.id)
-    found = []
-    for row in connection.execute(begun):
-        theirs = json.loads(row.parameters)
-        their_parts = _parts_of(theirs)
-        if their_parts != parts and (theirs if their_parts is None else _undivided(theirs)) == whole:
-            found.append((row.id, their_parts))
-    return found
-
-
-def _undivided(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in parameters.items() if key != "partition"}
-
-
-def _check_division(connection: Connection, name: str, parameters: Mapping[str, Any]) -> None:
-    """Another number of partitions would be other jobs: they would write again what is written."""
-    for number, parts in divided_otherwise(connection, name, parameters):
-        theirs, ours = map(_in_words, (parts, _parts_of(parameters)))
-        msg = (
-            f"the job {name} was begun {theirs} (number {number}), and is not run {ours}: what is written would be "
-            "written again; let those jobs begin anew first if that is wanted"
-        )
-        raise JobError(msg)
-
-
-def _in_words(parts: int | None) -> str:
-    return "without partitions" if parts is None else f"in {parts} partitions"
-
-
-def partitions_of(parameters: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The parameters of all jobs of the step that is divided as these say; none if it is not."""
-    parts = _parts_of(parameters)
-    return [] if parts is None else [partition(parameters, part, parts) for part in range(1, parts + 1)]
-
-
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:
     """What identifies a job: a digest of its name and parameters, in whatever order these are."""
     text = json.dumps([name, parameters], sort_keys=True, allow_nan=False)
@@ -270,6 +218,23 @@ def _new(instance: str, name: str, parameters: Mapping[str, Any], now: float) ->
         "counts": "{}",
         "revision": 0,
         "fence": 0,
+        "started_at": now,
+        "updated_at": now,
+    }
+
+
+def begun_anew(row: Any, now: float) -> dict[str, Any]:
+    """What a row is set to so that the job begins anew when it is started next."""
+    return {
+        "status": "new",
+        "reason": None,
+        "position": None,
+        "counts": "{}",
+        "finished_at": None,
+        "owner": None,
+        "lease_until": None,
+        "revision": row.revision + 1,
+        "fence": row.fence + 1,
         "started_at": now,
         "updated_at": now,
     }

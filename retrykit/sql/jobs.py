@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from datetime import datetime
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -22,11 +23,13 @@ from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.errors import JobLostError
 from retrykit.lease import hold
 from retrykit.owner import end
+from retrykit.sql.again import Again, Begun
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import Database, database_of
+from retrykit.sql.divisions import divided_otherwise, partition
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
-from retrykit.sql.job_rows import Claim, JobRows, divided_otherwise, instance_of, partition
+from retrykit.sql.job_rows import Claim, JobRows, instance_of
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.stored_jobs import Job, job_of
@@ -118,6 +121,11 @@ class SqlJobStore:
         with self._connections.several() as connection:
             return work(connection)
 
+    def _look(self, work: Callable[[Connection], T]) -> T:
+        self._open()
+        with self._connections.reading() as connection:
+            return work(connection)
+
     # -- for who runs a job
 
     def claim(self, name: str, parameters: Mapping[str, Any], *, again: bool = False) -> Claim:
@@ -196,14 +204,30 @@ class SqlJobStore:
     def state(self, name: str, parameters: Mapping[str, Any]) -> Job | None:
         """The job as it stands; None if it was never started."""
         instance = instance_of(name, parameters)
-        row = self._do(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
+        row = self._look(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
         return None if row is None else job_of(row)
+
+    def begin_again(
+        self, name: str, parameters: Mapping[str, Any], parts: int, *, before: datetime | None = None
+    ) -> Begun:
+        """Let all partitions of a job begin anew when they are started next, provided that each of them is finished.
+
+        "begun"; "joined": some are not finished, and nothing is changed; "done": they were begun at `before` or later.
+        Jobs of the same input in another number of partitions begin anew too, which is to say that they count no more;
+        `JobRunningError` if somebody runs one of them. `JobError` if a run that was begun before `before` is not
+        finished.
+        """
+        instant = None if before is None else before.timestamp()
+        again = Again(name=name, parameters=parameters, parts=parts, before=instant)
+        # Who takes part in a run need not wait for those who write.
+        answer = self._look(again.look)
+        return self._do(lambda one: again.begin(one, self._rows.clock.now())) if answer is None else answer
 
     def divided_otherwise(self, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
         """The numbers of the jobs that were begun with the same input in another number of partitions than these
         parameters say, each with that number; None: undivided.
         """
-        return self._do(lambda connection: divided_otherwise(connection, name, parameters))
+        return self._look(lambda connection: divided_otherwise(connection, name, parameters))
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""
@@ -322,6 +346,22 @@ class AsyncSqlJobStore(SqlJobStore):
     ) -> Job | None:
         """As `SqlJobStore.state`."""
         return await self._run(super().state, name, parameters)
+
+    async def begin_again(  # type: ignore[override]
+        self, name: str, parameters: Mapping[str, Any], parts: int, *, before: datetime | None = None
+    ) -> Begun:
+        """As `SqlJobStore.begin_again`."""
+        return await self._run(super().begin_again, name, parameters, parts, before=before)
+
+    async def divided_otherwise(  # type: ignore[override]
+        self, name: str, parameters: Mapping[str, Any]
+    ) -> list[tuple[int, int | None]]:
+        """As `SqlJobStore.divided_otherwise`."""
+        return await self._run(super().divided_otherwise, name, parameters)
+
+    async def now(self) -> float:  # type: ignore[override]
+        """As `SqlJobStore.now`."""
+        return await self._run(super().now)
 
     async def stop_others(self, claim: Claim, reason: str) -> int:  # type: ignore[override]
         """As `SqlJobStore.stop_others`."""

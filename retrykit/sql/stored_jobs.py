@@ -15,7 +15,7 @@ from retrykit.check import wrong_type
 from retrykit.errors import JobError
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
-from retrykit.sql.job_rows import believed, check_free, instant_of, loaded
+from retrykit.sql.job_rows import begun_anew, believed, check_free, instant_of, loaded
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
@@ -26,7 +26,10 @@ _PAGE: Final = 200
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """A job as people see it; `position` and `counts` as they were stored last. Instants are UTC."""
+    """A job as people see it; `position` and `counts` as they were stored last.
+
+    `started_at`: when it was begun, from its beginning. Instants are UTC.
+    """
 
     id: int
     name: str
@@ -99,16 +102,7 @@ def _restarted(bind: Engine, number: int) -> Job | None:
         if row is None:
             return None
         check_free(row, clock.now(), again=True)
-        anew: dict[str, Any] = {
-            "status": "new",
-            "reason": None,
-            "position": None,
-            "counts": "{}",
-            "finished_at": None,
-            "owner": None,
-        }
-        anew |= {"revision": row.revision + 1, "fence": row.fence + 1, "updated_at": clock.now(), "lease_until": None}
-        connection.execute(update(rk_job).where(_c.id == number).values(anew))
+        connection.execute(update(rk_job).where(_c.id == number).values(begun_anew(row, clock.now())))
         return job_of(connection.execute(select(rk_job).where(_c.id == number)).one())
 
 
