@@ -247,5 +247,17 @@ class Discard:
     reason: str = attrs.field(validator=is_nonempty_text)
 
 
-Settlement = Ack | Redeliver | Park | Republish | Discard
-SETTLEMENTS: Final = (Ack, Redeliver, Park, Republish, Discard)
+@attrs.frozen
+class Parked:
+    """The message has been put aside, in the transaction that ends now: in `place` (a table, say), under `id` there.
+
+    `park_in_transaction` gives one. A recovery of your own that does so gives one to be counted, and logged, as parked.
+    """
+
+    place: str = attrs.field(validator=is_nonempty_text)
+    id: int | str
+    reason: str = attrs.field(default="", kw_only=True)
+
+
+Settlement = Ack | Redeliver | Park | Parked | Republish | Discard
+SETTLEMENTS: Final = (Ack, Redeliver, Park, Parked, Republish, Discard)

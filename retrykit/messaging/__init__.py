@@ -5,7 +5,7 @@ Brokers: `retrykit.messaging.memory.MemoryBroker`, `retrykit.messaging.stomp.Sto
 
 from __future__ import annotations
 
-from retrykit.message import Ack, Discard, Message, Park, Redeliver, Republish, Settlement
+from retrykit.message import Ack, Discard, Message, Park, Parked, Redeliver, Republish, Settlement
 from retrykit.messaging.broker import Broker, Capabilities, Session
 from retrykit.messaging.container import ListenerContainer
 from retrykit.messaging.counters import Counters
@@ -51,6 +51,7 @@ __all__ = [
     "NotSupportedError",
     "OutgoingMessage",
     "Park",
+    "Parked",
     "Publisher",
     "Recoverer",
     "Redeliver",

@@ -25,11 +25,12 @@ class Counters:
     recovered: int = 0
     """Those that a recovery brought to their end, wherever it put the message; a part of the fields below."""
     acknowledged: int = 0
-    """The handler (or a recovery of the user's own) succeeded."""
+    """The handler succeeded, or a recovery of the user's own that does not say what it has done."""
     duplicates: int = 0
     """Completed before: acknowledged without the handler."""
     parked: int = 0
-    """Put aside at the broker (`park`); a recovery that parks elsewhere is `acknowledged`, and `recovered`."""
+    """Put aside for a person: at the broker (`park`), in a database (`park_in_transaction`), or wherever a recovery of
+    the user's own says (`Parked`)."""
     republished: int = 0
     discarded: int = 0
     rolled_back: int = 0

@@ -37,20 +37,27 @@ if TYPE_CHECKING:
     from retrykit.messaging.counters import Tally
 
 Way = Literal["hold", "schedule", "redeliver"]
+Where = Literal["copy", "policy", "source", "session", "back"]
+"""Where a message that was given back is."""
 WAYS: Final = ("hold", "schedule", "redeliver")
 
 SHORTEST: Final = 0.1
 """Seconds; what is shorter is waited for in the session, since a copy costs a broker more than that."""
 REFUSED_SECONDS: Final = 60.0
-"""So long no copies are tried after the broker refused one."""
-_DOUBTS: Final = 3
-"""Copies in a row that were not confirmed are as good as refused: a store that is full answers nothing."""
+"""So long no copy is tried of a message that the broker refused one of, or of any after several in a row."""
+_FAILURES: Final = 3
+"""So many copies in a row that were not taken are no fault of a message: a store that is full refuses all, or says
+nothing."""
+_KNOWN: Final = 1_000
 
 _MAX_ORIGIN: Final = 8_000
 _MINIMUM_STEP: Final = 100
 # Ten to a decade, each about a quarter more than the one before.
 _STEPS: Final = (100, 125, 160, 200, 250, 315, 400, 500, 630, 800)
 _GRACE_MS: Final = 2 * 86_400_000
+
+# The last instant that has a date.
+_LAST: Final = datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
 _log = logging.getLogger("retrykit.messaging")
 
@@ -192,7 +199,7 @@ class Pauses:
 
     def wait(self, seconds: float) -> bool:
         """Wait in the session; while the broker refuses copies, until they are tried again. As `Session.pause`."""
-        while self.message is not None and (turn := self.delays.refused_for()) and turn < seconds:
+        while self.message is not None and (turn := self.delays.refused_for(self.message)) and turn < seconds:
             if not self.session.pause(turn):
                 return False
             seconds -= turn
@@ -209,7 +216,8 @@ class Delays:
     _told: bool = attrs.field(default=False, init=False)
     _checked: bool = attrs.field(default=False, init=False)
     _refused_until: float = attrs.field(default=0.0, init=False)
-    _doubts: int = attrs.field(default=0, init=False)
+    _refused: dict[object, float] = attrs.field(factory=dict, init=False)
+    _failures: int = attrs.field(default=0, init=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
 
     # -- at the start
@@ -276,55 +284,96 @@ class Delays:
 
         A copy that comes early is not copied again: a broker that kept none back would be sent one after the other.
         """
-        if not self._copies(seconds):
+        if not self._copies(message, seconds):
             keeps_back = self.way != "redeliver" and getattr(session, "keeps_back", False)
             return seconds >= SHORTEST and keeps_back
         origin = origin_of(message.headers, message.destination)
         return origin is None or origin.early or message.headers.get("redelivered") == "true"
 
-    def _copies(self, delay: float) -> bool:
-        return self.way == "schedule" and delay >= SHORTEST and not self.refused_for()
+    def _copies(self, message: Message, delay: float) -> bool:
+        return self.way == "schedule" and delay >= SHORTEST and not self.refused_for(message)
 
-    def refused_for(self) -> float:
-        """Seconds until copies are tried again."""
-        return max(0.0, self._refused_until - time.monotonic())
+    def refused_for(self, message: Message) -> float:
+        """Seconds until copies of this message are tried again."""
+        until = max(self._refused_until, self._refused.get(message.key, 0.0))
+        return max(0.0, until - time.monotonic())
 
-    def give_back(self, session: Session, message: Message, delay: float, tally: Tally) -> None:
-        """Give a message back, whose next attempt is not due for `delay` seconds. Never raises what the broker did."""
-        if self._copies(delay):
+    def give_back(self, session: Session, message: Message, delay: float, tally: Tally) -> Where:
+        """Give a message back, whose next attempt is not due for `delay` seconds; says where it is then.
+
+        Never raises what the broker did.
+        """
+        if self._copies(message, delay):
             session.rollback()
-            self._put_off(session, message, delay, tally)
-        elif self.way == "redeliver" and delay > 0 and not session.capabilities.delayed_redelivery:
+            return self._put_off(session, message, delay, tally)
+        if self.way == "redeliver" and delay > 0 and not session.capabilities.delayed_redelivery:
             cast("Postponing", session).redeliver(message)
             tally.add(postponed=1)
-        else:
-            session.rollback(message, delay)
+            return "policy"
+        session.rollback(message, delay)
+        if not delay:
+            return "back"
+        if session.capabilities.delayed_redelivery:
+            return "source"
+        return "session" if getattr(session, "keeps_back", False) else "back"
 
-    def _put_off(self, session: Session, message: Message, delay: float, tally: Tally) -> None:
+    def _put_off(self, session: Session, message: Message, delay: float, tally: Tally) -> Where:
         try:
             cast("Postponing", session).put_off(message, delay)
         except BrokerRefusedError as refused:
-            self._hold_on(message, refused)
-            session.rollback(message)
+            self._note_refused(message)
+            _log.error(
+                "message %r could not be sent as a copy, so its pauses are waited for in the session for %g s: %s",
+                message.key,
+                REFUSED_SECONDS,
+                refused,
+            )
+            self._not_taken(refused)
         except (BrokerError, CommitInDoubtError) as doubt:
             # Whether or not there is a copy, the original comes again unless it was acknowledged, and then there is.
             _log.warning("message %r: its copy was not confirmed: %s", message.key, doubt.__cause__ or doubt)
-            self._doubts += 1
-            if self._doubts >= _DOUBTS:
-                self._hold_on(message, doubt.__cause__ or doubt)
-            session.rollback(message)
+            self._not_taken(doubt.__cause__ or doubt)
         else:
-            self._doubts = 0
+            self._failures = 0
             tally.add(postponed=1)
+            return "copy"
+        session.rollback(message)
+        return "back"
 
-    def _hold_on(self, message: Message, why: BaseException) -> None:
-        self._doubts, self._refused_until = 0, time.monotonic() + REFUSED_SECONDS
+    def _note_refused(self, message: Message) -> None:
+        with self._lock:
+            while len(self._refused) >= _KNOWN:
+                del self._refused[next(iter(self._refused))]
+            self._refused[message.key] = time.monotonic() + REFUSED_SECONDS
+
+    def _not_taken(self, why: BaseException) -> None:
+        self._failures += 1
+        if self._failures < _FAILURES:
+            return
+        self._failures, self._refused_until = 0, time.monotonic() + REFUSED_SECONDS
         _log.error(
-            "message %r could not be sent as a copy, so for %g s pauses are waited for in the session: %s",
-            message.key,
+            "%d copies in a row were not taken, so for %g s all pauses are waited for in the session: %s",
+            _FAILURES,
             REFUSED_SECONDS,
             why,
         )
+
+
+_WHERE: Final[Mapping[Where, str]] = {
+    "copy": "a copy waits at the broker until {due}, and the original is acknowledged",
+    "policy": "it goes back, and comes when the broker's redelivery policy says so, for an attempt at {due} or later",
+    "source": "it goes back to its source, which keeps it until {due}",
+    "session": "it stays with its session until {due}",
+    "back": "it goes back, and whoever gets it waits until {due}",
+}
+
+
+def waits(where: Where, delay: float) -> str:
+    """Where a message waits, and until when, in words."""
+    if not delay:
+        return "it goes back for another at once"
+    due = datetime.fromtimestamp(min(time.time() + delay, _LAST), UTC).isoformat(timespec="milliseconds")
+    return _WHERE[where].format(due=due.replace("+00:00", "Z"))
 
 
 def _lack(session: Session, way: Way) -> str:

@@ -35,17 +35,28 @@ import attrs
 
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
 from retrykit.histories import AsyncHistories, Histories
-from retrykit.message import SETTLEMENTS, Ack, Discard, Message, Park, Redeliver, Republish, Settlement, with_sender
+from retrykit.message import (
+    SETTLEMENTS,
+    Ack,
+    Discard,
+    Message,
+    Park,
+    Parked,
+    Redeliver,
+    Republish,
+    Settlement,
+    with_sender,
+)
 from retrykit.messaging.broker import Session
 from retrykit.messaging.counters import Tally
-from retrykit.messaging.delays import Delays, Pauses, still_due
+from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.logs import decision_facts
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
-from retrykit.messaging.recoverers import ID, Recoverer
+from retrykit.messaging.recoverers import ID, Recoverer, stable_id
 from retrykit.messaging.unit_of_work import MisusedError, Transaction, TransactionMisuseError, UnitOfWork
 from retrykit.state import RetryState
 
@@ -284,7 +295,7 @@ class Delivery:
                 # A copy is the same message wherever it goes; in its own queue it is a new one, or it would be taken
                 # for a duplicate of what is completed.
                 again = destination == self.message.destination
-                stable = None if again else self.message.headers.get(ID) or self.message.id
+                stable = None if again else stable_id(self.message.headers, self.message.id)
                 named = {name: value for name, value in headers.items() if name != ID} if again else headers
                 self.send(destination, self.message.body, named, stable)
         # What was sent is now stored with the mark.
@@ -302,9 +313,10 @@ class Delivery:
         if self.recovering:
             tally.add(recovered=1)
         match self.settlement:
-            case Park(destination, reason=reason):
-                tally.add(parked=1)
-                _log.warning("message %r was parked in %s: %s", key, destination, reason, extra=self.facts())
+            case Park(place, reason=reason, headers=headers):
+                self._parked(place, headers.get(ID) or stable_id(self.message.headers, self.message.id), reason)
+            case Parked(place, number, reason=reason):
+                self._parked(place, number, reason)
             case Republish(destination):
                 tally.add(republished=1)
                 if self.recovering:
@@ -317,26 +329,31 @@ class Delivery:
                 if self.recovering:
                     _log.warning("message %r was recovered: no further attempt", key, extra=self.facts())
 
+    def _parked(self, place: str, known_as: int | str | None, reason: str) -> None:
+        """Count it, and tell by what `retrykit parked` knows it."""
+        self.work.tally.add(parked=1)
+        facts: dict[str, Any] = self.facts()
+        facts["retrykit"] |= {"parked_in": place, "parked_as": known_as}
+        name = "" if known_as == self.message.id else f" as {known_as}"
+        _log.warning("message %r was parked in %s%s: %s", self.message.key, place, name, reason, extra=facts)
+
     def give_back(self, error: BaseException) -> None:
         """Have the message delivered again, after a pause where that would come to the same."""
         decision = None if self.context is None else self.context.decision
         delay = 0.0 if decision is None else decision.delay
-        if self.withheld(error):
+        counts = not self.withheld(error)
+        if not counts:
             self.work.tally.add(withheld=1)
             self.hold(error, delay)
             delay = still_due(error)
         else:
             self.work.tally.add(rolled_back=1)
             self.work.patience.forgive(self.message.key)
+        where = self.work.delays.give_back(self.session, self.message, delay, self.work.tally)
+        if counts:
             why = "" if decision is None else decision.reason
-            _log.info(
-                "message %r goes back after a failed attempt: %r (%s)",
-                self.message.key,
-                error,
-                why,
-                extra=self.facts(error),
-            )
-        self.work.delays.give_back(self.session, self.message, delay, self.work.tally)
+            text, facts = "message %r: an attempt has failed: %r (%s); %s", self.facts(error)
+            _log.info(text, self.message.key, error, why, waits(where, delay), extra=facts)
 
     def facts(self, error: BaseException | None = None) -> dict[str, Any]:
         """What a log record of this delivery carries besides its text, for logs that are read by programs."""

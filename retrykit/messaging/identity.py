@@ -18,6 +18,8 @@ Identify = Callable[[Mapping[str, str], bytes], str | None]
 """Headers and body of a delivery: the id of its message, or None (or "") when it has none."""
 
 _DIGEST_BYTES: Final = 20
+LONGEST: Final = 512
+"""Characters of an id; copies and parked messages carry it in headers, whose length brokers bound."""
 
 
 def _names(value: tuple[Any, ...]) -> tuple[str, ...]:
@@ -77,6 +79,13 @@ class by_content:  # noqa: N801 - reads as a phrase: `identify=by_content()`
             _add(digest, b"" if value is None else b"=" + value.encode("utf-8", "surrogatepass"))
         _add(digest, body)
         return f"content:{digest.hexdigest()}"
+
+
+def bounded(stable: str) -> str:
+    """The id itself, or a digest in the place of one that is longer than 512 characters: anybody may have set it."""
+    if len(stable) <= LONGEST:
+        return stable
+    return f"digest:{hashlib.blake2b(stable.encode('utf-8', 'surrogatepass'), digest_size=_DIGEST_BYTES).hexdigest()}"
 
 
 def _add(digest: hashlib.blake2b, part: bytes) -> None:

@@ -18,6 +18,7 @@ from retrykit.check import wrong_type
 from retrykit.failure import StoredError, message_of, type_name
 from retrykit.key import key_to_json
 from retrykit.message import EXPIRES_AT, Discard, Message, Park, Republish, is_nonempty_text
+from retrykit.messaging.identity import bounded
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
@@ -171,6 +172,12 @@ def original_headers(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in {**found, **own}.items() if _matches(name, ("*",))}
 
 
+def stable_id(headers: Mapping[str, str], own: str | None) -> str | None:
+    """By what the copies of a message are known: the id that it carries in `retrykit-id`, else its own."""
+    carried = headers.get(ID)
+    return bounded(carried) if carried else own
+
+
 def in_copies(headers: Mapping[str, str], *, makes_queues: bool) -> dict[str, str]:
     """The headers of the message itself: for a copy that stands for it. No commands to the broker; `makes_queues`:
     whether the arguments of queues are such.
@@ -178,6 +185,8 @@ def in_copies(headers: Mapping[str, str], *, makes_queues: bool) -> dict[str, st
     own = {
         name: value for name, value in may_travel(headers).items() if not (makes_queues and name in _QUEUE_ARGUMENTS)
     }
+    if ID in own:
+        own[ID] = bounded(own[ID])
     return {name: value for name, value in own.items() if name != EXPIRES_AT and not name.startswith(_DELAYS)}
 
 
@@ -207,7 +216,7 @@ def escaped_size(text: str) -> int:
 
 
 def _identity(message: Message) -> dict[str, str]:
-    stable = message.headers.get(ID) or message.id
+    stable = stable_id(message.headers, message.id)
     return {ID: stable, DESTINATION: message.destination} if stable else {DESTINATION: message.destination}
 
 

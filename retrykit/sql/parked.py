@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from functools import partial
 from typing import Any, Final
 
 import attrs
@@ -24,7 +23,7 @@ from sqlalchemy.util.concurrency import in_greenlet
 from retrykit.check import shown, wrong_type, wrong_value
 from retrykit.context import RetryContext
 from retrykit.key import canonical_key
-from retrykit.message import Message
+from retrykit.message import Message, Parked
 from retrykit.sql.rows import checked, storable
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_parked
@@ -111,7 +110,8 @@ def park_in(
 
 
 def park_in_transaction(message: Message, context: RetryContext) -> Any:
-    """A recoverer: park the message, with what its context knows, in `context.transaction`; the number it got.
+    """A recoverer: park the message, with what its context knows, in `context.transaction`; gives a `Parked` with its
+    number.
 
     `ListenerContainer(…, recover=park_in_transaction)`.
         The tables must be in that database: a `SqlRetryContextCache` makes them, or `create_tables`.
@@ -123,9 +123,15 @@ def park_in_transaction(message: Message, context: RetryContext) -> Any:
             "park_in_transaction: context.transaction is None: give the container or template a transaction, "
             "such as Session.begin"
         )
+    # Inside of `run_sync` the blocking call is the right one.
+    if is_asynchronous(context.transaction) and not in_greenlet():
+        return greenlet_spawn(_parked, message, context)
+    return _parked(message, context)
+
+
+def _parked(message: Message, context: RetryContext) -> Parked:
     key = message.key if context.key is None else context.key
-    park = partial(
-        park_in,
+    number = park_in(
         context.transaction,
         message.body,
         name=context.name,
@@ -140,8 +146,7 @@ def park_in_transaction(message: Message, context: RetryContext) -> Any:
         first_failed_at=context.first_failed_at,
         last_failed_at=context.last_failed_at,
     )
-    # Inside of `run_sync` the blocking call is the right one.
-    return greenlet_spawn(park) if is_asynchronous(context.transaction) and not in_greenlet() else park()
+    return Parked(rk_parked.name, number, reason=_reason(context))
 
 
 def parked_items(

@@ -214,11 +214,12 @@ def test_health_and_the_log_tell_what_happens(server, service):
     server.start()
     wait_for(lambda: running.ask("ready")[0] == 200)
     assert running.stop() == 0
-    (failed,) = running.logged("goes back after a failed attempt")
+    (failed,) = running.logged("an attempt has failed: ValueError('no') (SimpleRetryPolicy: attempt 1 of 2 failed)")
     (parked,) = running.logged("was parked in /queue/orders.parked")
     assert (failed["name"], failed["attempt"], failed["retry"]) == ("shop.orders", 1, True)
     assert (parked["attempt"], parked["retry"], parked["error"]) == (2, False, "builtins.ValueError")
     assert parked["key"] == failed["key"]
+    assert (parked["parked_in"], parked["parked_as"]) == (PARKED, parked["key"][1])
     assert running.output == []
 
 

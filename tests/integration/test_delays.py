@@ -17,6 +17,7 @@ from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
 from retrykit.messaging import DelayUnavailableError, ListenerContainer, Publisher, park
 from retrykit.messaging.delays import delay_queue
+from retrykit.messaging.identity import bounded
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ
 from retrykit.policy import SimpleRetryPolicy
@@ -344,6 +345,20 @@ def test_a_message_that_waits_is_handled_no_more_after_its_end(double, queue, ca
     assert all(instant < end for instant in late.attempts()[0])
     assert late.bodies() == [b"bad", b"bad", b"good"]
     assert is_rabbit(double) == ("has expired while it waited" in caplog.text)
+
+
+def test_an_id_that_is_too_long_for_copies_holds_nobody_up(embedded_rabbit, queue, caplog):
+    # Whoever sends may set it, and the message is to be parked in the end, too.
+    late = Late(embedded_rabbit, queue, failures=9, pause=0.1)
+    late.publish(b"bad", **{"amqp-message-id": "x" * 20_000, "retrykit-id": "y" * 9_000})
+    with late.running():
+        late.wait_for(lambda: late.settled() == 1)
+    assert late.attempts()[2] == (1, 2, 3)
+    assert late.container.counters.postponed == 2
+    assert "ERROR" not in {record.levelname for record in caplog.records}
+    (parked,) = late.parked()
+    assert parked.headers["retrykit-id"] == bounded("y" * 9_000)
+    assert f"was parked in {queue}.parked as {bounded('y' * 9_000)}: " in caplog.text
 
 
 @pytest.mark.parametrize("way", ["schedule", "hold"])

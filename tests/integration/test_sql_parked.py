@@ -7,7 +7,7 @@ from sqlalchemy import create_engine, event
 from sqlalchemy.orm import Session, sessionmaker
 
 from retrykit.context import RetryContext
-from retrykit.message import Message
+from retrykit.message import Message, Parked
 from retrykit.sql import (
     SqlRetryContextCache,
     create_tables,
@@ -224,8 +224,10 @@ def recovered(engine, **facts):
     context = RetryContext.from_snapshot(SNAPSHOT | facts)
     with sessionmaker(engine).begin() as session:
         context.transaction = session
-        number = park_in_transaction(MESSAGE, context)
-    return parked_item(engine, number)
+        parked = park_in_transaction(MESSAGE, context)
+    item = parked_item(engine, parked.id)
+    assert parked == Parked("rk_parked", item.id, reason=item.reason)
+    return item
 
 
 def test_recoverer_parks_the_message_with_what_the_context_knows(engine):

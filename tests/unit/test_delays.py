@@ -42,6 +42,7 @@ from retrykit.messaging.delays import (
     origin_of,
     step_of,
     still_due,
+    waits,
 )
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.memory import MemoryBroker
@@ -350,19 +351,70 @@ def test_a_source_that_keeps_back_what_is_rolled_back_is_told_how_long():
     assert give_back(Delays("redeliver"), Recording(delayed_redelivery=True), 1.0) == [("rollback", True, 1.0)]
 
 
-def test_a_refused_copy_gives_the_message_back_and_has_others_wait_in_the_session(caplog, monkeypatch):
+REFUSED = BrokerRefusedError(broker="b", what="a copy", reason="no room")
+
+
+def numbered(number):
+    return attrs.evolve(message(), key=(QUEUE, str(number)))
+
+
+def test_a_refused_copy_gives_the_message_back_which_waits_in_the_session_while_others_are_copied(caplog, monkeypatch):
     delays, tally = Delays("schedule"), Tally()
-    refused = BrokerRefusedError(broker="b", what="a copy", reason="no room")
-    asked = give_back(delays, Recording(refused), 5.0, tally)
+    asked = give_back(delays, Recording(REFUSED), 5.0, tally)
     assert asked == [("rollback", False, 0.0), ("put_off", 5.0), ("rollback", True, 0.0)]
     assert tally.snapshot().postponed == 0
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert "no room" in caplog.text
     assert give_back(delays, Recording(), 5.0) == [("rollback", True, 5.0)]
     assert not delays.defers(Recording(), message(), 5.0)
+    assert delays.defers(Recording(), numbered(2), 5.0)
     later = time.monotonic() + REFUSED_SECONDS
     monkeypatch.setattr(time, "monotonic", lambda: later)
     assert delays.defers(Recording(), message(), 5.0)
+
+
+def test_copies_of_several_messages_that_are_refused_in_a_row_have_all_wait_in_the_session(caplog):
+    delays = Delays("schedule")
+    for number in range(3):
+        assert delays.defers(Recording(), numbered(9), 5.0)
+        delays.give_back(Recording(REFUSED), numbered(number), 5.0, Tally())
+    assert not delays.defers(Recording(), numbered(9), 5.0)
+    assert "3 copies in a row were not taken, so for 60 s all pauses" in caplog.text
+
+
+def test_what_is_known_of_refused_copies_is_bounded():
+    delays = Delays("schedule")
+    for number in range(2_100):
+        # Every other one is taken: it is no fault of the broker's.
+        session = Recording(REFUSED) if number % 2 else Recording()
+        delays.give_back(session, numbered(number), 5.0, Tally())
+    assert not delays.refused_for(numbered(1))
+    assert delays.refused_for(numbered(2_099))
+
+
+@pytest.mark.parametrize(
+    ("way", "session", "delay", "words"),
+    [
+        ("hold", {}, 5.0, "it goes back, and whoever gets it waits until {due}"),
+        ("hold", {}, 0.0, "it goes back for another at once"),
+        ("hold", {"keeps_back": True}, 5.0, "it stays with its session until {due}"),
+        ("hold", {"delayed_redelivery": True}, 5.0, "it goes back to its source, which keeps it until {due}"),
+        ("schedule", {}, 5.0, "a copy waits at the broker until {due}, and the original is acknowledged"),
+        ("schedule", {"fault": REFUSED}, 5.0, "it goes back, and whoever gets it waits until {due}"),
+        ("redeliver", {}, 5.0, "it goes back, and comes when the broker's redelivery policy says so"),
+    ],
+)
+def test_it_is_told_where_a_message_waits_and_until_when(monkeypatch, way, session, delay, words):
+    monkeypatch.setattr(time, "time", lambda: 1_795_000_000.25)
+    keeps_back = session.pop("keeps_back", False)
+    made = Recording(**session)
+    made.keeps_back = keeps_back
+    where = Delays(way).give_back(made, message(), delay, Tally())
+    assert waits(where, delay).startswith(words.format(due="2026-11-18T11:06:45.250Z" if delay == 5.0 else ""))
+
+
+def test_the_end_of_a_wait_that_no_calendar_has_is_told_too():
+    assert "9999-12-31" in waits("copy", 1e300)
 
 
 def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog):
@@ -381,9 +433,9 @@ def test_copies_that_are_never_confirmed_are_given_up_as_if_they_were_refused(ca
     give_back(delays, Recording(), 5.0)  # one that is confirmed begins the count anew
     for _ in range(2):
         give_back(delays, Recording(CommitInDoubtError()), 5.0)
-    assert delays.refused_for() == 0.0
+    assert delays.refused_for(message()) == 0.0
     give_back(delays, Recording(CommitInDoubtError()), 5.0)
-    assert REFUSED_SECONDS - 5 < delays.refused_for() <= REFUSED_SECONDS
+    assert REFUSED_SECONDS - 5 < delays.refused_for(message()) <= REFUSED_SECONDS
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
 
 

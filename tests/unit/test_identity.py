@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from retrykit.messaging import by_content, by_header
+from retrykit.messaging.identity import bounded
 
 
 def test_the_first_header_that_is_there_and_not_empty_is_the_id():
@@ -13,6 +14,13 @@ def test_the_first_header_that_is_there_and_not_empty_is_the_id():
     assert identify({"order": "", "purchase": "p"}, b"") == "p"
     assert identify({}, b"o") is None
     assert str(identify) == "'order' or 'purchase'"
+
+
+def test_an_id_that_no_header_could_carry_is_a_digest_which_is_always_the_same():
+    assert bounded("x" * 512) == "x" * 512
+    assert bounded("x" * 513) == "digest:e64ea951fdbf53a4e7a3b86e75dfd29b75ea1c26"
+    assert len({bounded(f"{number}" * 9_000) for number in range(10)}) == 10
+    assert bounded("\ud800" * 600).startswith("digest:")
 
 
 CONTENTS = [

@@ -8,7 +8,7 @@ import logging
 import pytest
 
 from retrykit import FixedBackOffPolicy, LoggingListener, RetryState, RetryTemplate, SimpleRetryPolicy
-from retrykit.messaging import ListenerContainer, discard, park, republish
+from retrykit.messaging import ListenerContainer, Park, Parked, discard, park, republish
 from retrykit.messaging.logs import JsonLines
 from retrykit.messaging.memory import MemoryBroker
 
@@ -49,6 +49,7 @@ def consume(broker, **options):
         (republish("/queue/other"), "was sent on to /queue/other"),
         (discard("nobody wants it"), "was discarded: nobody wants it"),
         (lambda _message, _context: None, "was recovered"),
+        (lambda _message, _context: Parked("failed", 7, reason="poison"), "was parked in failed as 7: poison"),
     ],
 )
 def test_each_decision_is_a_line_with_its_facts(broker, lines, recover, words):
@@ -76,6 +77,15 @@ def test_each_decision_is_a_line_with_its_facts(broker, lines, recover, words):
     }
     assert last["level"] == "WARNING"
     assert words in last["message"]
+
+
+def test_a_parked_message_is_told_by_what_it_is_known_by_where_it_is_parked(broker, lines):
+    broker.publish("x", id="o-1")
+    park_as = Park("/queue/parked", headers={"retrykit-id": "abc"}, reason="poison")
+    consume(broker, recover=lambda _message, _context: park_as)
+    (line,) = [line for line in lines() if "parked_in" in line]
+    assert line["message"] == f"message ({ORDERS!r}, 'o-1') was parked in /queue/parked as abc: poison"
+    assert (line["parked_in"], line["parked_as"]) == ("/queue/parked", "abc")
 
 
 def test_the_lines_of_a_logging_listener_have_the_facts_too(lines):

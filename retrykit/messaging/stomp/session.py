@@ -24,7 +24,7 @@ from retrykit.messaging.errors import (
     NotSupportedError,
 )
 from retrykit.messaging.headers import check_headers, number_in
-from retrykit.messaging.identity import by_content, by_header
+from retrykit.messaging.identity import bounded, by_content, by_header
 from retrykit.messaging.kept import Kept
 from retrykit.messaging.recoverers import COPY_OF, ID
 from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
@@ -194,7 +194,7 @@ class StompSession:
                 remedy = f"{identify!r} gave {stable!r:.80}, which is no str"
             remedy = self._profile.remedy if self._broker.identify is None else remedy
             raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
-        return stable
+        return bounded(stable)
 
     def _destination(self, headers: Mapping[str, str]) -> str:
         subscribed = self._broker.destination
