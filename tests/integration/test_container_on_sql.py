@@ -9,9 +9,13 @@ from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from retrykit import ExponentialBackOffPolicy, RetryTemplate, SimpleRetryPolicy
 from retrykit.messaging import ListenerContainer, Message, park
 from retrykit.messaging.memory import MemoryBroker
+from retrykit.messaging.stomp import StompBroker
 from retrykit.sql import SqlRetryContextCache, park_in_transaction, parked_items
+from retrykit.testing import StompServer
+from tests import waiting
 
 PATIENCE = 20.0
+AT_ONCE = ExponentialBackOffPolicy(initial=0.001, max_interval=0.01)
 
 
 @pytest.fixture
@@ -36,7 +40,7 @@ def consume(broker, cache, handler, *, remember_completed=None, **options):
     )
     given = {
         "transaction": sessionmaker(cache.engine).begin,
-        "reconnect": ExponentialBackOffPolicy(initial=0.001, max_interval=0.01),
+        "reconnect": AT_ONCE,
     }
     container = ListenerContainer(broker, handler, template=template, **given | options)
     with container:
@@ -64,6 +68,27 @@ def test_a_recovery_in_doubt_runs_no_further_attempts(broker, cache, remember_co
     # Without a mark nothing says that the first recovery was committed: it is repeated, and it alone.
     assert [item.attempts for item in parked_items(cache.engine)] == [3] * rows
     assert list(cache.items("orders(")) == [] or remember_completed
+
+
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_a_connection_that_ended_while_the_handler_ran_is_known_before_the_database_commits(cache, profile):
+    calls = []
+
+    def handler(message, context):
+        context.transaction.execute(text("INSERT INTO effects VALUES ('x')"))
+        calls.append(message.id)
+        if len(calls) == 1:
+            server.drop_connections()
+
+    with StompServer(profile=profile) as server:
+        server.publish("/queue/orders", b"x", {"retrykit-id": "o-1", "amqp-message-id": "o-1"})
+        template = RetryTemplate(name="orders", context_cache=cache)
+        source = StompBroker(server.url, destination="/queue/orders")
+        begin = sessionmaker(cache.engine).begin
+        with ListenerContainer(source, handler, template=template, transaction=begin, reconnect=AT_ONCE):
+            waiting.until(lambda: len(calls) == 2 and not server.depth("/queue/orders"), PATIENCE)
+    # There are no completion marks: committed the first time, it would be here twice.
+    assert effects(cache) == 1
 
 
 def writes_and_sends(message, context):

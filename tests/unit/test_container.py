@@ -34,9 +34,11 @@ from retrykit.messaging import (
 )
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.patience import Patience
+from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.state import RetryState
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
+from retrykit.testing import StompServer
 from tests import waiting
 
 ORDERS = "/queue/orders"
@@ -167,6 +169,32 @@ def test_a_handled_message_is_acknowledged(broker):
     counters = consume(broker, handler).counters
     assert handler.calls == ["1", "2"]
     assert (counters.received, counters.acknowledged, counters.generations) == (2, 2, 1)
+
+
+class Reserving(MapRetryContextCache):
+    """A history that notes which attempts are reserved in it."""
+
+    def __init__(self, *, shared):
+        super().__init__()
+        self.shared = shared
+        self.reserved = []
+
+    def save(self, key, snapshot, expected):
+        self.reserved += [1 + snapshot["retry_count"]] if snapshot.get("in_flight") else []
+        return super().save(key, snapshot, expected)
+
+
+@pytest.mark.parametrize(("shared", "reserved"), [(False, [2]), (True, [1, 2])])
+def test_a_crash_that_takes_the_history_along_is_not_prepared_for(shared, reserved):
+    cache = Reserving(shared=shared)
+    # Its flag is no proof of a first delivery, so the history is asked for every time.
+    with StompServer(profile="rabbitmq") as server:
+        source = StompBroker(server.url, destination="/queue/orders")
+        server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
+        handler = failing(1)
+        with container(source, handler, template=template(context_cache=cache)):
+            waiting.until(lambda: len(handler.calls) == 2 and not server.depth("/queue/orders"), PATIENCE)
+    assert cache.reserved == reserved
 
 
 def test_a_handler_may_take_the_context_too(broker):

@@ -156,6 +156,16 @@ def test_a_connection_that_was_lost_meanwhile_costs_no_attempt(broker):
     assert [message.body for message in broker.messages()] == [b"1", b"2"]
 
 
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_a_server_that_hung_up_a_moment_ago_leaves_nobody_in_doubt(profile):
+    with StompServer(profile=profile) as server, Publisher(StompBroker(server.url), template=ONCE) as publisher:
+        publisher.send("/queue/a", b"1")
+        server.restart()
+        # The thread that stands by need not have had its turn.
+        publisher.send("/queue/a", b"2")
+        assert len(server.messages("/queue/a")) == 2
+
+
 def test_several_messages_are_one_transaction(broker):
     broker.doubt_next_commit("undone")
     orders = [OutgoingMessage("/queue/a", str(number), id=f"o-{number}") for number in range(3)]

@@ -52,6 +52,12 @@ class Reading:
                 if left == 0:
                     return
 
+    def look(self) -> None:
+        """Read what has come already."""
+        with self.news:
+            if not self._reads and not self._over:
+                self._take_turn(0.0)
+
     def stand_by(self) -> None:
         """The thread of the connection: until the connection ends."""
         with self.news:

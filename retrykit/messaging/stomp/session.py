@@ -252,6 +252,8 @@ class StompSession:
         RabbitMQ refuses a destination that cannot be, or a header, by then; a queue of another kind or an exchange that
         is missing it may refuse at the commit only.
         """
+        # A connection that has ended meanwhile is known before the database commits: nothing is repeated for its sake.
+        self._wire.look()
         if self._wire.lost is not None:
             raise self._wire.failure()
         if self._profile.commit == "together":

@@ -193,6 +193,10 @@ class Wire:
             self._reading.wait_for(lambda: self._deliveries or self.interrupted or self.lost, timeout)
         return self._deliveries.popleft() if self._deliveries else None
 
+    def look(self) -> None:
+        """Hear what has come already, be it the end of the connection."""
+        self._reading.look()
+
     def settle(self, timeout: float, receipt: str | None = None) -> None:
         """Wait for every receipt that is due, or for one.
 
