@@ -306,8 +306,9 @@ def test_copies_for_every_subscriber_of_a_topic_are_refused(destination):
 class Recording:
     """A session that notes what is asked of it; `fault` is raised by `put_off`."""
 
-    def __init__(self, fault=None, **capabilities):
+    def __init__(self, fault=None, *, keeps_back=False, **capabilities):
         self.capabilities = Capabilities(**capabilities)
+        self.keeps_back = keeps_back
         self.fault = fault
         self.asked = []
 
@@ -393,24 +394,29 @@ def test_what_is_known_of_refused_copies_is_bounded():
 
 
 @pytest.mark.parametrize(
-    ("way", "session", "delay", "words"),
+    ("way", "session", "words"),
     [
-        ("hold", {}, 5.0, "it goes back, and whoever gets it waits until {due}"),
-        ("hold", {}, 0.0, "it goes back for another at once"),
-        ("hold", {"keeps_back": True}, 5.0, "it stays with its session until {due}"),
-        ("hold", {"delayed_redelivery": True}, 5.0, "it goes back to its source, which keeps it until {due}"),
-        ("schedule", {}, 5.0, "a copy waits at the broker until {due}, and the original is acknowledged"),
-        ("schedule", {"fault": REFUSED}, 5.0, "it goes back, and whoever gets it waits until {due}"),
-        ("redeliver", {}, 5.0, "it goes back, and comes when the broker's redelivery policy says so"),
+        ("hold", Recording(), "it goes back, and whoever gets it waits until {due}"),
+        ("hold", Recording(keeps_back=True), "it stays with its session until {due}"),
+        ("hold", Recording(delayed_redelivery=True), "it goes back to its source, which keeps it until {due}"),
+        ("schedule", Recording(), "a copy waits at the broker until {due}, and the original is acknowledged"),
+        ("schedule", Recording(REFUSED), "it goes back, and whoever gets it waits until {due}"),
+        (
+            "redeliver",
+            Recording(),
+            "it goes back, and comes when the broker's redelivery policy says so, for an attempt",
+        ),
     ],
 )
-def test_it_is_told_where_a_message_waits_and_until_when(monkeypatch, way, session, delay, words):
+def test_it_is_told_where_a_message_waits_and_until_when(monkeypatch, way, session, words):
     monkeypatch.setattr(time, "time", lambda: 1_795_000_000.25)
-    keeps_back = session.pop("keeps_back", False)
-    made = Recording(**session)
-    made.keeps_back = keeps_back
-    where = Delays(way).give_back(made, message(), delay, Tally())
-    assert waits(where, delay).startswith(words.format(due="2026-11-18T11:06:45.250Z" if delay == 5.0 else ""))
+    where = Delays(way).give_back(session, message(), 5.0, Tally())
+    assert waits(where, 5.0).startswith(words.format(due="2026-11-18T11:06:45.250Z"))
+
+
+def test_without_a_pause_nothing_waits():
+    where = Delays("schedule").give_back(Recording(), message(), 0.0, Tally())
+    assert waits(where, 0.0) == "it goes back for another at once"
 
 
 def test_the_end_of_a_wait_that_no_calendar_has_is_told_too():
