@@ -138,7 +138,7 @@ def _facts(job: Job) -> Iterator[tuple[str, Cell]]:
         yield kind.rpartition(".")[2], skipped
     for name in ("retries", "rollbacks", "commits"):
         yield name, counts.get(name, 0)
-    yield "first started", job.started_at
+    yield "begun", job.started_at
     yield "changed", job.updated_at
     yield "finished", job.finished_at
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import logging
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Literal, TypeVar
 
 import click
 
 from retrykit.cli.words import safe
 from retrykit.messaging.logs import JsonLines
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -58,3 +64,28 @@ def set_up(level: str, form: Literal["text", "json"]) -> None:
     if level != "debug":
         # What stomp.py has to say is in our own records.
         logging.getLogger("stomp.py").setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def through(console: Console) -> Iterator[None]:
+    """As long as this lasts, what goes to standard error stands above what the console shows there in place."""
+    ours = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is sys.stderr]
+    handlers = [one for one in ours if isinstance(one, logging.StreamHandler)]
+    before = [(handler, handler.setStream(_Above(console))) for handler in handlers]
+    try:
+        yield
+    finally:
+        for handler, stream in before:
+            handler.setStream(stream)
+
+
+class _Above(io.TextIOBase):
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def write(self, text: str) -> int:
+        from rich.text import Text
+
+        # As it is: a line that is cut is no JSON any more.
+        self._console.print(Text(text.rstrip("\n")), soft_wrap=True)
+        return len(text)

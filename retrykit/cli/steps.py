@@ -27,20 +27,20 @@ def step_of(target: str, parameters: Mapping[str, str]) -> ChunkStep | AsyncChun
     return _checked(f"{target}()", _done(f"{target}()", partial(found, **_arguments(target, found, parameters))), KINDS)  # type: ignore[no-any-return]
 
 
-def made_by(target: str, parameters: Mapping[str, str]) -> Callable[[int, int], ChunkStep]:
+def made_by(target: str, parameters: Mapping[str, str]) -> Callable[[int, int], ChunkStep | AsyncChunkStep]:
     """The function that makes the step of a partition, of the parameters that it has arguments for too; checked each
     time. `TargetError`, `LoadingError`.
     """
     found = _found(target)
     if not callable(found) or isinstance(found, type):
-        wanted = "wanted for partitions is a function of (part, parts) that makes a ChunkStep"
+        wanted = "wanted for partitions is a function of (part, parts) that makes a step"
         raise TargetError(f"{target} is a {type(found).__name__}: {wanted}")
 
     arguments = _arguments(target, found, parameters, 1, 1)
 
-    def make(part: int, parts: int) -> ChunkStep:
+    def make(part: int, parts: int) -> ChunkStep | AsyncChunkStep:
         call = f"{target}({part}, {parts})"
-        return _checked(call, _done(call, lambda: found(part, parts, **arguments)), (ChunkStep,))  # type: ignore[no-any-return]
+        return _checked(call, _done(call, lambda: found(part, parts, **arguments)), KINDS)  # type: ignore[no-any-return]
 
     return make
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
+from datetime import UTC, datetime
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
@@ -18,17 +18,21 @@ import pytest
 from click.testing import CliRunner
 from sqlalchemy import text
 
-from retrykit.cli.batch import progress
+from retrykit.batch import Counts, Report
 from retrykit.cli.commands import retrykit
-from retrykit.cli.plot import POINTS, Point, Series, svg
+from retrykit.cli.divided import Gathered, Increments, ToTheParent
+from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
+from retrykit.cli.progress import progress
 from retrykit.cli.steps import made_by, step_of
 from retrykit.cli.target import LoadingError, TargetError
 from retrykit.sql import sqlite_engine, stored_jobs
+from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 30.0
 
 PROGRAM = """
+import asyncio
 import os
 import signal
 import time
@@ -79,6 +83,29 @@ def make_async():
         name="later", reader=range(3), writer=lambda _, items: None,
         template=AsyncRetryTemplate(name="later", retry_policy=policy),
     )
+
+
+def make_async_hanging():
+    from sqlalchemy.ext.asyncio import create_async_engine
+
+    from retrykit.sql import AsyncSqlJobStore
+
+    engine = create_async_engine("sqlite+aiosqlite:///shop.db")
+
+    async def write(connection, items):
+        if items[0] == "hang":
+            Path("hangs").touch()
+            await asyncio.sleep(60)
+        await connection.execute(text("INSERT INTO work VALUES (:item)"), [{"item": item} for item in items])
+
+    return AsyncChunkStep(
+        name="load", reader=[1, 2, 3, 4, 5, "hang"], writer=write, transaction=engine.begin, chunk_size=5,
+        template=AsyncRetryTemplate(name="load", retry_policy=policy), jobs=AsyncSqlJobStore(engine),
+    )
+
+
+def make_hanging_part(part, parts):
+    return make_async_hanging()
 
 
 def make_part(part, parts):
@@ -170,7 +197,8 @@ def test_a_step_runs_to_its_end_and_says_what_has_come_of_it(folder):
     assert lines[:3] == ["job load file='a.csv'", "status finished", "read 40"]
     assert "item 14 is skipped" in err
     picture = picture_of((folder / "run.svg").read_text())
-    assert len(picture.find("{*}polyline").get("points").split()) == 7
+    # Eight transactions: as many steps, from the beginning on.
+    assert len(picture.find("{*}polyline").get("points").split()) == 9
     # The same again is refused; asked for, it begins anew.
     _, err = run(folder, "shop:make", "--param", "file=a.csv", status=1)
     assert "was finished at" in err
@@ -179,12 +207,22 @@ def test_a_step_runs_to_its_end_and_says_what_has_come_of_it(folder):
     assert len(written(folder)) == 2 * 39
 
 
-def test_a_job_that_fails_ends_with_status_1_and_the_traceback_in_the_log(folder):
-    _, err = run(folder, "shop:unskipped", status=1)
+def test_a_job_that_fails_ends_with_status_1_its_report_and_the_traceback_in_the_log(folder):
+    out, err = run(folder, "shop:unskipped", "--json", status=1)
     assert "the job has failed" in err
     assert "invalid literal for int()" in err
+    told = json.loads(out)
+    assert (told["status"], told["counts"]["read"], told["counts"]["rollbacks"]) == ("failed", 10, 1)
+    assert told["reason"].startswith("ValueError: invalid literal for int()")
     (job,) = jobs(folder)
-    assert (job.status, job.position) == ("failed", 10)
+    assert (job.status, job.position, job.counts) == ("failed", 10, told["counts"])
+
+
+def test_a_job_that_was_not_begun_has_no_report(folder):
+    run(folder, "shop:step")
+    out, err = run(folder, "shop:step", "--plot", "run.svg", status=1)
+    assert (out, (folder / "run.svg").exists()) == ("", False)
+    assert "was finished at" in err
 
 
 def test_an_asynchronous_step_runs_too(folder):
@@ -192,29 +230,53 @@ def test_an_asynchronous_step_runs_too(folder):
     assert json.loads(out)["counts"]["written"] == 3
 
 
-def test_sigterm_stops_the_job_and_what_was_committed_stays(folder):
-    process = started(folder, "shop:hanging")
-    deadline = time.monotonic() + PATIENCE
-    while not (folder / "hangs").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+def terminated(folder, *arguments):
+    """What a command prints that gets SIGTERM where its writer hangs."""
+    process = started(folder, *arguments)
+    until((folder / "hangs").exists, PATIENCE)
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 130
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130, err
     assert "what was committed stays" in err
+    return [" ".join(line.split()) for line in out.splitlines()]
+
+
+def test_sigterm_stops_the_job_and_what_was_committed_stays(folder):
+    lines = terminated(folder, "shop:hanging", "--plot", "run.svg")
+    assert lines[1:3] == ["status stopped: KeyboardInterrupt: SIGTERM", "read 5"]
+    # One transaction: a line, and what it is of.
+    picture = picture_of((folder / "run.svg").read_text())
+    assert len(picture.find("{*}polyline").get("points").split()) == 2
+    assert "load: stopped (KeyboardInterrupt: SIGTERM)" in "".join(picture.itertext())
     assert written(folder) == [1, 2, 3, 4, 5]
     (job,) = jobs(folder)
     assert (job.status, job.reason, job.position) == ("stopped", "KeyboardInterrupt: SIGTERM", 5)
 
 
+@pytest.mark.parametrize("divided", [True, False])
+def test_sigterm_stops_an_asynchronous_job_at_an_await(folder, divided):
+    target = ("shop:make_hanging_part", "--partitions", "2") if divided else ("shop:make_async_hanging",)
+    lines = terminated(folder, *target, "--plot", "run.svg")
+    assert written(folder) == [1, 2, 3, 4, 5]
+    assert {job.reason for job in jobs(folder)} == {"CancelledError: SIGTERM"}
+    if divided:
+        assert lines[0] == "1/2 stopped 5 read 5 written 0 skipped CancelledError: SIGTERM"
+        assert lines[1] == "2/2 new 0 read 0 written 0 skipped"
+    assert "stopped" in lines[0 if divided else 1]
+    assert picture_of((folder / "run.svg").read_text()).find("{*}polyline").get("points")
+
+
 def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_others(folder):
-    out, _ = run(folder, "shop:make_part", "--partitions", "6", "--workers", "3", "--param", "day=1", "--json")
+    picture = ("--plot", "run.svg", "--json")
+    out, _ = run(folder, "shop:make_part", "--partitions", "6", "--workers", "3", "--param", "day=1", *picture)
     assert written(folder) == list(range(100))
     found = json.loads(out)
     assert [row["status"] for row in found["partitions"]] == ["finished"] * 6
     assert sum(row["counts"]["written"] for row in found["partitions"]) == 100
     assert {job.parameters["day"] for job in jobs(folder)} == {"1"}
+    drawn = picture_of((folder / "run.svg").read_text())
+    assert "load: 6 of 6 partitions are finished" in "".join(drawn.itertext())
+    assert {line.findtext("{*}title") for line in drawn.findall("{*}polyline")} >= {None, "partition 1", "partition 6"}
     # Asked for, it begins anew.
     run(folder, "shop:make_part", "--partitions", "6", "--param", "day=1", "--again")
     assert written(folder) == sorted([*range(100), *range(100)])
@@ -239,18 +301,6 @@ def test_a_picture_that_cannot_be_written_is_refused_before_the_job_and_of_a_fai
     assert written(folder) == []
     run(folder, "shop:unskipped", "--plot", "run.svg", status=1)
     assert "load: failed" in "".join(picture_of((folder / "run.svg").read_text()).itertext())
-
-
-def test_again_is_refused_while_others_run_the_partitions(folder):
-    run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
-    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
-    with engine.begin() as connection:
-        elsewhere = "UPDATE rk_job SET status = 'running', owner = :owner, lease_until = 9e9 WHERE id = 2"
-        connection.execute(text(elsewhere), {"owner": "elsewhere/boot/pid:[1]/7/7/1"})
-    engine.dispose()
-    _, err = run(folder, "shop:make_failing_part", "--partitions", "3", "--again", status=1)
-    assert "Error: job 2 of load is run by elsewhere/boot" in err
-    assert written(folder) == [1, 3]
 
 
 def test_another_number_of_partitions_is_refused_unless_all_is_to_begin_again(folder):
@@ -312,7 +362,9 @@ def test_a_target_that_is_not_there_is_a_word_for_people(folder):
     ("arguments", "words"),
     [
         (["--workers", "2"], "--workers needs --partitions"),
-        (["--partitions", "2", "--plot", "a.svg"], "--plot is of one process"),
+        (["--again-since", "2h"], "--again-since needs --partitions"),
+        (["--again-since", "2h", "--partitions", "2", "--again"], "stands in place of --again"),
+        (["--again-since", "soon", "--partitions", "2"], "'soon' is neither how long ago"),
         (["--param", "a"], "'a' is not NAME=VALUE"),
         (["--partitions", "0"], "0 is not in the range"),
     ],
@@ -325,7 +377,7 @@ def test_options_that_do_not_go_together_are_refused(arguments, words):
 
 @pytest.fixture
 def hurried(module, monkeypatch):
-    monkeypatch.setattr("retrykit.cli.batch.EVERY", 0.0)
+    monkeypatch.setattr("retrykit.cli.progress.EVERY", 0.0)
     return module, monkeypatch
 
 
@@ -354,8 +406,78 @@ def test_a_series_stays_small_and_keeps_its_span():
 def test_a_picture_shows_rates_failures_and_an_escaped_title():
     points = [Point(1.0, 100, 0), Point(2.0, 300, 0), Point(3.0, 400, 2)]
     picture = picture_of(svg("a < b & c", points))
-    assert len(picture.find("{*}polyline").get("points").split()) == 2
+    assert len(picture.find("{*}polyline").get("points").split()) == 3
     assert len(picture.findall("{*}line")) == 1
     assert "a < b & c" in [one.text for one in picture.findall("{*}text")]
     assert "200/s" in [one.text for one in picture.findall("{*}text")]
     picture_of(svg("nothing", []))
+
+
+def test_a_single_transaction_is_seen_and_so_are_failures_with_none():
+    series = Series()
+    series.add(Point(2.0, 150, 0))
+    series.begin(Point(0.0, 50, 0))
+    series.end(Point(2.1, 150, 0))
+    assert series.points == [Point(0.0, 50, 0), Point(2.0, 150, 0)]
+    picture = picture_of(svg("once", series.points))
+    assert len(set(picture.find("{*}polyline").get("points").split())) == 2
+    assert "50/s" in [one.text for one in picture.findall("{*}text")]
+    failed = Series()
+    failed.begin(Point(0.0, 0, 0))
+    failed.end(Point(1.0, 0, 3))
+    assert len(picture_of(svg("never", failed.points)).findall("{*}line")) == 1
+
+
+def test_what_several_processes_commit_in_one_moment_is_one_step():
+    points = [Point(0.0, 0, 0), Point(1.0, 10, 0), Point(1.001, 20, 0), Point(2.0, 30, 1), Point(2.0001, 40, 1)]
+    assert spread(points) == [points[0], points[1], points[4]]
+    assert spread([]) == []
+    assert spread(points[:1]) == points[:1]
+
+
+def test_more_partitions_than_one_can_follow_have_no_lines():
+    points = [Point(1.0, 1, 0), Point(2.0, 2, 0)]
+    for number, lines in ((PARTS, 1 + PARTS), (PARTS + 1, 1)):
+        picture = picture_of(svg("many", points, dict.fromkeys(range(number), points)))
+        assert len(picture.findall("{*}polyline")) == lines
+
+
+def counted(items, failures):
+    return Report(
+        name="load",
+        parameters={},
+        status="running",
+        counts=Counts(read=items, rollbacks=failures),
+        started_at=datetime.now(UTC),
+        seconds=1.0,
+    )
+
+
+def test_of_a_partition_that_was_begun_elsewhere_only_what_is_done_here_is_told():
+    told = []
+    tell = Increments(lambda *facts: told.append(facts))
+    run, again = {"read": 40, "rollbacks": 2}, {}
+    for items, failures in ((50, 2), (60, 3), (60, 3)):
+        tell(7, counted(items, failures), run)
+    tell(7, counted(5, 0), again)
+    assert told == [(7, 10, 0), (7, 10, 1), (7, 5, 0)]
+
+
+def test_what_processes_write_is_gathered_and_what_else_they_print_is_left_out(tmp_path):
+    (tmp_path / "pipe").write_bytes(b'[1, 10, 0]\nhello\n{"a": 1}\n[1, 2]\n["x", 1, 2]\n[2, 5, 1]\n')
+    gathered = Gathered()
+    with (tmp_path / "pipe").open("rb") as pipe:
+        gathered.listen(pipe)
+    points, parts = gathered.lines()
+    assert (points[-1].items, points[-1].failures) == (15, 1)
+    assert {part: line[-1].items for part, line in parts.items()} == {1: 10, 2: 5}
+
+
+def test_a_process_whose_parent_has_died_goes_on(monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        tell = ToTheParent()
+        tell(1, 2, 3)
+        tell(1, 2, 3)

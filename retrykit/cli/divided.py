@@ -1,0 +1,240 @@
+"""A batch job in partitions, in several processes of this command: who is started, and what they tell."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import IO, Any, Final, Literal
+
+import attrs
+import click
+
+from retrykit.batch import Division, Report
+from retrykit.batch.partitions import Worker
+from retrykit.batch.work import async_drive, drive
+from retrykit.cli.calls import Do, calls
+from retrykit.cli.jobs import brief
+from retrykit.cli.plot import Point, Series, draw, spread
+from retrykit.cli.screen import say_json
+from retrykit.cli.steps import made_by
+from retrykit.cli.words import safe
+from retrykit.clock import SYSTEM_CLOCK
+
+POLL: Final = 1.0
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """What was asked for. `since`, `tells`: of a process that another one has started, which it tells of its work."""
+
+    target: str
+    parameters: Mapping[str, str]
+    again: bool
+    again_since: datetime | None
+    partitions: int | None
+    workers: int
+    since: float | None
+    tells: bool
+    plot: Path | None
+    as_json: bool
+    log_level: str
+    log_format: Literal["text", "json"]
+
+    def command(self, since: float) -> Sequence[str]:
+        """The arguments of an interpreter for another worker."""
+        named = [part for name, value in self.parameters.items() for part in ("--param", f"{name}={value}")]
+        logs = ("--log-level", self.log_level, "--log-format", self.log_format)
+        divided = ("--partitions", str(self.partitions), "--since", repr(since))
+        tells = () if self.plot is None else ("--tells",)
+        return (sys.executable, "-m", "retrykit.cli", "batch", "run", self.target, *named, *divided, *logs, *tells)
+
+
+def run_divided(asked: Options, parts: int) -> bool:
+    """Run the partitions, here and in other processes of this command; whether all are finished."""
+    make, gathered = made_by(asked.target, asked.parameters), Gathered()
+    watch = Increments(ToTheParent() if asked.tells else gathered.add) if asked.tells or asked.plot else None
+    again = asked.again_since or asked.again
+    worker = Worker(make, parts, asked.parameters, again=again, since=asked.since, watch=watch)
+    with calls(asynchronous=bool(worker.asynchronous)) as do:
+        running = _Running(asked, worker, do, gathered)
+        try:
+            division = running.share()
+        except KeyboardInterrupt:
+            running.tell({})
+            raise
+        running.tell(division.failures)
+    return division.finished
+
+
+@attrs.frozen
+class _Running:
+    asked: Options
+    worker: Worker
+    do: Do
+    gathered: Gathered
+
+    def share(self) -> Division:
+        """Begin, and run what is free, as the others do."""
+        worker, asynchronous = self.worker, self.worker.asynchronous
+        perform: Any = async_drive if asynchronous else drive
+        pause = partial(SYSTEM_CLOCK.async_sleep if asynchronous else SYSTEM_CLOCK.sleep, POLL)
+        self.do(lambda: perform(worker.begin()))
+        assert worker.since is not None  # noqa: S101 - it has begun
+        with _others(self.asked, worker.since, self.gathered):
+            return self.do(lambda: perform(worker.share(pause)))  # type: ignore[no-any-return]
+
+    def tell(self, failures: Mapping[int, str]) -> None:
+        """What has become of each partition, here and elsewhere; one that another process has started says nothing."""
+        asked, name = self.asked, self.worker.step(1).name
+        if asked.since is not None:
+            return
+        rows = [self._row(part, failures.get(part)) for part in range(1, self.worker.parts + 1)]
+        finished = sum(row["status"] == "finished" for row in rows)
+        draw(asked.plot, f"{name}: {finished} of {len(rows)} partitions are finished", *self.gathered.lines())
+        if asked.as_json:
+            say_json({"name": name, "parameters": dict(asked.parameters), "partitions": rows})
+            return
+        for row in rows:
+            click.echo(_shown(row))
+
+    def _row(self, part: int, failure: str | None) -> dict[str, Any]:
+        step = self.worker.step(part)
+        parameters = step.jobs.partition(self.asked.parameters, part, self.worker.parts)
+        job = self.do(lambda: step.jobs.state(step.name, parameters))
+        facts: dict[str, Any] = {"partition": parameters["partition"], "status": "new", "reason": failure, "counts": {}}
+        if job is not None:
+            facts |= {"status": job.status, "reason": failure or job.reason, "counts": dict(job.counts)}
+        return facts
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    counts: Mapping[str, Any] = row["counts"]
+    skipped = sum(counts.get("skipped", {}).values())
+    why = f"  {safe(brief(row['reason']) or '')}" if row["reason"] else ""
+    told = f"{counts.get('read', 0):>10,} read  {counts.get('written', 0):>10,} written  {skipped:>6,} skipped"
+    return f"{row['partition']:>8}  {row['status']:<8}  {told}{why}"
+
+
+@contextmanager
+def _others(asked: Options, since: float, gathered: Gathered) -> Iterator[None]:
+    """The other workers; ended when this one is."""
+    with ExitStack() as ends:
+        started = []
+        for _ in range(asked.workers - 1):
+            started.append(_Other(asked.command(since), gathered if asked.plot is not None else None))
+            ends.callback(started[-1].end)
+        yield
+        for other in started:
+            other.process.wait()
+
+
+class _Other:
+    """Another process of this very command. `gathered`: where to put what it tells of its work."""
+
+    def __init__(self, command: Sequence[str], gathered: Gathered | None) -> None:
+        heard = subprocess.DEVNULL if gathered is None else subprocess.PIPE
+        self.process = subprocess.Popen(command, stdout=heard)  # noqa: S603 - our own
+        self._listening: threading.Thread | None = None
+        if gathered is not None:
+            self._listening = threading.Thread(target=gathered.listen, args=(self.process.stdout,), daemon=True)
+            self._listening.start()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.terminate()
+            self.process.wait()
+        if self._listening is not None:
+            # What the application has started may hold the pipe open: nobody waits for that.
+            self._listening.join(1.0)
+
+
+# -- what the processes tell
+
+
+class Increments:
+    """What is told of partitions, as what has come to it each time: items and attempts that failed."""
+
+    def __init__(self, tell: Callable[[int, int, int], None]) -> None:
+        self._tell = tell
+        self._known: dict[int, tuple[Any, int, int]] = {}
+
+    def __call__(self, part: int, report: Report, earlier: Mapping[str, Any], /) -> None:
+        """As `retrykit.batch.partitions.Watch`."""
+        items, failures = report.counts.read, report.counts.rollbacks
+        run, before, failed = self._known.get(part, (None, 0, 0))
+        if run is not earlier:
+            before, failed = earlier.get("read", 0), earlier.get("rollbacks", 0)
+        self._known[part] = earlier, items, failures
+        if (items, failures) != (before, failed):
+            self._tell(part, items - before, failures - failed)
+
+
+class ToTheParent:
+    """A line on standard output for each increment, as long as somebody reads them."""
+
+    def __init__(self) -> None:
+        self._heard = True
+
+    def __call__(self, part: int, items: int, failures: int) -> None:
+        """Write one."""
+        if not self._heard:
+            return
+        try:
+            # Past the buffer: nothing is left in it that cannot be written at the end.
+            os.write(sys.stdout.fileno(), json.dumps([part, items, failures]).encode() + b"\n")
+        except OSError:
+            # The process that draws has died. The work goes on.
+            self._heard = False
+
+
+class Gathered:
+    """What all processes of the command have told, over time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._began = time.monotonic()
+        self._all = _Line(Series([Point(0.0, 0, 0)]))
+        self._parts: dict[int, _Line] = {}
+
+    def add(self, part: int, items: int, failures: int) -> None:
+        """So much has come to a partition."""
+        with self._lock:
+            seconds = time.monotonic() - self._began
+            for line in (self._all, self._parts.setdefault(part, _Line())):
+                line.add(seconds, items, failures)
+
+    def listen(self, pipe: IO[bytes]) -> None:
+        """Add what another process writes, until it has ended. Its application may write there too."""
+        for line in pipe:
+            try:
+                part, items, failures = map(int, json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            self.add(part, items, failures)
+
+    def lines(self) -> tuple[Sequence[Point], Mapping[int, Sequence[Point]]]:
+        """The points of the whole, and of each partition."""
+        with self._lock:
+            parts = {part: spread(line.series.points) for part, line in sorted(self._parts.items())}
+            return spread(self._all.series.points), parts
+
+
+@attrs.define
+class _Line:
+    series: Series = attrs.Factory(Series)
+    items: int = 0
+    failures: int = 0
+
+    def add(self, seconds: float, items: int, failures: int) -> None:
+        self.items += items
+        self.failures += failures
+        self.series.add(Point(seconds, self.items, self.failures))
