@@ -12,7 +12,7 @@ and tasks inherit it, and after the call it is what it was before.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any
 
@@ -99,6 +99,8 @@ class RetryContext:
     duplicate: bool = False
     lease_lost: bool = False
     """The lease of this attempt is over: others believe it dead, or may do so now, and what it does may not count."""
+    on_veto: Callable[[], None] | None = None
+    """Who is told, at once, that client code has vetoed: whoever makes the attempt may ask what it was busy with."""
     transaction: Any = None
     decision: RetryDecision | None = None
     fault: BaseException | None = None
@@ -301,6 +303,8 @@ class RetryContext:
             raise wrong_type("reason", "a str", reason)
         end = until(lasts, self._wall_of(self._now or self._started))
         self._facts().say(reason or "vetoed", end)
+        if self.on_veto is not None:
+            self.on_veto()
 
     def withdraw_veto(self) -> None:
         """Allow further attempts again, as far as the policy does."""

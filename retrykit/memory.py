@@ -18,6 +18,7 @@ from retrykit.errors import InconsistentKeyError
 from retrykit.failure import StoredError, message_of
 from retrykit.history import Flight, History
 from retrykit.key import lease_key
+from retrykit.state import KEEP_VETO
 from retrykit.steps import NOW, Load, Probe, Recent, Report, Save
 
 # -- recalling
@@ -112,13 +113,15 @@ def _read(call: Call, history: History) -> Flow:
         context.duplicate = not (over or state.fresh)
         context._history = history if context.duplicate else History(fence=history.fence)
         return
+    history.lapse(now)
     if state.fresh and not call.seen:
         context._history = History(fence=history.fence)
+        if state.fresh == KEEP_VETO:
+            context._history.veto, context._history.veto_until = history.veto, history.veto_until
         call.seen = True
         return
     call.seen = True
     context._history = history
-    history.lapse(now)
     forget_own_flights(call, history)
     for flight in history.in_flight:
         running = yield Probe(flight.owner)

@@ -17,6 +17,7 @@ def always(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollba
     return True
 
 
+KEEP_VETO: Final = "keep_veto"
 _FIRST: Final = "redelivered"
 _JOURNALS: Final = (_FIRST, "always", "never")
 MAX_FINGERPRINT: Final = 200
@@ -29,9 +30,10 @@ class RetryState(Value):
     `key` names the item across deliveries; None means that there is nothing to remember (each failure is still
     rethrown). `redelivered`: True looks the history up and counts an attempt that never ended as a crash; False skips
     the look-up, so give it only for a source that never forgets; None (unknown) looks it up. `fresh` starts the history
-    of an old key anew. `rollback_for(error)`: False means try again in place instead of rethrowing.
-    `recover_on_redelivery`: True (Spring's rule) rethrows the last failure as well and recovers at the next delivery;
-    False recovers in the same call: right when the session is ours. `journal`: "redelivered" stores "attempt n was
+    of an old key anew; with "keep_veto" a veto that somebody has laid on the key holds all the same.
+    `rollback_for(error)`: False means try again in place instead of rethrowing. `recover_on_redelivery`: True (Spring's
+    rule) rethrows the last failure as well and recovers at the next delivery; False recovers in the same call: right
+    when the session is ours. `journal`: "redelivered" stores "attempt n was
     started" before an attempt unless the source says that it is the first delivery, "always" in any case, "never" not
     at all (then neither crashes nor attempts that run at the same time are counted before they fail). `fingerprint`: a
     short text made of the item's content, or a function that makes it when it is needed (a digest of the body): a key
@@ -40,7 +42,7 @@ class RetryState(Value):
 
     key: Key | None
     redelivered: bool | None = None
-    fresh: bool = False
+    fresh: bool | Literal["keep_veto"] = False
     rollback_for: Callable[[Exception], bool] = always
     recover_on_redelivery: bool = True
     journal: Literal["redelivered", "always", "never"] = "redelivered"
@@ -51,7 +53,7 @@ class RetryState(Value):
         *,
         key: Key | None,
         redelivered: bool | None = None,
-        fresh: bool = False,
+        fresh: bool | Literal["keep_veto"] = False,
         rollback_for: Callable[[Exception], bool] = always,
         recover_on_redelivery: bool = True,
         journal: Literal["redelivered", "always", "never"] = "redelivered",
@@ -84,10 +86,11 @@ class RetryState(Value):
 
     def _set_rare(self, fresh: Any, rollback_for: Any, recover_on_redelivery: Any, journal: Any) -> None:
         """Check and store what few states have."""
-        for name, value in (("fresh", fresh), ("recover_on_redelivery", recover_on_redelivery)):
-            if value is not True and value is not False:
-                raise wrong_type(name, "True or False", value)
-            self.__dict__[name] = value
+        if fresh is not True and fresh is not False and fresh != KEEP_VETO:
+            raise wrong_type("fresh", f"True, False or {KEEP_VETO!r}", fresh)
+        if recover_on_redelivery is not True and recover_on_redelivery is not False:
+            raise wrong_type("recover_on_redelivery", "True or False", recover_on_redelivery)
+        self.__dict__.update(fresh=fresh, recover_on_redelivery=recover_on_redelivery)
         if not callable(rollback_for):
             raise wrong_type("rollback_for", "callable", rollback_for)
         if journal not in _JOURNALS:

@@ -11,6 +11,7 @@ import attrs
 
 from retrykit.batch.errors import ItemError
 from retrykit.batch.inplace import WriteInPlace
+from retrykit.batch.recovery import Recovery
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
@@ -18,12 +19,14 @@ from retrykit.check import closes_without_commit, wrong_type
 from retrykit.context import RetryContext
 from retrykit.errors import RetryError
 from retrykit.failure import ErrorSummary, summary
-from retrykit.state import RetryState
+from retrykit.key import check_key
+from retrykit.state import KEEP_VETO, RetryState
 
 if TYPE_CHECKING:
-    from retrykit.batch.course import Course, Refusal
+    from retrykit.batch.course import Course
+    from retrykit.batch.limits import Refusal
 
-Where = Literal["before", "begin", "process", "write", "store", "commit"]
+Where = Literal["before", "key", "begin", "process", "write", "store", "commit"]
 
 
 def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
@@ -59,19 +62,23 @@ class Attempt:
     refusal: Refusal | None = None
     """If the item cannot be skipped because there are too many."""
     context: RetryContext | None = None
+    closes = False
+    """The recovery of its last item has closed the chunk."""
     blamed: int | None = None
     """The item that the failure is of, if the processor was at it or the writer has named it."""
     _named: frozenset[int | None] = frozenset()
     _aside: tuple[SkippedItem, ...] = ()
     """Those that this very attempt skips without a roll-back."""
     _raised: Exception | None = None
+    _vetoing: int | None = None
+    """The item at which a processor forbade further attempts."""
     _mark = 0.0
 
     def __init__(self, course: Course, chunk: Chunk, end: int, *, whole: bool) -> None:
         self.course = course
         self.step = course.step
         self.chunk = chunk
-        self.end = end
+        self.end = self.goal = end
         self.live = chunk.live(end)
         self.whole = whole
 
@@ -88,15 +95,29 @@ class Attempt:
 
     def _state(self) -> RetryState | None:
         if self.step.key is not None:
-            key = self.step.key(self.chunk.items[self.live[0]])
+            key = self._key()
         elif self.course.careful:
             # What has no name is known by its place, for as long as it may kill.
             key = (self.course.claim.id, self.chunk.number + self.live[0] + 1)
         else:
             return None
         # What a run has counted that ended in good order says nothing of what came since: a mended program, or file.
-        fresh = not self.course.continues_a_crash
-        return RetryState(key=key, rollback_for=_in_place, recover_on_redelivery=False, fresh=fresh)
+        fresh = not (self.course.continues_a_crash or self.step.settles_once)
+        return RetryState(
+            key=key, rollback_for=_in_place, recover_on_redelivery=False, fresh=KEEP_VETO if fresh else False
+        )
+
+    def _key(self) -> Any:
+        self.where = "key"
+        index = self.live[0]
+        try:
+            key = self.step.key(self.chunk.items[index])
+            check_key(key)
+        except Exception:
+            self._named |= {index}
+            raise
+        self.where = "before"
+        return key
 
     def _begin(self) -> Any:
         self.note_failed_commit()
@@ -134,6 +155,7 @@ class Attempt:
         self._spend("transaction" if self.tries == 1 else "between")
         self.blamed = None
         self._aside = ()
+        context.on_veto = self._note_veto
         try:
             tally = yield from self._settle(context.transaction)
         except Exception as error:
@@ -143,8 +165,14 @@ class Attempt:
             self._named |= {self.blamed}
             self._spend("failed")
             raise
+        finally:
+            # It knows this attempt, which knows the context.
+            context.on_veto = None
         self.finish(tally)
         return tally
+
+    def _note_veto(self) -> None:
+        self._vetoing = self.blamed
 
     def _spend(self, phase: Any) -> None:
         before, self._mark = self._mark, perf_counter()
@@ -161,12 +189,14 @@ class Attempt:
         joined = None if self.course.claim is None else (yield from self.join(transaction))
         if self.course.doubt and (yield from self.has_happened(joined)):
             return self.tally  # type: ignore[no-any-return]
+        if self.step.none_closes_chunk and self.chunk.condemned:
+            yield from self._ask_recoveries(transaction)
         if self.step.processor is None:
             outputs, origins = self.chunk.chosen(self.live, self.end), self.live
         else:
             outputs, origins = yield from self._process()
         written = len(outputs)
-        if self.step.no_rollback_for and outputs:
+        if self.step.in_place and outputs:
             written = yield from WriteInPlace(self, transaction, outputs, origins).run()
         else:
             yield from self.write(transaction, outputs, origins)
@@ -177,15 +207,14 @@ class Attempt:
 
     def make_tally(self, written: int, *others: SkippedItem) -> Tally:
         """What this transaction adds; `others` are skipped besides those that were condemned before."""
-        filtered = len(self.live) - written - len(others)
-        return Tally(self.end - self.chunk.done, written, filtered, self._skipped(others))
+        skipped, read = self._skipped(others), self.end - self.chunk.done
+        return Tally(read, written, read - written - len(skipped), skipped)
 
     def _skipped(self, others: tuple[SkippedItem, ...]) -> tuple[SkippedItem, ...]:
-        condemned = self.chunk.condemned
-        if not condemned and len(others) < 2:  # noqa: PLR2004 - one is in order
+        if not self.chunk.condemned and len(others) < 2:  # noqa: PLR2004 - one is in order
             return others
-        skipped = [condemned[index] for index in range(self.chunk.done, self.end) if index in condemned]
-        return tuple(sorted((*skipped, *others), key=lambda one: one.number))
+        skipped = self.chunk.skipped(self.end)
+        return tuple(sorted((*skipped.values(), *others), key=lambda one: one.number))
 
     def _process(self) -> Work[tuple[list[Any], list[int]]]:
         """What the writer is given, and of each the index of the item that it was made of."""
@@ -202,7 +231,7 @@ class Attempt:
             self.blamed = index
             try:
                 output = processor(items[index])
-            except self.step.no_rollback_for as error:
+            except self.step.in_place as error:
                 self._leave_out(index, error)
                 continue
             if output is not None:
@@ -218,7 +247,7 @@ class Attempt:
             try:
                 output = processor(items[index])
                 output = await output if isawaitable(output) else output
-            except self.step.no_rollback_for as error:
+            except self.step.in_place as error:
                 self._leave_out(index, error)
                 continue
             if output is not None:
@@ -256,7 +285,7 @@ class Attempt:
 
     def stays(self, error: Exception) -> bool:
         """Whether the transaction may go on after this failure."""
-        return isinstance(error, self.step.no_rollback_for) and self.is_items_fault(error)
+        return isinstance(error, self.step.in_place) and self.is_items_fault(error)
 
     def _leave_out(self, index: int, error: Exception) -> None:
         """Skip an item that the processor has refused; what the database has refused is rolled back in any case."""
@@ -297,12 +326,29 @@ class Attempt:
         self.course.doubt = False
         return bool(happened)
 
+    def _ask_recoveries(self, transaction: Any) -> Work[None]:
+        """Tell of the condemned ones first: the transaction ends with one whose recovery closes the chunk."""
+        self.where, self.closes = "store", False
+        self.end, self.live = self.goal, self.chunk.live(self.goal)
+        for index, skipped in self.chunk.skipped(self.goal).items():
+            if (yield from self.recovery_of(transaction, skipped)) is None:
+                self.end, self.closes = index + 1, True
+                self.live = self.chunk.live(self.end)
+                return
+
+    def recovery_of(self, transaction: Any, skipped: SkippedItem) -> Work[Any]:
+        """What the step's own recovery of a skipped item gives; None if there is none."""
+        if self.step.on_skip is None:
+            return None
+        return (yield partial(self.step.on_skip, transaction, skipped))
+
     def store(self, transaction: Any, joined: Any, tally: Tally) -> Work[None]:
         """Record who is skipped, and store position and counts, in the transaction if the job store is there."""
         self.where = "store"
         step, course = self.step, self.course
-        for skipped in tally.skipped if step.on_skip is not None else ():
-            yield partial(step.on_skip, transaction, skipped)
+        if not step.none_closes_chunk:
+            for skipped in tally.skipped:
+                yield from self.recovery_of(transaction, skipped)
         if joined is not None:
             claim, position, counts = course.claim, self.chunk.position(self.end), course.counts_with(tally)
             self.revision = yield lambda: joined.book(claim, position, counts, self.step.parked(tally.skipped))
@@ -312,8 +358,12 @@ class Attempt:
 
     @property
     def culprit(self) -> int | None:
-        """The item that every failed attempt has named; None if there is none."""
-        return next(iter(self._named)) if len(self._named) == 1 else None
+        """The item that every failed attempt has named; None if there is none.
+
+        Nor if another one has vetoed: then the policy has not had its say.
+        """
+        named = next(iter(self._named)) if len(self._named) == 1 else None
+        return named if self._vetoing in {None, named} else None
 
     @property
     def is_unrecoverable(self) -> bool:
@@ -332,57 +382,21 @@ class Attempt:
 
     def skipped(self, index: int, error: BaseException, where: Where) -> SkippedItem:
         """The record of an item that is put aside for this failure, which happened there."""
-        context, item = self.context, self.chunk.items[index]
-        assert context is not None  # noqa: S101 - there is one when something has failed
+        context = self.context
+        if context is None:
+            return self.chunk.once(index, error, where, "has no key")
         vetoed = context.veto_reason
         return SkippedItem(
-            item=item,
+            item=self.chunk.items[index],
             number=self.chunk.number + index + 1,
             phase="an earlier run" if where == "before" else where,
             error=error,
             attempts=context.retry_count,
             errors=context.errors,
-            key=None if self.step.key is None else self.step.key(item),
+            key=self.step.key_of(self.chunk.items[index]),
             reason=f"vetoed: {vetoed}" if vetoed is not None else self._reason(context),
         )
 
     @staticmethod
     def _reason(context: RetryContext) -> str:
         return "" if context.decision is None else context.decision.reason
-
-
-class Recovery:
-    """What the template calls when a single item may not be tried again: the item is recorded, and the step goes on."""
-
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._where: Where = "before"
-
-    def retrykit_handles(self, error: BaseException | None) -> bool:
-        """Whether the item may be skipped: the failure is its own, and there are not too many."""
-        attempt = self._attempt
-        self._where = attempt.where
-        if error is None or not attempt.is_items_fault(error):
-            return False
-        attempt.refusal = attempt.course.refusal(attempt.chunk, attempt.live[0], error)
-        return attempt.refusal is None
-
-    def __call__(self, context: RetryContext) -> Any:
-        """The recovery of the template: the tally, or an awaitable of it."""
-        return self._attempt.course.perform(self._record(context))
-
-    def _record(self, context: RetryContext) -> Work[Tally]:
-        attempt = self._attempt
-        attempt.context = context
-        joined = yield from attempt.join(context.transaction)
-        if (yield from attempt.has_happened(joined)):
-            # The commit of this one, which does nothing, may go unconfirmed too.
-            attempt.finish(attempt.tally)
-            return attempt.tally  # type: ignore[no-any-return]
-        error = context.last_error
-        assert error is not None  # noqa: S101 - nothing is recovered that has not failed
-        attempt.recovered = True
-        tally = attempt.make_tally(0, attempt.skipped(attempt.live[0], error, self._where))
-        yield from attempt.store(context.transaction, joined, tally)
-        attempt.finish(tally)
-        return tally

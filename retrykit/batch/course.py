@@ -57,18 +57,21 @@ from time import perf_counter
 from typing import Any, NoReturn
 
 from retrykit.batch.attempt import Attempt, Where
-from retrykit.batch.errors import SkipLimitError, StepStopped
+from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
+from retrykit.batch.limits import Refusal, refused
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
+from retrykit.batch.vetoes import vetoed
 from retrykit.batch.work import Work
 from retrykit.errors import TerminatedRetryError
-from retrykit.failure import ErrorSummary, message_of, summary
+from retrykit.failure import message_of
 
 _log = logging.getLogger("retrykit.batch")
 
-Refusal = tuple[int, BaseException, str]
-"""The index of an item that cannot be skipped, its failure, and why."""
+
+class ChunkClosed(Exception):  # noqa: N818 - says to the course where a transaction has ended; nobody else hears of it
+    """The recovery of an item has closed its chunk: what stands behind it begins another one."""
 
 
 class Course:
@@ -171,7 +174,10 @@ class Course:
                 return
             if source.positioned:
                 yield from self._condemn_unreadable(chunk)
+            if self.step.key is not None:
+                yield from self._heed_vetoes(chunk, chunk.live(len(chunk.items)))
             yield from self._settle(chunk, len(chunk.items))
+            self.careful = False
 
     def _condemn_unreadable(self, chunk: Chunk) -> Work[None]:
         for index, item in enumerate(chunk.items):
@@ -179,26 +185,26 @@ class Course:
                 continue
             if not self.step.skip.may_skip(item.error):
                 raise item.error
-            error = ErrorSummary(1, *summary(item.error), datetime.now(UTC).timestamp())
-            yield from self._condemn(
-                chunk,
-                index,
-                SkippedItem(
-                    item=item.raw,
-                    number=chunk.number + index + 1,
-                    phase="read",
-                    error=item.error,
-                    attempts=1,
-                    errors=(error,),
-                    reason="cannot be read",
-                ),
-            )
+            yield from self._condemn(chunk, index, chunk.once(index, item.error, "read", "cannot be read"))
+
+    def _heed_vetoes(self, chunk: Chunk, asked: list[int]) -> Work[bool]:
+        """Have items skipped that somebody has forbidden from outside. Whether there were any."""
+        found = yield from vetoed(self.step, chunk, asked)
+        chunk.condemned.update(found)
+        return bool(found)
 
     def _settle(self, chunk: Chunk, size: int) -> Work[None]:
-        """Bring the first so many items of the chunk to their end: at once, or after a search for the culprits."""
+        """Bring the first so many items of the chunk to their end. Where it is closed, the rest is another chunk."""
+        while chunk.done < size:
+            try:
+                yield from self._settle_at_once(chunk, size)
+            except ChunkClosed:
+                continue
+
+    def _settle_at_once(self, chunk: Chunk, size: int) -> Work[None]:
+        """In one transaction, or after a search for the culprits."""
         if self.careful:
             yield from self._search(chunk, size, tread_carefully)
-            self.careful = False
         elif (yield from self._test(chunk, size, whole=True)) is Verdict.FAILED:
             yield from self._search(chunk, size, isolate)
 
@@ -212,14 +218,36 @@ class Course:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
         found = False
         while True:
-            attempt = Attempt(self, chunk, end, whole=whole)
+            goal, condemned = self._goal(chunk, end), len(chunk.condemned)
+            attempt = Attempt(self, chunk, goal, whole=whole)
             error = yield from self._execute(attempt)
             if error is None:
-                return Verdict.FOUND if found or attempt.recovered else Verdict.DONE
-            if attempt.culprit is None:
+                if attempt.closes:
+                    raise ChunkClosed
+                found = found or attempt.recovered
+                if goal == end:
+                    return Verdict.FOUND if found else Verdict.DONE
+                continue
+            culprit = attempt.culprit
+            if culprit is None and len(chunk.condemned) == condemned:
                 return Verdict.FAILED
-            yield from self._condemn(chunk, attempt.culprit, attempt.skipped(attempt.culprit, error, attempt.where))
+            if culprit is not None and self.step.settles_once and len(attempt.live) > 1:
+                yield from self._settle(chunk, culprit)
+                yield from self._settle(chunk, culprit + 1)
+            elif culprit is not None:
+                yield from self._condemn(chunk, culprit, attempt.skipped(culprit, error, attempt.where))
+            if chunk.done >= end:
+                return Verdict.FOUND
             found = True
+
+    def _goal(self, chunk: Chunk, end: int) -> int:
+        """How far the next transaction may go: a recovery that may close the chunk has one for itself."""
+        if not (self.step.none_closes_chunk and chunk.condemned):
+            return end
+        live = chunk.live(end)
+        if len(live) != 1:
+            return end
+        return live[0] + 1 if chunk.done == live[0] else live[0]
 
     def _execute(self, attempt: Attempt) -> Work[Exception | None]:
         """One call of the template. None: its items are settled; else the failure, which is an item's own."""
@@ -234,8 +262,23 @@ class Course:
             tally = yield from self._happened_after_all(attempt)
             if tally is None:
                 return (yield from self._judged(attempt, error, where))
+        if tally is None:
+            return self._settled_before(attempt)
         yield from self._settled(attempt, tally)
         return None
+
+    def _settled_before(self, attempt: Attempt) -> Exception:
+        """Nothing was done, because the single item was brought to its end before.
+
+        As in a run whose acknowledgment was lost: that is said to the source again.
+        """
+        step = self.step
+        facts = {"name": step.name, "key": attempt.context and attempt.context.key}
+        error = TerminatedRetryError(reason="its history was settled by somebody else", **facts)
+        if not step.settles_once:
+            raise error
+        attempt.chunk.condemned[attempt.live[0]] = None
+        return error
 
     def _note(self, attempt: Attempt) -> None:
         if attempt.failures:
@@ -251,19 +294,19 @@ class Course:
 
     def _judged(self, attempt: Attempt, error: Exception, where: Where) -> Work[Exception]:
         """The failure, if it is an item's own; raises it if it is not, or if nobody may recover from it."""
-        attempt.where = where
+        attempt.where, chunk = where, attempt.chunk
         if attempt.refusal is not None:
-            yield from self._refuse(attempt.chunk, attempt.refusal)
+            yield from self._refuse(chunk, attempt.refusal)
+        if not attempt.tries and self.step.key is not None and (yield from self._heed_vetoes(chunk, attempt.live)):
+            # It came after the chunk was read.
+            return error
         if attempt.is_unrecoverable or not attempt.is_items_fault(error):
             raise error
         return error
 
-    def _settled(self, attempt: Attempt, tally: Tally | None) -> Work[None]:
+    def _settled(self, attempt: Attempt, tally: Tally) -> Work[None]:
         """The transaction has committed: only now it counts."""
         chunk, step = attempt.chunk, self.step
-        if tally is None:
-            facts = {"name": step.name, "key": attempt.context and attempt.context.key}
-            raise TerminatedRetryError(reason="its history was settled by somebody else", **facts)
         if self.claim is not None and attempt.revision is None:
             yield from self._store_position(attempt, tally)
         self._count(self.counts, tally)
@@ -286,7 +329,8 @@ class Course:
         attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
 
     def _count(self, counts: Counts, tally: Tally) -> None:
-        counts.add(tally, [self.step.skip.limited_as(skipped.error) for skipped in tally.skipped])
+        policy, errors = self.step.skip, [skipped.error for skipped in tally.skipped]
+        counts.add(tally, [None if is_veto(error) else policy.limited_as(error) for error in errors])
 
     def counts_with(self, tally: Tally) -> dict[str, Any]:
         """The counts as they are when this has committed, in JSON."""
@@ -298,6 +342,9 @@ class Course:
         if len(self.skipped) < SHOWN:
             _forget_frames(skipped.error)
             self.skipped.append(skipped)
+        if is_veto(skipped.error):
+            _log.warning("step %s: item %d is skipped: %s", self.step.name, skipped.number, skipped.reason)
+            return
         times = "once" if skipped.attempts == 1 else f"{skipped.attempts} times"
         facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), times)
         _log.warning("step %s: item %d is skipped: %s raised %s (%s)", *facts)
@@ -322,25 +369,8 @@ class Course:
     def refusal(
         self, chunk: Chunk, index: int, error: BaseException, besides: Iterable[SkippedItem] = ()
     ) -> Refusal | None:
-        """The first item that cannot be skipped if this one is: itself, or one behind it that is condemned already;
-        None if all of them can, beside those that have not been counted yet.
-        """
-        pending = [skipped.error for at, skipped in chunk.condemned.items() if chunk.done <= at < index]
-        pending += [skipped.error for skipped in besides]
-        behind = [(at, chunk.condemned[at].error) for at in sorted(chunk.condemned) if at > index]
-        for at, one in ((index, error), *behind):
-            reason = self._too_many(one, pending, read=chunk.number + at + 1)
-            if reason is not None:
-                return at, one, reason
-            pending.append(one)
-        return None
-
-    def _too_many(self, error: BaseException, pending: list[BaseException], *, read: int) -> str | None:
-        policy, limited = self.step.skip, dict(self.counts.limited)
-        for name in filter(None, map(policy.limited_as, pending)):
-            limited[name] = limited.get(name, 0) + 1
-        skipped = self.counts.all_skipped + len(pending)
-        return policy.refusal(error, skipped=skipped, limited=limited, read=read)  # type: ignore[no-any-return]
+        """The first item that cannot be skipped if this one is; None if all of them can."""
+        return refused(self.step.skip, self.counts, chunk, index, error, besides)
 
 
 def _forget_frames(error: BaseException | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 from retrykit.check import wrong_type, wrong_value
-from retrykit.errors import RetryError
+from retrykit.errors import RetryError, TerminatedRetryError
 
 
 class ItemError(Exception):
@@ -31,6 +31,18 @@ class SkipLimitError(RetryError):
 
     Raised from the item's own failure. What was written before the item is committed; a restart begins with it.
     """
+
+
+class VetoedError(TerminatedRetryError):
+    """The item {key!r} of {name} is vetoed: {reason}
+
+    Never raised: the failure of a skipped item that somebody has forbidden from outside.
+    """
+
+
+def is_veto(error: BaseException) -> bool:
+    """Whether an item is skipped because somebody has forbidden it from outside."""
+    return isinstance(error, VetoedError)
 
 
 class StepStopped(BaseException):

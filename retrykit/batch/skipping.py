@@ -45,6 +45,12 @@ class SkipPolicy(Value):
         for one in limits.values():
             whole(0)(self, field, one)
 
+    @no_skip_for.validator
+    def _check_no_skip_for(self, field: Any, no_skip_for: Any) -> None:
+        both = [kind.__name__ for kind in no_skip_for if kind in self.skip_for]
+        if both:
+            raise wrong_value(field.name, f"without {both[0]}, which is in skip_for", no_skip_for)
+
     @share.validator
     def _check_share(self, field: Any, share: Any) -> None:
         if share is None:

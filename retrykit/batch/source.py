@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
 from itertools import islice
+from time import time
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
 from retrykit.batch.report import SkippedItem
 from retrykit.check import wrong_type
+from retrykit.failure import ErrorSummary, summary
 
 
 @runtime_checkable
@@ -55,14 +57,14 @@ class Chunk:
 
     `number`: that of the item before the first, counted from 1 in the whole input. `positions`: behind each item; None
     where the number is the position. `done`: so many are settled for good. `condemned`: those that are to be skipped,
-    by index.
+    by index; None of one that was settled before.
     """
 
     items: list[Any]
     number: int
     positions: list[Any] | None = None
     done: int = 0
-    condemned: dict[int, SkippedItem] = attrs.field(factory=dict)
+    condemned: dict[int, SkippedItem | None] = attrs.field(factory=dict)
 
     def position(self, end: int) -> Any:
         """The position behind the first `end` items."""
@@ -72,6 +74,24 @@ class Chunk:
         """The items with these indexes: those before `end` that are neither settled nor condemned."""
         items = self.items
         return [items[index] for index in live] if self.condemned else items[self.done : end]
+
+    def skipped(self, end: int) -> dict[int, SkippedItem]:
+        """Those before `end` that are to be skipped with what is settled next, by index, in order."""
+        chosen = ((index, self.condemned.get(index)) for index in range(self.done, end))
+        return {index: one for index, one in chosen if one is not None}
+
+    def once(self, index: int, error: BaseException, phase: str, reason: str) -> SkippedItem:
+        """The record of an item that had one chance."""
+        item = self.items[index]
+        return SkippedItem(
+            item=item.raw if isinstance(item, Unreadable) else item,
+            number=self.number + index + 1,
+            phase=phase,
+            error=error,
+            attempts=1,
+            errors=(ErrorSummary(1, *summary(error), time()),),
+            reason=reason,
+        )
 
     def live(self, end: int) -> list[int]:
         """The indexes of items before `end` that are neither settled nor condemned."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import attrs
 
+from retrykit.batch.arguments import begins, called_with, check_together, is_for_its_kind, is_skip_policy
 from retrykit.batch.course import Course
+from retrykit.batch.errors import is_veto
 from retrykit.batch.report import Report, SkippedItem, kind_of
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import check_reader
@@ -17,8 +20,7 @@ from retrykit.check import (
     are_error_types,
     as_types,
     has,
-    is_callable,
-    is_callable_or_none,
+    one_of,
     whole,
     wrong_type,
     wrong_value,
@@ -28,6 +30,8 @@ from retrykit.message import Message
 from retrykit.policy import CompositeRetryPolicy, PredicateRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.value import Value
+
+_log = logging.getLogger("retrykit.batch")
 
 
 def payload_of(item: Any) -> tuple[bytes, str]:
@@ -55,11 +59,11 @@ class Templates:
     alone: Any
 
     @classmethod
-    def of(cls, template: Any, skip: SkipPolicy) -> Templates:
+    def of(cls, template: Any, skip: SkipPolicy, *, remembers: bool) -> Templates:
         """Those for a template.
 
         A group that fails by an item's fault is not tried again but halved, and what is no item's fault is: both are
-        the policy's to say. A single item's completion is not remembered: its position is.
+        the policy's to say. A single item's completion is remembered only if its source has no positions that are.
         """
         policy = CompositeRetryPolicy(
             (template.retry_policy, PredicateRetryPolicy(lambda error: not skip.may_skip(error)))
@@ -67,7 +71,9 @@ class Templates:
         return cls(
             whole=template,
             group=attrs.evolve(template, retry_policy=policy),
-            alone=attrs.evolve(template, throw_last=True, remember_completed=None),
+            alone=attrs.evolve(
+                template, throw_last=True, remember_completed=template.remember_completed if remembers else None
+            ),
         )
 
 
@@ -81,23 +87,33 @@ class _Step(Value):
 
     name: str = attrs.field(validator=is_name)
     reader: Any = attrs.field()
-    writer: Callable[[Any, list[Any]], Any] = attrs.field(validator=is_callable)
-    processor: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
-    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    writer: Callable[[Any, list[Any]], Any] = attrs.field(validator=called_with("transaction", "items", optional=False))
+    processor: Callable[[Any], Any] | None = attrs.field(default=None, validator=called_with("item", gives=True))
+    transaction: Callable[[], Any] | None = attrs.field(default=None, validator=begins)
     chunk_size: int = attrs.field(default=100, validator=whole(1))
     template: Any = attrs.field(default=attrs.Factory(_default_template, takes_self=True))
-    skip: SkipPolicy = attrs.field(factory=SkipPolicy, validator=attrs.validators.instance_of(SkipPolicy))
+    skip: SkipPolicy = attrs.field(factory=SkipPolicy, validator=is_skip_policy)
     no_rollback_for: tuple[type[Exception], ...] = attrs.field(
         default=(), converter=as_types, validator=are_error_types
     )
-    key: Callable[[Any], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
+    key: Callable[[Any], Any] | None = attrs.field(default=None, validator=called_with("item", plain=True))
     jobs: Any = attrs.field(
-        default=None, validator=has("claim", "joined", "book", "moved", "release", "abandon", optional=True)
+        default=None,
+        validator=[has("claim", "joined", "book", "moved", "release", "abandon", optional=True), is_for_its_kind],
     )
-    on_skip: Callable[[Any, SkippedItem], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
-    on_progress: Callable[[Report], Any] | None = attrs.field(default=None, validator=is_callable_or_none)
-    payload: Callable[[Any], tuple[bytes, str]] = attrs.field(default=payload_of, validator=is_callable)
+    on_skip: Callable[[Any, SkippedItem], Any] | None = attrs.field(
+        default=None, validator=called_with("transaction", "skipped")
+    )
+    none_closes_chunk: bool = attrs.field(default=False, validator=one_of(True, False))
+    on_progress: Callable[[Report], Any] | None = attrs.field(default=None, validator=called_with("report"))
+    payload: Callable[[Any], tuple[bytes, str]] = attrs.field(
+        default=payload_of, validator=called_with("item", optional=False, plain=True)
+    )
     templates: Templates = attrs.field(init=False, eq=False, repr=False)
+    settles_once: bool = attrs.field(init=False, eq=False, repr=False)
+    """Whether marks in the context cache answer for single items that the source gives again."""
+    in_place: tuple[type[Exception], ...] = attrs.field(init=False, eq=False, repr=False)
+    """The failures after which a transaction goes on."""
     _begun: list[bool] = attrs.field(init=False, factory=list, eq=False, repr=False)
 
     asynchronous: ClassVar[bool]
@@ -113,7 +129,12 @@ class _Step(Value):
         check_reader(field.name, reader, asynchronous=self.asynchronous)
 
     def __attrs_post_init__(self) -> None:
-        object.__setattr__(self, "templates", Templates.of(self.template, self.skip))
+        check_together(self)
+        acknowledges = callable(getattr(self.reader, "settled", None)) and self.key is not None
+        object.__setattr__(self, "settles_once", acknowledges and self.template.remember_completed is not None)
+        # What is skipped in an open transaction leaves no mark.
+        object.__setattr__(self, "in_place", () if self.settles_once else self.no_rollback_for)
+        object.__setattr__(self, "templates", Templates.of(self.template, self.skip, remembers=self.settles_once))
 
     def course(self, parameters: Mapping[str, Any] | None, perform: Callable[[Any], Any]) -> Course:
         """One run. `ValueError` for a second one with a reader that is an iterator: what it gave is gone."""
@@ -124,6 +145,14 @@ class _Step(Value):
             )
         self._begun.append(True)
         return course
+
+    def key_of(self, item: Any) -> Any:
+        """The key of an item that is put aside; None if it has none, or is so wrong that none can be made."""
+        try:
+            return None if self.key is None else self.key(item)
+        except Exception as fault:  # noqa: BLE001 - the user's function, given an item that is at fault itself
+            _log.warning("step %s: an item that is skipped has no key: %r", self.name, fault)
+            return None
 
     def savepoint(self, transaction: Any) -> Any:
         """A savepoint in the open transaction, or an awaitable of it."""
@@ -141,7 +170,7 @@ class _Step(Value):
         errors = [error.to_json() for error in skipped.errors]
         return self._shown(skipped) | {
             "name": self.name,
-            "reason": f"skipped in {skipped.phase}: {kind_of(skipped.error)}; {skipped.reason}",
+            "reason": skipped.reason if is_veto(skipped.error) else _reason(skipped),
             "attempts": skipped.attempts,
             "key": key,
             "errors": errors,
@@ -157,6 +186,10 @@ class _Step(Value):
             return facts | {"content_type": item.headers.get("content-type"), "headers": {**item.headers, **headers}}
         payload, content_type = self.payload(item)
         return {"payload": payload, "content_type": content_type, "headers": headers}
+
+
+def _reason(skipped: SkippedItem) -> str:
+    return f"skipped in {skipped.phase}: {kind_of(skipped.error)}; {skipped.reason}"
 
 
 def _parameters(given: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -188,7 +221,9 @@ class ChunkStep(_Step):
 
     `jobs`: where position and counts are stored, and skipped items recorded: a `retrykit.sql.SqlJobStore`. Without one
     a run always begins at the beginning. `on_skip(transaction, skipped)` is called in the transaction that records a
-    skipped item, `on_progress(report)` after each transaction. `payload(item)`: bytes and content type under which a
+    skipped item: its recovery. `none_closes_chunk`: where that gives None (or there is none) the item is the last of
+    its chunk, and what stands behind it is written in another transaction, when this one has committed.
+    `on_progress(report)` is called after each transaction. `payload(item)`: bytes and content type under which a
     skipped item is recorded.
 
     Immutable and thread-safe if its parts are.

@@ -10,7 +10,20 @@ import threading
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, event, func, insert, select, update
+from sqlalchemy import (
+    Column,
+    Engine,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, registry, sessionmaker
@@ -352,6 +365,71 @@ def test_the_renewal_of_the_lease_disturbs_no_transaction_that_keeps_a_snapshot(
     assert rows(engine) == list(range(5))
     if level == "READ COMMITTED":
         assert any(renewals)
+
+
+@contextmanager
+def asked():
+    """The statements about histories, on whatever engine."""
+    seen = []
+
+    def note(*given):
+        if "rk_context" in given[2]:
+            seen.append(given[2].split()[0])
+
+    event.listen(Engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(Engine, "before_cursor_execute", note)
+
+
+def test_a_veto_of_another_process_stops_an_item_at_the_price_of_one_statement_a_chunk(url, engine, jobs):
+    with SqlRetryContextCache(url) as ours, SqlRetryContextCache(url) as theirs:
+        load = RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1), context_cache=ours)
+        RetryTemplate(name="load", context_cache=theirs).veto(4, "the customer is closed")
+        with asked() as seen:
+            report = step(jobs, engine, template=load, key=lambda item: item, chunk_size=5).run()
+        assert rows(engine) == [0, 1, 2, 3, 5, 6, 7, 8, 9]
+        assert seen == ["SELECT", "SELECT"]
+        assert report.counts.commits == 2
+        (parked,) = parked_items(engine)
+        assert (parked.reason, parked.attempts) == ("The item 4 of load is vetoed: the customer is closed", 0)
+        assert (parked.key, parked.payload) == (load.key_of(4), b"4")
+        # Nothing settles a veto but its withdrawal.
+        assert load.history(4).veto_reason == "the customer is closed"
+
+
+def test_the_asynchronous_step_heeds_the_veto_of_another_process(request):
+    url = empty_database(request, "sqlite")
+    with opened(url) as plain, SqlRetryContextCache(url) as theirs:
+        create_tables(plain)
+        metadata.create_all(plain)
+        RetryTemplate(name="load", context_cache=theirs).veto(4, "closed")
+
+        async def run():
+            engine = create_async_engine(with_driver(url, "aiosqlite"))
+            ours = SqlRetryContextCache(engine)
+            load = AsyncRetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1), context_cache=ours)
+
+            async def later(session, items):
+                await session.execute(insert(work), [{"id": item} for item in items])
+
+            await ours.open()
+            with asked() as seen:
+                report = await AsyncChunkStep(
+                    name="load",
+                    reader=range(6),
+                    writer=later,
+                    transaction=async_sessionmaker(engine).begin,
+                    template=load,
+                    key=lambda item: item,
+                ).run()
+            await engine.dispose()
+            return report, seen
+
+        report, seen = asyncio.run(run())
+        assert (seen, [skipped.item for skipped in report.skipped]) == (["SELECT"], [4])
+        assert rows(plain) == [0, 1, 2, 3, 5]
 
 
 def test_skipped_items_are_parked_with_their_job_and_their_errors(engine, jobs):
@@ -780,5 +858,6 @@ def test_savepoints_need_a_transaction_of_sqlalchemy(engine):
     def begin():
         yield "no session"
 
+    skip = SkipPolicy(skip_for=ValueError)
     with pytest.raises(TypeError, match="a savepoint needs a transaction of SQLAlchemy, not str"):
-        ChunkStep(name="load", reader=[1], writer=write, transaction=begin, no_rollback_for=ValueError).run()
+        ChunkStep(name="load", reader=[1], writer=write, transaction=begin, skip=skip, no_rollback_for=ValueError).run()

@@ -6,7 +6,6 @@ import asyncio
 import gc
 import json
 import logging
-from contextlib import asynccontextmanager, contextmanager
 from types import SimpleNamespace
 
 import attrs
@@ -23,84 +22,13 @@ from retrykit import (
 )
 from retrykit.batch import AsyncChunkStep, ChunkStep, ItemError, SkipLimitError, SkipPolicy, Unreadable
 from retrykit.errors import RecoveryFailedError
+from tests.chunks import Table, poison, poisoned_write, skip_values, step, template
 from tests.doubles import ManualClock
-
-
-class Table:
-    """Rows that appear when their transaction commits. `events`: what happened, in order."""
-
-    def __init__(self):
-        self.rows = []
-        self.events = []
-        self.open = None
-        self.refuses = ()
-
-    @contextmanager
-    def begin(self):
-        assert self.open is None, "one transaction at a time"
-        self.open = []
-        self.events.append("begin")
-        try:
-            yield self
-            if any(row in self.refuses for row in self.open):
-                raise LookupError("a constraint that is checked at the commit")
-            self.rows += self.open
-            self.events.append("commit")
-        except BaseException:
-            self.events.append("rollback")
-            raise
-        finally:
-            self.open = None
-
-    @asynccontextmanager
-    async def async_begin(self):
-        with self.begin():
-            await asyncio.sleep(0)
-            yield self
-
-    def write(self, transaction, items):
-        assert transaction is self
-        self.open += items
 
 
 @pytest.fixture
 def table():
     return Table()
-
-
-def template(max_attempts=1, **options):
-    return RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(max_attempts), **options)
-
-
-def step(table, reader, **options):
-    options = {"name": "load", "writer": table.write, "transaction": table.begin, "template": template()} | options
-    return ChunkStep(reader=reader, **options)
-
-
-def poison(*culprits, error=ValueError):
-    """A processor that fails at these items."""
-
-    def process(item):
-        if item in culprits:
-            raise error(f"item {item}")
-        return item
-
-    return process
-
-
-def poisoned_write(table, *culprits, error=ValueError):
-    """A writer that does not know which of its items it could not write."""
-
-    def write(transaction, items):
-        table.write(transaction, items)
-        for item in items:
-            if item in culprits:
-                raise error(f"item {item}")
-
-    return write
-
-
-skip_values = SkipPolicy(skip_for=ValueError)
 
 
 def test_each_chunk_has_one_transaction_and_is_read_before_it(table):
@@ -672,6 +600,20 @@ def test_each_skipped_item_is_logged_without_its_content(table, caplog):
 # -- arguments
 
 
+async def _coroutine(*arguments):
+    """Is not called."""
+
+
+def _generator(*arguments):
+    yield
+
+
+async def _later(items):
+    for item in items:
+        await asyncio.sleep(0)
+        yield item
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -680,23 +622,73 @@ def test_each_skipped_item_is_logged_without_its_content(table, caplog):
         {"reader": 5},
         {"reader": "abc"},
         {"writer": None},
+        {"writer": len},
+        {"writer": _generator},
         {"processor": 1},
+        {"processor": lambda: None},
+        {"processor": _coroutine},
         {"transaction": 1},
+        {"transaction": Table().begin()},
+        {"transaction": Table().async_begin()},
         {"chunk_size": 0},
         {"chunk_size": True},
         {"template": AsyncRetryTemplate(name="load")},
         {"skip": ValueError},
+        {"skip": SkipPolicy(skip_crashes=True)},
+        {"no_rollback_for": ValueError},
+        {"no_rollback_for": 1},
         {"key": "id"},
+        {"key": asyncio.sleep},
         {"jobs": object()},
+        {"jobs": SimpleNamespace},
         {"on_skip": 1},
+        {"on_skip": len},
+        {"none_closes_chunk": None},
         {"on_progress": 1},
         {"payload": 1},
+        {"payload": None},
     ],
 )
 def test_bad_arguments_are_refused_by_name(table, options):
     (name,) = options
-    with pytest.raises((TypeError, ValueError), match=f"{name}"):
-        ChunkStep(**({"name": "load", "reader": [], "writer": table.write} | options))
+    for kind in (ChunkStep, AsyncChunkStep):
+        if name == "template" and kind is AsyncChunkStep:
+            options = {"template": RetryTemplate(name="load")}
+        elif options.get(name) is _coroutine and kind is AsyncChunkStep:
+            continue
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: must (be|have)"):
+            kind(**({"name": "load", "reader": [], "writer": table.write} | options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"skip": SkipPolicy(skip_crashes=True)}, "^skip: .*no jobs"),
+        ({"skip": SkipPolicy(skip_crashes=True), "jobs": True}, "^skip: .*outlives the process.*MapRetryContextCache"),
+        ({"no_rollback_for": KeyError}, "^no_rollback_for: .*KeyError is none"),
+        ({"no_rollback_for": ValueError, "transaction": None}, "^no_rollback_for: .*no transaction"),
+        ({"no_rollback_for": ValueError, "none_closes_chunk": True}, "^none_closes_chunk: .*no_rollback_for"),
+    ],
+)
+def test_arguments_that_make_no_sense_together_are_refused(table, options, message):
+    if options.get("jobs"):
+        options = options | {"jobs": SimpleNamespace(**dict.fromkeys(STORE, print))}
+    with pytest.raises(ValueError, match=message):
+        step(table, [], **({"skip": skip_values} | options))
+
+
+STORE = ("claim", "joined", "book", "moved", "release", "abandon")
+
+
+def test_a_plain_step_refuses_an_asynchronous_job_store(table):
+    jobs = SimpleNamespace(**dict.fromkeys(STORE, print) | {"claim": _coroutine})
+    with pytest.raises(TypeError, match=r"^jobs: .*AsyncChunkStep"):
+        step(table, [], jobs=jobs)
+
+
+def test_a_class_may_be_a_processor(table):
+    step(table, ["1", "2"], processor=int).run()
+    assert table.rows == [1, 2]
 
 
 @pytest.mark.parametrize("parameters", [{1: 2}, [1], {"a": object()}, {"a": float("nan")}])
@@ -711,12 +703,6 @@ def test_a_step_is_a_value_and_its_variant_is_made_by_evolve(table):
     assert one == attrs.evolve(one)
 
 
-async def _later(items):
-    for item in items:
-        await asyncio.sleep(0)
-        yield item
-
-
 def test_asynchronous_parts_are_refused_by_a_plain_step(table):
     with pytest.raises(TypeError, match=r"^reader: .*AsyncChunkStep"):
         step(table, _later([1]))
@@ -724,8 +710,15 @@ def test_asynchronous_parts_are_refused_by_a_plain_step(table):
     async def write(transaction, items):
         """Never runs."""
 
+    with pytest.raises(TypeError, match=r"^writer: must be a plain function .*AsyncChunkStep"):
+        step(table, [1], writer=write)
+
+    class Writer:
+        def __call__(self, transaction, items):
+            return write(transaction, items)
+
     with pytest.raises(TypeError, match="write is a coroutine: use AsyncChunkStep"):
-        step(table, [1], writer=write).run()
+        step(table, [1], writer=Writer()).run()
 
 
 # -- asynchronous

@@ -540,6 +540,7 @@ def test_every_field_of_a_state_is_kept():
         ({"key": True}, TypeError),
         ({"redelivered": 1}, TypeError),
         ({"fresh": None}, TypeError),
+        ({"fresh": "veto"}, TypeError),
         ({"rollback_for": OSError()}, TypeError),
         ({"recover_on_redelivery": "yes"}, TypeError),
         ({"journal": "sometimes"}, ValueError),

@@ -490,6 +490,21 @@ def test_without_a_key_the_last_failure_of_an_own_session_recovers(way):
     assert deliver(way, template, Fails(ERROR), lambda _: "parked", key=None, recover_on_redelivery=False) == "parked"
 
 
+@pytest.mark.parametrize("fresh", [True, "keep_veto"])
+def test_a_fresh_item_leaves_failures_behind_and_a_veto_only_if_it_is_not_told_to_keep_it(way, fresh):
+    template, callback = way.kind(retry_policy=SimpleRetryPolicy(2)), Fails(*[ERROR] * 9)
+    deliver(way, template, callback)
+    assert deliver(way, template, callback, fresh=fresh) is ERROR
+    assert callback.attempts == [1, 1]
+    RetryTemplate(context_cache=template.context_cache).veto("m-1", "closed")
+    outcome = deliver(way, template, callback, fresh=fresh)
+    if fresh is True:
+        assert (outcome, callback.attempts) == (ERROR, [1, 1, 1])
+    else:
+        assert (type(outcome), outcome.reason) == (TerminatedRetryError, "vetoed: closed")
+        assert callback.attempts == [1, 1]
+
+
 def test_a_fresh_item_under_an_old_key_begins_anew(way):
     template, callback = way.kind(retry_policy=SimpleRetryPolicy(2)), Fails(*[ERROR] * 9)
     for _ in range(2):
