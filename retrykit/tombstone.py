@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 
+from retrykit.check import seconds, wrong_type, wrong_value
+
 if TYPE_CHECKING:
     from datetime import datetime
 
@@ -63,6 +65,18 @@ class Eviction:
     def __str__(self) -> str:
         failures = "1 failure" if self.failures == 1 else f"{self.failures} failures"
         return f"{failures} counted before its history was evicted at {self.at.isoformat(' ', 'seconds')}, by {self.by}"
+
+
+def checked_tombstones(tombstones: Any, lasts: Any) -> dict[str, Any]:
+    """The arguments of a store about its tombstones, by name, if they make sense."""
+    if tombstones is not None and (isinstance(tombstones, bool) or not isinstance(tombstones, int)):
+        raise wrong_type("tombstones", "an int or None", tombstones)
+    if tombstones is not None and tombstones < 0:
+        raise wrong_value("tombstones", "0 or more", tombstones)
+    lifetime = None if lasts is None else seconds("tombstone_time_to_live", lasts)
+    if lifetime is not None and lifetime <= 0:
+        raise wrong_value("tombstone_time_to_live", "more than 0 seconds", lasts)
+    return {"tombstones": tombstones, "tombstone_time_to_live": lifetime}
 
 
 def entombed(snapshot: Mapping[str, Any], at: float, by: Bound) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from retrykit.sql.resilience import resilience
 from retrykit.sql.rows import CHUNK, PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
 from retrykit.sql.transaction import joinable
 from retrykit.sql.urls import database_url, is_async, shown_url
+from retrykit.tombstone import WEEK, checked_tombstones
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -139,7 +140,10 @@ class SqlRetryContextCache(_Verbs):
     refused with `CacheCapacityError` (`on_full="reject"`) or pushes out the one stored longest ago, to the minute
     (`"evict_oldest"`, logged; one with a veto only when all have one), once nothing past its time is left to drop.
     `time_to_live`: seconds after its last failure at which a history may be dropped, if it has no veto; None: never.
-    Every 1,000th save drops up to 1,000 snapshots past their time; `expire` drops all.
+    Every 1,000th save drops up to 1,000 snapshots past their time; `expire` drops all. What capacity or time-to-live
+    drops leaves a tombstone, from which its count goes on; what comes back from one needs room as a new key does.
+    `tombstones`: how many are kept (None: as many as `capacity`, or 100,000; 0: none), which each process may exceed by
+    a hundredth; `tombstone_time_to_live`: for how many seconds (None: until there are too many).
 
     On servers the server's clock decides what is over (`store_clock`), unless `clock` is given. When a connection is
     lost, the server starts or ends, or a deadlock comes up, a verb is tried again for up to `patience` seconds; that
@@ -172,10 +176,15 @@ class SqlRetryContextCache(_Verbs):
         capacity: int | None = 100_000,
         on_full: OnFull = "reject",
         time_to_live: Seconds | None = None,
+        tombstones: int | None = None,
+        tombstone_time_to_live: Seconds | None = WEEK,
         clock: Clock | None = None,
         patience: Seconds = PATIENCE,
     ) -> None:
-        self._options = _options(capacity, on_full, time_to_live, clock)
+        self._options = {
+            **_options(capacity, on_full, time_to_live, clock),
+            **checked_tombstones(tombstones, tombstone_time_to_live),
+        }
         self._patience = _patience(patience)
         self._given = engine
         self._engine = engine_of(engine)
@@ -239,15 +248,20 @@ class SqlRetryContextCache(_Verbs):
         return self._rows.on_full
 
     @property
+    def tombstones(self) -> int:
+        """How many tombstones are kept."""
+        return self._rows.tombstones
+
+    @property
     def may_forget(self) -> bool:
         """Whether a history can vanish although nobody settled it."""
-        return self._rows.on_full == "evict_oldest" or self._rows.time_to_live is not None
+        return self._rows.forgets
 
     def open_keys(self, prefix: str, limit: int) -> list[str] | None:
-        """The keys of histories that begin with the prefix; None when there are more than `limit`.
+        """The keys of histories and tombstones that begin with the prefix; None when there are more than `limit`.
 
-        Completion marks are left out. None, too, when there are more than 10,000 histories (and ten times `limit`) of
-        all kinds: they would have to be looked through.
+        Completion marks are left out. None, too, when there are more than 10,000 (and ten times `limit`) of all names:
+        they would have to be looked through.
         """
         readable(prefix)
         with wording("open_keys", prefix, self._url):

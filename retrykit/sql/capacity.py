@@ -20,7 +20,7 @@ from sqlalchemy import Connection
 
 from retrykit.lock import lock_of
 from retrykit.sql.prepared import Prepared
-from retrykit.sql.statements import COUNTER, HISTORIES, INSERT_IF_ROOM
+from retrykit.sql.statements import COUNTER, HISTORIES, INSERT_IF_ROOM, UPDATE, UPDATE_IF_ROOM
 
 OnFull = Literal["reject", "evict_oldest"]
 
@@ -39,6 +39,10 @@ class Room(ABC):
         """Insert a history. The row that came of it; None if there is no place for it, or the key is there already."""
 
     @abstractmethod
+    def revive(self, connection: Connection, values: Mapping[str, Any]) -> bool:
+        """Make a history of a tombstone. False if there is no place for it, or it has another version."""
+
+    @abstractmethod
     def surplus(self, connection: Connection) -> int:
         """How many histories must go before one can come."""
 
@@ -48,7 +52,7 @@ class Room(ABC):
 
     @abstractmethod
     def taken(self) -> None:
-        """A completion mark became a history: known keys find place always."""
+        """A completion mark became a history: its key is known, so it finds place always."""
 
     @abstractmethod
     def lost_sight(self) -> None:
@@ -66,6 +70,10 @@ class CountedByTheDatabase(Room):
     def insert(self, connection: Connection, statement: Prepared, row: Mapping[str, Any]) -> Any:
         """Insert a history if there is room, in one statement."""
         return INSERT_IF_ROOM.on(connection, {**row, "capacity": self.capacity}).first()
+
+    def revive(self, connection: Connection, values: Mapping[str, Any]) -> bool:
+        """Update a tombstone if there is room, in one statement."""
+        return UPDATE_IF_ROOM.on(connection, {**values, "capacity": self.capacity}).rowcount > 0
 
     def surplus(self, connection: Connection) -> int:
         """By the counter."""
@@ -117,6 +125,17 @@ class CountedByTheProcess(Room):
         finally:
             self._settle(used=made is not None)
         return made
+
+    def revive(self, connection: Connection, values: Mapping[str, Any]) -> bool:
+        """Reserve a place, update, and give the place back if it was not needed."""
+        if not self._reserve(connection):
+            return False
+        revived = False
+        try:
+            revived = UPDATE.on(connection, values).rowcount > 0
+        finally:
+            self._settle(used=revived)
+        return revived
 
     def surplus(self, connection: Connection) -> int:
         """By the account."""

@@ -24,14 +24,13 @@ from typing import Any, Final
 import attrs
 from sqlalchemy import (
     URL,
+    ColumnElement,
     Connection,
-    Delete,
     Double,
     Engine,
     Executable,
     Insert,
     Select,
-    delete,
     func,
     literal_column,
     text,
@@ -40,6 +39,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from retrykit.sql.tables import rk_context
+from retrykit.tombstone import CLOSING, CUT
 
 _c = rk_context.c
 
@@ -53,7 +53,10 @@ class Database:
     insert_or_nothing: Callable[[Mapping[str, Any]], Insert]
     clock: Any = None
     place: Executable | None = None
-    delete_chosen: Callable[[Select[Any]], Delete] | None = None
+    # Whether a row is one of those that a query chooses; None where it is said in `texts`.
+    is_chosen: Callable[[Select[Any]], ColumnElement[bool]] | None = None
+    # The function that tells where a text is in another.
+    finds: str = "instr"
     texts: Mapping[str, Executable] = attrs.field(factory=dict)
     # The rows of `rk_context` with the keys in a JSON array, each looked up by the index, whatever the planner knows.
     among: str
@@ -97,14 +100,14 @@ def _on_conflict(dialect: Any) -> Callable[[Mapping[str, Any]], Insert]:
     return insert
 
 
-def _delete_in(chosen: Select[Any]) -> Delete:
-    return delete(rk_context).where(_c.id.in_(chosen))
+def _is_in(chosen: Select[Any]) -> ColumnElement[bool]:
+    return _c.id.in_(chosen)
 
 
 SQLITE: Final = Database(
     title="SQLite",
     among="json_each(:the_keys) AS given CROSS JOIN rk_context ON rk_context.context_key = given.value",
-    delete_chosen=_delete_in,
+    is_chosen=_is_in,
     is_server=False,
     insert_or_nothing=_on_conflict(sqlite),
     passes=_nothing_passes,
@@ -153,15 +156,16 @@ def _postgresql_is_aborted(connection: Connection) -> bool:
     return getattr(info, "transaction_status", None) == _INERROR
 
 
-def _delete_in_array(chosen: Select[Any]) -> Delete:
-    return delete(rk_context).where(_c.id == func.any(func.array(chosen.scalar_subquery())))
+def _is_in_array(chosen: Select[Any]) -> ColumnElement[bool]:
+    return _c.id == func.any(func.array(chosen.scalar_subquery()))
 
 
 POSTGRESQL: Final = Database(
     title="PostgreSQL",
     among="json_array_elements_text(CAST(CAST(:the_keys AS text) AS json)) AS given (member) "
     "JOIN rk_context ON rk_context.context_key = given.member",
-    delete_chosen=_delete_in_array,
+    is_chosen=_is_in_array,
+    finds="strpos",
     is_server=True,
     insert_or_nothing=_on_conflict(postgresql),
     clock=literal_column("extract(epoch FROM clock_timestamp())::float8", Double),
@@ -213,10 +217,19 @@ def _on_duplicate_key(values: Mapping[str, Any]) -> Insert:
     return mysql.insert(rk_context).values(values).on_duplicate_key_update(id=literal_column("id"))
 
 
-_EXPIRE: Final = (
-    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE expires_at <= :now {} ORDER BY expires_at LIMIT :chunk "
-    "FOR UPDATE SKIP LOCKED) AS past STRAIGHT_JOIN rk_context ON rk_context.id = past.id"
+_PAST: Final = (
+    "(SELECT id FROM rk_context WHERE expires_at <= :now {} ORDER BY expires_at LIMIT :chunk FOR UPDATE SKIP LOCKED) "
+    "AS past STRAIGHT_JOIN rk_context ON rk_context.id = past.id"
 )
+_EXPIRE: Final = f"DELETE rk_context FROM {_PAST}"
+_BURIED: Final = (
+    " SET snapshot = CASE WHEN INSTR(snapshot, :cut) > 0 THEN "
+    "CONCAT(SUBSTR(snapshot, 1, INSTR(snapshot, :cut) - 1), :closing, :epitaph) "
+    "WHEN snapshot = '{{}}' THEN CONCAT('{{', SUBSTR(:epitaph, 2)) "
+    "ELSE CONCAT(SUBSTR(snapshot, 1, CHAR_LENGTH(snapshot) - 1), :epitaph) END, revision = revision | 3, "
+    "completed_at = :buried_at, evicted_at = :buried_at, expires_at = :buried_until"
+)
+_BURY_EXPIRED: Final = f"UPDATE {_PAST}{_BURIED}"
 # What returns keys cannot pass over what is locked, so the keys are asked for before. Between the two somebody may have
 # locked or changed a row: it stays.
 _OLDEST: Final = (
@@ -226,10 +239,21 @@ _OLDEST: Final = (
 _ALL_VETOED: Final = (
     "NOT EXISTS (SELECT 1 FROM rk_context AS other WHERE other.completed_at IS NULL AND other.veto IS NULL)"
 )
-_EVICT: Final = (
-    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE id = :the_id AND revision = :the_revision "
-    "FOR UPDATE SKIP LOCKED) AS oldest STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
+_ONE: Final = (
+    "(SELECT id FROM rk_context WHERE id = :the_id AND revision = :the_revision FOR UPDATE SKIP LOCKED) AS oldest "
+    "STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
 )
+_TRIM: Final = (
+    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE evicted_at IS NOT NULL AND completed_at IS NOT NULL "
+    "ORDER BY evicted_at, completed_at, id LIMIT :surplus FOR UPDATE SKIP LOCKED) AS oldest "
+    "STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
+)
+_UNDISTURBED: Final = "AND @@tx_isolation = 'READ-COMMITTED'"
+
+
+def _burying(statement: str, *conditions: str) -> Executable:
+    return text(statement.format(" ".join(conditions))).bindparams(cut=CUT, closing=CLOSING[:-1])
+
 
 _MEMBER: Final = "member VARCHAR(600) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin PATH '$'"
 
@@ -249,10 +273,16 @@ MARIADB: Final = Database(
     ),
     texts={
         "expire": text(_EXPIRE.format("")),
-        "expire_joined": text(_EXPIRE.format("AND @@tx_isolation = 'READ-COMMITTED'")),
+        "expire_joined": text(_EXPIRE.format(_UNDISTURBED)),
         "oldest": text(_OLDEST.format("veto IS NULL")),
         "oldest_vetoed": text(_OLDEST.format(_ALL_VETOED)),
-        "evict": text(_EVICT),
+        "evict": text(f"DELETE rk_context FROM {_ONE}"),
+        "sweep": text(_EXPIRE.format("AND completed_at IS NOT NULL")),
+        "sweep_joined": text(_EXPIRE.format(f"AND completed_at IS NOT NULL {_UNDISTURBED}")),
+        "bury_expired": _burying(_BURY_EXPIRED, "AND completed_at IS NULL"),
+        "bury_expired_joined": _burying(_BURY_EXPIRED, "AND completed_at IS NULL", _UNDISTURBED),
+        "bury": _burying(f"UPDATE {_ONE}{_BURIED}"),
+        "trim": text(_TRIM),
     },
     reads_the_past=True,
     passes=_mariadb_passes,

@@ -2,8 +2,9 @@
 
 A version is two numbers in one: the row's id, which the database never gives out twice, and the row's revision, which
 grows with every save. So a version that was removed cannot come back with the key (the ABA problem): a new row has a
-new id. Revisions of histories are even, those of completion marks (and circuits) odd: a version alone tells what a row
-was, and so whether its end or its change makes room for a history.
+new id. Revisions of histories are even, those of completion marks (and circuits) odd, those of tombstones odd and 3
+more than a multiple of 4: a version alone tells what a row was, and so whether its end or its change makes room for a
+history, or needs some. (Completion marks of schema version 3 may look like tombstones: then they need some too.)
 
 Whoever lost the connection while saving does not know whether it was done. So a save may be done again: the second time
 it loses against the first, and the row's token, random and the same in both, tells that the winner was itself.
@@ -35,11 +36,13 @@ from retrykit.sql.statements import (
     OPEN_KEYS,
     REMOVE,
     REMOVE_VERSION,
+    TOMBSTONES,
     UPDATE,
     Statements,
     statements_of,
 )
 from retrykit.sql.tables import MAX_KEY
+from retrykit.tombstone import WEEK, Bound, cuttable, epitaph
 
 logger = logging.getLogger("retrykit.sql")
 
@@ -53,6 +56,11 @@ CHUNK: Final = 1_000
 PRUNE_EVERY: Final = 1_000
 LOOKED_THROUGH: Final = 10_000
 CIRCUIT: Final = 0.0
+MARK: Final = 1
+TOMBSTONE: Final = 3
+"""What revisions of them leave, divided by 4."""
+MANY: Final = 100_000
+"""So many tombstones are kept where there is no other bound."""
 
 Page = list[tuple[str, StoredContext]]
 Row = dict[str, Any]
@@ -64,6 +72,8 @@ class _Pruning:
 
     saves: int = 0
     pruned_at: int = 0
+    buried: int = 0
+    """So many tombstones were made since somebody looked whether there are too many."""
 
 
 @attrs.frozen(kw_only=True, eq=False)
@@ -73,6 +83,8 @@ class ContextRows:
     capacity: int | None
     on_full: OnFull
     time_to_live: float | None
+    tombstones: int
+    tombstone_time_to_live: float | None = WEEK
     clock: Clock | None
     store_clock: StoreClock | None
     sql: Statements
@@ -138,7 +150,7 @@ class ContextRows:
         completed_at = CIRCUIT if "breaker" in snapshot else _number(snapshot.get("completed_at"))
         return {
             "context_key": checked(key),
-            "revision": 0 if completed_at is None else 1,
+            "revision": 0 if completed_at is None else MARK,
             "token": secrets.randbits(63),
             "name": _text(snapshot.get("name"), 255),
             "retry_count": _count(snapshot.get("retry_count")),
@@ -150,8 +162,14 @@ class ContextRows:
             "expires_at": self._until(snapshot, now),
             "updated_at": now,
             "updated_minute": int(now // 60),
-            "snapshot": _encoded(key, snapshot),
+            "snapshot": _encoded(key, snapshot, cut=self.forgets and self.tombstones > 0),
+            "evicted_at": None,
         }
+
+    @property
+    def forgets(self) -> bool:
+        """Whether a history can vanish although nobody settled it."""
+        return self.on_full == "evict_oldest" or self.time_to_live is not None
 
     def save(self, connection: Connection, row: Row, expected: int | None, *, again: bool = False) -> int | None:
         """Compare and set; the new version, or None for the one who lost. `again`: it may have been done before."""
@@ -203,15 +221,27 @@ class ContextRows:
         if which is None:
             return None
         parity = row["revision"] & 1
-        version = expected + (1 if expected & 1 != parity else 2)
+        version = _next(expected, mark=parity == 1)
+        values = {**row, **which, "revision": version % REVISIONS}
         if is_worn(expected):
             made = self._begin_anew(connection, row, which)
+        elif parity == 0 and expected & 3 == TOMBSTONE and self.capacity is not None:
+            return version if self._revive(connection, values) else None
         else:
-            values = {**row, **which, "revision": version % REVISIONS}
             made = version if UPDATE.on(connection, values).rowcount else None
         if made is not None and expected & 1 != parity:
             self._changed(freed=parity == 1)
         return made
+
+    def _revive(self, connection: Connection, values: Row) -> bool:
+        """A tombstone becomes a history again, for which there must be room as for a new one."""
+        while not self.room.revive(connection, values):
+            there = self.sql.saver.on(connection, {"the_key": values["context_key"]}).first()
+            if there is None or (there.id, there.revision) != (values["the_id"], values["the_revision"]):
+                return False
+            if not self._make_room(connection):
+                raise CacheCapacityError(capacity=self.capacity, key=values["context_key"])
+        return True
 
     def _begin_anew(self, connection: Connection, row: Row, which: Row) -> int | None:
         """The row has used up its revisions: it gets a new id."""
@@ -235,12 +265,34 @@ class ContextRows:
         return gone or (again and self.sql.saver.on(connection, {"the_key": key}).first() is None)
 
     def expire(self, connection: Connection, now: float, chunk: int) -> int:
-        """Drop at most `chunk` snapshots whose time is over; how many."""
-        statement = self.sql.expire_joined if self.within else self.sql.expire
-        dropped = statement.on(connection, {"now": now, "chunk": chunk}).rowcount
+        """Drop at most `chunk` snapshots whose time is over; how many. Of histories a tombstone is left."""
+        if self.tombstones == 0:
+            dropped = self._chosen("expire").on(connection, {"now": now, "chunk": chunk}).rowcount
+        else:
+            dropped = self._chosen("sweep").on(connection, {"now": now, "chunk": chunk}).rowcount
+            given = {"now": now, "chunk": chunk - dropped, **self._burial(now, "time_to_live")}
+            buried = self._chosen("bury_expired").on(connection, given).rowcount if dropped < chunk else 0
+            self.pruning.buried += buried
+            dropped += buried
         if dropped:
             self.room.lost_sight()
         return dropped
+
+    def _chosen(self, name: str) -> Prepared:
+        """The statement, as it is in somebody's transaction or outside of any."""
+        statement: Prepared = getattr(self.sql, f"{name}_joined" if self.within else name)
+        return statement
+
+    def _burial(self, now: float, by: Bound) -> Row:
+        lasts = self.tombstone_time_to_live
+        return {"buried_at": now, "buried_until": None if lasts is None else now + lasts, "epitaph": epitaph(now, by)}
+
+    def _trim(self, connection: Connection) -> None:
+        """Drop the oldest tombstones, if there are too many."""
+        self.pruning.buried = 0
+        surplus = int(TOMBSTONES.on(connection, {}).first()[0]) - self.tombstones
+        while surplus > 0 and self.sql.trim.on(connection, {"surplus": min(surplus, CHUNK)}).rowcount:
+            surplus -= CHUNK
 
     def _prune(self, connection: Connection) -> None:
         """Drop by the way what is past its time, once in so many saves."""
@@ -250,6 +302,8 @@ class ContextRows:
         # In somebody's transaction it may have to be left: then it is due for the next save outside.
         if due and (self.expire(connection, self.now(), CHUNK) or not self.within):
             pruning.pruned_at = pruning.saves
+        if not self.within and pruning.buried > self.tombstones // 100:
+            self._trim(connection)
 
     def _make_room(self, connection: Connection) -> bool:
         """What is past its time goes first; then, if that is the rule, the oldest histories."""
@@ -261,8 +315,7 @@ class ContextRows:
         return surplus <= 0 or self._evict(connection, min(surplus, CHUNK)) > 0
 
     def _evict(self, connection: Connection, surplus: int) -> int:
-        sql = self.sql
-        keys = self._drop(connection, sql.oldest, surplus) or self._drop(connection, sql.oldest_vetoed, surplus)
+        keys = self._drop(connection, "", surplus) or self._drop(connection, "_vetoed", surplus)
         for key in keys:
             logger.warning("the context cache is full (%s histories): evicted the oldest, %r", self.capacity, key)
         self.room.freed(len(keys))
@@ -271,13 +324,18 @@ class ContextRows:
             self.room.lost_sight()
         return len(keys)
 
-    def _drop(self, connection: Connection, oldest: Prepared, surplus: int) -> list[str]:
-        rows = oldest.on(connection, {"surplus": surplus}).rows
-        evict = self.sql.evict
-        if evict is not None:
-            rows = [
-                row for row in rows if evict.on(connection, {"the_id": row.id, "the_revision": row.revision}).rowcount
-            ]
+    def _drop(self, connection: Connection, which: str, surplus: int) -> list[str]:
+        sql, given = self.sql, {"surplus": surplus}
+        oldest, drop = getattr(sql, f"oldest{which}"), sql.evict
+        if self.tombstones:
+            given |= self._burial(self.now(), "capacity")
+            oldest, drop = getattr(sql, f"bury_oldest{which}") or oldest, sql.bury
+        rows = oldest.on(connection, given).rows
+        if drop is not None:
+            chosen = ((row, {**given, "the_id": row.id, "the_revision": row.revision}) for row in rows)
+            rows = [row for row, one in chosen if drop.on(connection, one).rowcount]
+        if self.tombstones:
+            self.pruning.buried += len(rows)
         return [row.context_key for row in rows]
 
     def _changed(self, *, freed: bool) -> None:
@@ -306,14 +364,16 @@ class ContextRows:
 
 
 def rows_for(
-    database: Database, *, capacity: int | None, on_full: OnFull, time_to_live: float | None, clock: Clock | None
+    database: Database, *, capacity: int | None, tombstones: int | None = None, clock: Clock | None, **rules: Any
 ) -> ContextRows:
     """The verbs for one kind of database."""
     asks_the_server = database.is_server and clock is None
+    if tombstones is None:
+        tombstones = MANY if capacity is None else capacity
     return ContextRows(
+        **rules,
         capacity=capacity,
-        on_full=on_full,
-        time_to_live=time_to_live,
+        tombstones=tombstones,
         clock=clock,
         store_clock=StoreClock() if asks_the_server else None,
         sql=statements_of(database),
@@ -323,7 +383,12 @@ def rows_for(
 
 def is_worn(version: int) -> bool:
     """Whether a row has used up its revisions: its next save takes two statements, so it needs a transaction."""
-    return version % REVISIONS >= REVISIONS - 2
+    return version % REVISIONS >= REVISIONS - 4
+
+
+def _next(version: int, *, mark: bool) -> int:
+    """The next version of a row that is going to be a completion mark, or a history."""
+    return version + 1 + -version % 4 if mark else version + 2 - version % 2
 
 
 def checked(key: str) -> str:
@@ -355,10 +420,10 @@ def _stored(row: Any) -> StoredContext:
     return StoredContext(_decoded(row.snapshot), row.id * REVISIONS + row.revision)
 
 
-def _encoded(key: str, snapshot: Mapping[str, Any]) -> str:
+def _encoded(key: str, snapshot: Mapping[str, Any], *, cut: bool) -> str:
     try:
         # Escapes keep what databases refuse in text (lone surrogates, NUL) out of it.
-        return _encode(snapshot)
+        return cuttable(snapshot, _encode) if cut else _encode(snapshot)
     except (TypeError, ValueError, RecursionError) as error:
         msg = f"the snapshot of {key!r} cannot be kept as JSON: {error}"
         raise CodecError(msg, reason=str(error), key=key) from error

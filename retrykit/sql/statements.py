@@ -7,17 +7,37 @@ that drops too. (SQLAlchemy leaves FOR UPDATE out on SQLite, which has one write
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Final
 
 import attrs
-from sqlalchemy import Executable, Integer, Select, String, bindparam, delete, exists, func, select, text, update
+from sqlalchemy import (
+    ColumnElement,
+    Delete,
+    Double,
+    Executable,
+    Integer,
+    Select,
+    String,
+    Update,
+    bindparam,
+    case,
+    delete,
+    exists,
+    func,
+    or_,
+    select,
+    text,
+    union_all,
+    update,
+)
 from sqlalchemy.dialects import sqlite
 
 from retrykit.sql.dialects import Database
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.tables import rk_context, rk_schema
+from retrykit.tombstone import CLOSING, CUT
 
 _c = rk_context.c
 
@@ -38,6 +58,8 @@ _expired = (
     .limit(bindparam("chunk", type_=Integer))
     .with_for_update(skip_locked=True)
 )
+_is_history = _c.completed_at.is_(None)
+_is_tombstone = (_c.evicted_at.is_not(None), _c.completed_at.is_not(None))
 _other = rk_context.alias("other")
 _all_vetoed = ~exists(select(_other.c.id).where(_other.c.completed_at.is_(None), _other.c.veto.is_(None)))
 
@@ -52,16 +74,20 @@ def _oldest(condition: Any) -> Select[Any]:
     )
 
 
-# What is looked through for the open keys of one name: the histories of all names, as far as there are not too many.
-_open = (
+# What is looked through for the open keys of one name: the histories and tombstones of all names, as far as there are
+# not too many.
+_open_histories = (
     select(_c.context_key)
-    .where(_c.completed_at.is_(None))
+    .where(_is_history)
     .order_by(_c.completed_at, _c.updated_minute, _c.id)
     .limit(bindparam("most", type_=Integer))
     .subquery()
 )
+_open_tombstones = select(_c.context_key).where(*_is_tombstone).limit(bindparam("most", type_=Integer)).subquery()
+_open = union_all(select(_open_histories.c.context_key), select(_open_tombstones.c.context_key)).subquery()
 _page = (
     select(_c.context_key, _c.id, _c.revision, _c.snapshot)
+    .where(or_(_c.evicted_at.is_(None), _is_history))
     .order_by(_c.context_key)
     .limit(bindparam("page", type_=Integer))
 )
@@ -76,10 +102,13 @@ INSERT_IF_ROOM: Final = Prepared(
 )
 COUNTER: Final = Prepared(select(_counter))
 
-UPDATE: Final = Prepared(update(rk_context).where(*_is_version).values({name: _given(name) for name in SAVED}))
+_update = update(rk_context).where(*_is_version).values({name: _given(name) for name in SAVED})
+UPDATE: Final = Prepared(_update)
+UPDATE_IF_ROOM: Final = Prepared(_update.where(_counter < bindparam("capacity", type_=Integer)))
 REMOVE: Final = Prepared(delete(rk_context).where(_is_key))
 REMOVE_VERSION: Final = Prepared(delete(rk_context).where(*_is_version))
-HISTORIES: Final = Prepared(select(func.count()).select_from(rk_context).where(_c.completed_at.is_(None)))
+HISTORIES: Final = Prepared(select(func.count()).select_from(rk_context).where(_is_history))
+TOMBSTONES: Final = Prepared(select(func.count()).select_from(rk_context).where(*_is_tombstone))
 _saver = select(_c.id, _c.revision, _c.token).where(_is_key)
 OPEN: Final = Prepared(select(func.count()).select_from(_open))
 OPEN_KEYS: Final = Prepared(
@@ -114,6 +143,16 @@ class Statements:
     oldest: Prepared
     oldest_vetoed: Prepared
     evict: Prepared | None = None
+    # The same where tombstones are left: what deletes all but histories, what makes tombstones of these, and what
+    # deletes the oldest tombstones.
+    sweep: Prepared
+    sweep_joined: Prepared
+    bury_expired: Prepared
+    bury_expired_joined: Prepared
+    bury_oldest: Prepared | None = None
+    bury_oldest_vetoed: Prepared | None = None
+    bury: Prepared | None = None
+    trim: Prepared
 
 
 @cache
@@ -134,12 +173,60 @@ def statements_of(database: Database) -> Statements:
 
 
 def _dropping(database: Database) -> Mapping[str, Executable]:
-    if database.delete_chosen is None:
+    if database.is_chosen is None:
         return database.texts
     undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
+    oldest, oldest_vetoed = _oldest(_c.veto.is_(None)), _oldest(_all_vetoed)
+    chosen, bury = database.is_chosen, _burying(database.finds, database.is_chosen)
+
+    def delete_chosen(query: Select[Any]) -> Delete:
+        return delete(rk_context).where(chosen(query))
+
     return {
-        "expire": database.delete_chosen(_expired),
-        "expire_joined": database.delete_chosen(undisturbed),
-        "oldest": database.delete_chosen(_oldest(_c.veto.is_(None))).returning(_c.context_key),
-        "oldest_vetoed": database.delete_chosen(_oldest(_all_vetoed)).returning(_c.context_key),
+        "expire": delete_chosen(_expired),
+        "expire_joined": delete_chosen(undisturbed),
+        "oldest": delete_chosen(oldest).returning(_c.context_key),
+        "oldest_vetoed": delete_chosen(oldest_vetoed).returning(_c.context_key),
+        "sweep": delete_chosen(_expired.where(~_is_history)),
+        "sweep_joined": delete_chosen(undisturbed.where(~_is_history)),
+        "bury_expired": bury(_expired.where(_is_history)),
+        "bury_expired_joined": bury(undisturbed.where(_is_history)),
+        "bury_oldest": bury(oldest).returning(_c.context_key),
+        "bury_oldest_vetoed": bury(oldest_vetoed).returning(_c.context_key),
+        "trim": delete_chosen(_oldest_tombstones),
     }
+
+
+_oldest_tombstones = (
+    select(_c.id)
+    .where(*_is_tombstone)
+    .order_by(_c.evicted_at, _c.completed_at, _c.id)
+    .limit(bindparam("surplus", type_=Integer))
+    .with_for_update(skip_locked=True)
+)
+
+
+def _burying(finds: str, is_chosen: Callable[[Select[Any]], ColumnElement[bool]]) -> Callable[[Select[Any]], Update]:
+    """What makes tombstones of the histories that a query chooses.
+
+    Nobody reads their snapshots for that: each is cut where its writer has prepared it (`retrykit.tombstone`).
+    """
+    found = getattr(func, finds)(_c.snapshot, CUT)
+    epitaph = bindparam("epitaph", type_=String)
+    buried = case(
+        (found > 0, func.substr(_c.snapshot, 1, found - 1) + CLOSING[:-1] + epitaph),
+        (_c.snapshot == "{}", "{" + func.substr(epitaph, 2)),
+        else_=func.substr(_c.snapshot, 1, func.length(_c.snapshot) - 1) + epitaph,
+    )
+    values = {
+        "snapshot": buried,
+        "revision": _c.revision.bitwise_or(3),
+        "completed_at": bindparam("buried_at", type_=Double),
+        "evicted_at": bindparam("buried_at", type_=Double),
+        "expires_at": bindparam("buried_until", type_=Double),
+    }
+
+    def bury(chosen: Select[Any]) -> Update:
+        return update(rk_context).where(is_chosen(chosen)).values(values)
+
+    return bury

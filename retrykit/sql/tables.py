@@ -43,7 +43,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.schema import ExecutableDDLElement
 from sqlalchemy.types import TypeEngine
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 MAX_KEY: Final = 600
 
 metadata = MetaData()
@@ -124,6 +124,8 @@ rk_context = Table(
         server_default=text("0"),
         comment="updated_at in whole minutes: seldom changes with it, so it can be indexed",
     ),
+    # Of version 4.
+    Column("evicted_at", Double, comment="not null: a tombstone, what is left of a history"),
     **_on_mariadb,
     sqlite_autoincrement=True,
     postgresql_with={"fillfactor": 70},
@@ -147,6 +149,17 @@ Index(
     rk_context.c.id,
     sqlite_where=rk_context.c.completed_at.is_(None),
     postgresql_where=rk_context.c.completed_at.is_(None),
+)
+
+# How many tombstones there are, and which is the oldest. (A process of version 3 that makes a history of one leaves its
+# `evicted_at`: whoever looks for tombstones asks for both.)
+Index(
+    "ix_rk_context_evicted_at",
+    rk_context.c.evicted_at,
+    rk_context.c.completed_at,
+    rk_context.c.id,
+    sqlite_where=rk_context.c.evicted_at.is_not(None),
+    postgresql_where=rk_context.c.evicted_at.is_not(None),
 )
 
 rk_parked = Table(

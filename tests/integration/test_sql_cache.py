@@ -44,6 +44,8 @@ class Contract(ContextCacheContract):
 
 
 class TestSqliteFile(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.cache(f"sqlite:///{directory}/histories.db", **options)
 
@@ -65,11 +67,15 @@ class TestSqliteFileOfAnEngineAsUsersMakeThem(Contract):
 
 
 class TestPostgresql(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.cache(self.url("postgresql"), **options)
 
 
 class TestMariadb(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.cache(self.url("mariadb"), **options)
 
@@ -101,6 +107,8 @@ class TestAiosqlite(Contract):
 
 
 class TestAiosqliteMemory(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.async_cache("sqlite+aiosqlite://", **options)
 
@@ -111,6 +119,8 @@ class TestAiosqliteMemoryOfAnEngineWithOneSharedConnection(Contract):
 
 
 class TestAsyncpg(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.async_cache(self.url("postgresql", "asyncpg"), **options)
 
@@ -126,6 +136,8 @@ class TestAsyncpgOfAnEngineOfTheUsers(Contract):
 
 
 class TestAiomysql(Contract):
+    leaves_tombstones = True
+
     def make_cache(self, directory, **options):
         return self.async_cache(self.url("mariadb", "aiomysql"), **options)
 

@@ -382,7 +382,7 @@ def test_expire_goes_in_short_transactions_until_nothing_is_left(opened, monkeyp
     monkeypatch.setattr(retrykit.sql.cache, "CHUNK", 10)
     with statements(cache.engine) as seen:
         assert cache.expire(1_000.0) == 25
-    assert [line.split()[0] for line in seen] == ["DELETE"] * 3
+    assert [line.split()[0] for line in seen] == ["DELETE", "DELETE", "DELETE", "UPDATE"]
 
 
 def test_items_are_read_in_pages(cache, monkeypatch):
@@ -443,7 +443,8 @@ def test_each_verb_is_one_statement(cache):
     assert sent(lambda: cache.save("a/1", {}, version)) == ["UPDATE"]
     assert sent(lambda: cache.remove("a/1", version + 1)) == ["DELETE"]
     assert sent(lambda: list(cache.items())) == ["SELECT"]
-    assert sent(lambda: cache.expire(0.0)) == ["DELETE"]
+    # What is over goes, but of histories a tombstone stays.
+    assert sent(lambda: cache.expire(0.0)) == ["DELETE", "UPDATE"]
 
 
 def test_each_joined_verb_is_one_statement_and_joining_is_none(cache):
