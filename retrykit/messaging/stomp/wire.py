@@ -189,9 +189,12 @@ class Wire:
 
     def delivery(self, timeout: float | None) -> Frame | None:
         """The next delivery; None if none came in time, or none will."""
-        if not self._deliveries:
+        if self._deliveries:
+            # What is handled on a connection that has ended is undone.
+            self._reading.look()
+        else:
             self._reading.wait_for(lambda: self._deliveries or self.interrupted or self.lost, timeout)
-        return self._deliveries.popleft() if self._deliveries else None
+        return self._deliveries.popleft() if self._deliveries and self.lost is None else None
 
     def look(self) -> None:
         """Hear what has come already, be it the end of the connection."""
