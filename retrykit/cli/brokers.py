@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import click
 
@@ -11,6 +12,11 @@ from retrykit.cli.words import safe
 
 if TYPE_CHECKING:
     from retrykit.messaging.stomp import StompBroker
+
+# RabbitMQ's words for a queue that is declared in another way than it was made.
+_OTHERWISE: Final = re.compile(
+    r"inequivalent arg '(?P<name>[^']+)'(?:.*? current is the value '(?P<value>[^']*)')?", re.DOTALL
+)
 
 
 def broker_at(url: str, destination: str = "", declare: Mapping[str, str] | None = None) -> StompBroker:
@@ -28,6 +34,16 @@ def broker_at(url: str, destination: str = "", declare: Mapping[str, str] | None
         words = "this URL was printed without its password: RETRYKIT_BROKER may have the whole one"
         raise click.BadParameter(words, param_hint="--broker")
     return broker
+
+
+def told_of(error: Exception) -> str:
+    """What has kept a message from being sent, and which option would mend it."""
+    text = str(error)
+    made = _OTHERWISE.search(text)
+    if made is None:
+        return safe(text)
+    how = f"--declare {made['name']}={made['value']}" if made["value"] else f"without --declare {made['name']}=…"
+    return safe(f"{text} (the queue was made otherwise: {how})")
 
 
 def as_headers(_ctx: click.Context, _param: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:

@@ -98,9 +98,10 @@ def parked() -> None:
     its attempts, with body, headers and errors. ID is the number that `list` shows.
 
     With --broker and --destination: in a queue, where `recover=park("/queue/…")` puts it, with its history in headers.
-    ID is the stable id of the original, as `list` shows it. ActiveMQ shows a queue without touching it. RabbitMQ and
-    others cannot: there each command receives the first N messages and gives back what it does not take out, flagged as
-    redelivered (a quorum queue counts that as a delivery); others see them again when the command has ended.
+    ID is the stable id of the original, as `list` shows it, or what the consumer's log calls the message. ActiveMQ
+    shows a queue without touching it. RabbitMQ and others cannot: there each command receives the first N messages and
+    gives back what it does not take out, flagged as redelivered (a quorum queue counts that as a delivery); others see
+    them again when the command has ended.
     """
 
 

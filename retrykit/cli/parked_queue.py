@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import attrs
 import click
 
-from retrykit.cli.brokers import broker_at
+from retrykit.cli.brokers import broker_at, told_of
 from retrykit.cli.options import told
 from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, origin, row_of, to_json
 from retrykit.cli.screen import Screen, confirm, say_json
@@ -83,9 +83,7 @@ def _browsed(place: Place, default: int) -> tuple[list[ParkedMessage], bool]:
 def show_message(place: Place, id_: str, *, as_json: bool, body: Path | None) -> None:
     """`parked show`."""
     found, _ = _browsed(place, HELD)
-    item = next((item for item in found if item.id == id_), None)
-    if item is None:
-        raise _missing(place, id_)
+    item = _called(place, id_, found)[0]
     if body is not None:
         body.write_bytes(item.payload)
     if as_json:
@@ -94,9 +92,13 @@ def show_message(place: Place, id_: str, *, as_json: bool, body: Path | None) ->
         _screen().facts(facts_of(item))
 
 
-def _missing(place: Place, id_: str) -> click.ClickException:
-    looked = f"the first {place.bound(HELD)} messages of {place.destination}"
-    return click.ClickException(f"no message {safe(id_)} is among {looked}")
+def _called(place: Place, name: str, items: Sequence[ParkedMessage]) -> list[ParkedMessage]:
+    """Those that have this id; if none has, those that are called so otherwise, in the log for one."""
+    found = [item for item in items if item.id == name] or [item for item in items if item.answers_to(name)]
+    if not found:
+        looked = f"the first {place.bound(HELD)} messages of {place.destination}"
+        raise click.ClickException(f"no message {safe(name)} is among {looked}")
+    return found
 
 
 # -- sending back and discarding
@@ -119,11 +121,9 @@ def _meant(place: Place, hands: Hands, ids: Sequence[str], which: Which) -> list
         if not found:
             raise click.ClickException("no such message is parked")
         return found
-    known = {one.item.id for one in hands.found}
-    for id_ in ids:
-        if id_ not in known:
-            raise _missing(place, id_)
-    return [one for one in hands.found if one.item.id in set(ids)]
+    items = [one.item for one in hands.found]
+    meant = {item.id for name in ids for item in _called(place, name, items)}
+    return [one for one in hands.found if one.item.id in meant]
 
 
 def requeue_messages(
@@ -178,6 +178,6 @@ def _each(meant: Sequence[InHand], what: str, act: Any) -> None:
         msg = f"message {safe(one.item.id)} may have been {what} or not: the broker has not confirmed it"
         raise click.ClickException(f"{msg} ({why}); {done} {what} before") from error
     except (RetryError, ValueError) as error:
-        msg = f"message {safe(one.item.id)} is still parked: {safe(str(error))}"
+        msg = f"message {safe(one.item.id)} is still parked: {told_of(error)}"
         raise click.ClickException(f"{msg}; {done} {what} before") from error
     click.echo(f"{what}: {done}")

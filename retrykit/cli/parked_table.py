@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 import attrs
 import click
 
-from retrykit.cli.brokers import broker_at
+from retrykit.cli.brokers import broker_at, told_of
 from retrykit.cli.options import id_of, told, use
 from retrykit.cli.parked_items import TITLES, Which, counted, export, facts_of, origin, row_of, to_json
 from retrykit.cli.screen import Screen, confirm, say_json
@@ -152,7 +152,7 @@ def _send_all(screen: Screen, requeuer: Requeuer, ids: Sequence[int], to: str | 
         msg = f"item {number} may have been sent, and is still parked: the broker has not confirmed it"
         raise click.ClickException(f"{msg} ({safe(repr(error.__cause__ or error))}); {sent} sent before") from error
     except (RetryError, ValueError) as error:
-        raise click.ClickException(f"item {number} is still parked: {safe(str(error))}; {sent} sent before") from error
+        raise click.ClickException(f"item {number} is still parked: {told_of(error)}; {sent} sent before") from error
     click.echo(f"sent back: {sent}" + (f"; {len(ids) - sent} were gone already" if sent < len(ids) else ""))
 
 

@@ -42,8 +42,10 @@ _QUEUE: Final = "/queue/"
 class ParkedMessage:
     """A message in a parking queue; the fields are those of a `retrykit.sql.ParkedItem`, as far as its headers tell.
 
-    `id` is the stable id of the original, `errors` has the last failure only. `parked_at` is the broker's timestamp, or
-    the time of the last failure where it sets none. A message that `park` has not put there has an id and a body.
+    `id` is the stable id of the original, `message_id` the one that it was delivered under, and that its key and the
+    log have; they are two where its sender gave it a `retrykit-id`. `errors` has the last failure only. `parked_at` is
+    the broker's timestamp, or the time of the last failure where it sets none. A message that `park` has not put there
+    has an id and a body.
     """
 
     id: str
@@ -71,7 +73,7 @@ class ParkedMessage:
             id=stable,
             name=headers.get(header.NAME),
             key=_canonical(headers),
-            message_id=stable,
+            message_id=_delivered_as(headers) or stable,
             destination=headers.get(header.DESTINATION),
             payload=message.body,
             content_type=headers.get("content-type"),
@@ -83,6 +85,10 @@ class ParkedMessage:
             last_failed_at=last,
             parked_at=_since_epoch(headers.get("timestamp")) or last,
         )
+
+    def answers_to(self, name: str) -> bool:
+        """Whether it is called so: by one of its ids, by its history, or by its key as the log writes it."""
+        return name in (self.id, self.message_id, self.key, repr((self.destination, self.message_id)))
 
 
 @attrs.define
@@ -199,6 +205,18 @@ def _canonical(headers: Mapping[str, str]) -> str | None:
         return None if key is None or name is None else canonical_key(name, key)
     except (TypeError, ValueError, KeyError, RecursionError):
         return None
+
+
+def _delivered_as(headers: Mapping[str, str]) -> str | None:
+    """The id in the key: (destination, id), which may have been joined to a digest of the body."""
+    try:
+        key = json.loads(headers.get(header.KEY, "null"))
+    except (ValueError, RecursionError):
+        return None
+    match key:
+        case [[str(), str(stable)], str()] | [str(), str(stable)]:
+            return stable
+    return None
 
 
 def _errors(headers: Mapping[str, str]) -> tuple[Mapping[str, Any], ...]:

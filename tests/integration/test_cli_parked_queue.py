@@ -122,6 +122,26 @@ def test_show_tells_everything_and_lets_nothing_command_the_terminal(server, que
     assert f"no message ID:none is among the first 1 messages of {queue}.parked" in told
 
 
+@pytest.mark.parametrize("name", ["ID:{delivered}", "my-id", "({queue!r}, 'ID:{delivered}')"])
+def test_a_message_is_found_by_whatever_the_log_calls_it(embedded, queue, name):
+    consume(embedded, queue, [b"7"], **{"retrykit-id": "my-id"})
+    (_, row) = rows(parked(embedded, queue, "list", *of(1)))
+    assert (row[0], row[5][:3]) == ("my-id", "ID:")
+    named = name.format(delivered=row[5][3:], queue=queue)
+    assert "id:              my-id\n" in parked(embedded, queue, "show", named, *of(1)).stdout
+    assert parked(embedded, queue, "requeue", named, "--yes", *of(1)).stdout == "sent back: 1\n"
+    assert [frame.body for frame in delivered(embedded, queue)] == [b"7"]
+
+
+def test_an_id_comes_before_what_a_message_is_called_otherwise(embedded, queue):
+    consume(embedded, queue, [b"7"], **{"retrykit-id": "my-id"})
+    (_, row) = rows(parked(embedded, queue, "list", *of(1)))
+    with Wire(embedded.host, embedded.port, virtual_host=None) as wire:
+        wire.publish(f"{queue}.parked", b"other", retrykit_id=row[5])
+    assert parked(embedded, queue, "discard", row[5], "--yes", *of(2)).stdout.endswith("discarded: 1\n")
+    assert ids(embedded, queue, *of(1)) == ["my-id"]
+
+
 def test_json_form_is_that_of_a_parked_item(server, queue):
     consume(server, queue, [b"\xff\x00"])
     listed = json.loads(parked(server, queue, "list", "--json", *of(1)).stdout)
@@ -252,6 +272,7 @@ def test_a_queue_that_was_made_in_another_way_is_told_so(rabbit, queue):
     told = parked(rabbit, queue, "requeue", "m-7", "--yes", *of(1), status=1).stderr
     assert "message m-7 is still parked" in told
     assert "inequivalent arg" in told
+    assert "(the queue was made otherwise: --declare x-queue-type=quorum)" in told
     parked(rabbit, queue, "requeue", "m-7", "--yes", *of(1), "--declare", "x-queue-type=quorum")
     assert [frame.body for frame in delivered(rabbit, queue.replace("/queue/", "/amq/queue/"))] == [b"7"]
 

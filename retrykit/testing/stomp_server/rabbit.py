@@ -44,6 +44,10 @@ def _name_of(destination: str, prefix: str) -> str | None:
     return destination.removeprefix(prefix) if destination.startswith(prefix) else None
 
 
+def _argument(value: str | None) -> str:
+    return "none" if value is None else f"the value '{value}' of type 'longstr'"
+
+
 def _arguments(headers: dict[str, str]) -> dict[str, str]:
     """What a queue is made with."""
     odd = [name for name in headers if _UNKNOWN.match(name)]
@@ -81,7 +85,8 @@ class RabbitBroker(Broker):
             self.journal.record_queue(destination, arguments)
         elif known != arguments:
             odd = next(key for key in _ARGUMENTS if known.get(key) != arguments.get(key))
-            detail = f"PRECONDITION_FAILED - inequivalent arg '{odd}' for queue '{name}' in vhost '/'"
+            found = f"received {_argument(arguments.get(odd))} but current is {_argument(known.get(odd))}"
+            detail = f"PRECONDITION_FAILED - inequivalent arg '{odd}' for queue '{name}' in vhost '/': {found}"
             raise StompError("precondition_failed", detail, fatal=True)
         if destination not in self.queues:
             kind = arguments.get("x-queue-type", "classic")
