@@ -65,16 +65,19 @@ class OutgoingMessage:
     priority: int | None = attrs.field(default=None, kw_only=True)
     expires_in: Seconds | None = attrs.field(default=None, kw_only=True)
     persistent: bool = attrs.field(default=True, kw_only=True, validator=one_of(True, False))
+    _encoded: tuple[bytes, Mapping[str, str]] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        _, headers = as_sent(self.body, self.headers, priority=self.priority, expires_in=self.expires_in)
+        encoded, headers = as_sent(self.body, self.headers, priority=self.priority, expires_in=self.expires_in)
         for name in headers:
             if name in _NOT_HEADERS:
                 raise ValueError(f"headers: {name!r} cannot be given: {_NOT_HEADERS[name]}")
+        object.__setattr__(self, "_encoded", (encoded, headers))
 
     def to_send(self) -> Outgoing:
         """The message as it is sent now: what is sent again has the same id, and ends at the same instant."""
-        body, headers = as_sent(self.body, self.headers, priority=self.priority, expires_in=self.expires_in)
+        # The time that it has begins now.
+        body, headers = as_sent(*self._encoded, expires_in=self.expires_in)
         headers[ID] = self.id or headers.get(ID) or uuid.uuid4().hex
         headers["persistent"] = "true" if self.persistent else "false"
         return Outgoing(self.destination, body, headers)

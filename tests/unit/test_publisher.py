@@ -49,6 +49,26 @@ def test_the_id_may_be_given(broker):
         assert [message.id for message in broker.messages()] == ["o-1", "o-2"]
 
 
+def test_text_is_encoded_once_and_has_its_time_when_it_is_sent(broker, monkeypatch):
+    class Long(str):
+        encoded = 0
+        __slots__ = ()
+
+        def encode(self, *given):
+            Long.encoded += 1
+            return super().encode(*given)
+
+    now = time.time()
+    message = OutgoingMessage("/queue/a", Long("grün"), expires_in=60)
+    monkeypatch.setattr(time, "time", lambda: now + 1_000)
+    with Publisher(broker) as publisher:
+        publisher.send_many([message, message])
+        sent = broker.messages()
+    assert [one.text for one in sent] == ["grün", "grün"]
+    assert Long.encoded == 1
+    assert int(sent[0].headers["retrykit-expires-at"]) == int((now + 1_060) * 1_000)
+
+
 def test_text_is_sent_as_such(broker):
     with Publisher(broker) as publisher:
         publisher.send("/queue/a", "grün")
