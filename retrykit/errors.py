@@ -104,8 +104,16 @@ class JobRunningError(JobError):
     """
 
 
-class JobLostError(JobError):
-    """The job {name} (number {id}) was claimed by somebody else: what was claimed under fence {fence} stores nothing.
+class JobBusyError(JobError):
+    """{what}: the database is busy, others have been writing in it for too long
 
-    This process was believed dead, or silent for too long. Its open transaction is rolled back.
+    Nothing was read or written.
+    """
+
+
+class JobLostError(JobError):
+    """The job {name} (number {id}) {reason}: what was claimed under fence {fence} stores nothing.
+
+    This process was believed dead, or silent for too long; or somebody has stopped the job. The open transaction is
+    rolled back.
     """

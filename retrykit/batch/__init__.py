@@ -14,7 +14,7 @@ from retrykit.batch.report import Counts, Report, SkippedItem
 from retrykit.batch.skipping import SkipPolicy
 from retrykit.batch.source import END_OF_CHUNK, Reader, Unreadable
 from retrykit.batch.step import AsyncChunkStep, ChunkStep
-from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import JobBusyError, JobError, JobFinishedError, JobLostError, JobRunningError
 
 if TYPE_CHECKING:
     from retrykit.sql.tabular import SqlCursorReader, SqlWriter
@@ -27,6 +27,7 @@ __all__ = [
     "CsvReader",
     "Division",
     "ItemError",
+    "JobBusyError",
     "JobError",
     "JobFinishedError",
     "JobLostError",

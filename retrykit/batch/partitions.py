@@ -21,7 +21,7 @@ from retrykit.batch.step import AsyncChunkStep, ChunkStep
 from retrykit.batch.work import Work, async_drive, drive
 from retrykit.check import wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock
-from retrykit.errors import JobError, JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import JobBusyError, JobError, JobFinishedError, JobLostError, JobRunningError
 
 _log = logging.getLogger("retrykit.batch")
 
@@ -181,7 +181,7 @@ class Worker:
             report = self.reports[part] = yield from self._run(step, part, parameters)
         except JobFinishedError:
             return True
-        except JobRunningError:
+        except (JobRunningError, JobBusyError):
             return False
         except JobLostError as error:
             return (yield from self._has_lost(step, part, parameters, error))

@@ -10,9 +10,10 @@ except ModuleNotFoundError as error:
     msg = 'retrykit.sql keeps histories in a SQL database and needs SQLAlchemy: pip install "retrykit[sql]"'
     raise ModuleNotFoundError(msg, name="sqlalchemy") from error
 
+from retrykit.sql.async_jobs import AsyncSqlJobStore
 from retrykit.sql.asynchronous import AsyncJoinedContextCache, AsyncSqlRetryContextCache
 from retrykit.sql.cache import JoinedContextCache, SqlRetryContextCache
-from retrykit.sql.jobs import AsyncSqlJobStore, SqlJobStore
+from retrykit.sql.jobs import SqlJobStore
 from retrykit.sql.migrations import migrations_path
 from retrykit.sql.parked import (
     ParkedItem,

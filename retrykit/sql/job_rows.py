@@ -143,7 +143,7 @@ class JobRows:
             },
         )
         if booked.rowcount != 1:
-            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
+            raise _lost(connection, claim)
         for item in parked:
             headers = {**item["headers"], "retrykit-job": str(claim.id)}
             park_in(connection, **{**item, "headers": headers}, parked_at=now)
@@ -153,7 +153,7 @@ class JobRows:
         """Whether the row is behind the claim's revision. `JobLostError`."""
         row = connection.execute(select(_c.fence, _c.revision).where(_c.id == claim.id)).first()
         if row is None or row.fence != claim.fence:
-            raise JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
+            raise _lost(connection, claim)
         return bool(row.revision != claim.revision)
 
     def renew(self, connection: Connection, claim: Claim) -> bool:
@@ -164,8 +164,8 @@ class JobRows:
 
     def release(
         self, connection: Connection, claim: Claim, status: str, *, reason: str, counts: Mapping[str, Any]
-    ) -> bool:
-        """The run is over. False: it is another's job."""
+    ) -> None:
+        """The run is over. `JobLostError`."""
         now = self.clock.now()
         # A runner that was interrupted in its last commit does not know what that has stored: it stays.
         known = _c.revision == claim.revision
@@ -179,7 +179,8 @@ class JobRows:
             "finished_at": now if status == "finished" else None,
         }
         ours = update(rk_job).where(_c.id == claim.id, _c.fence == claim.fence)
-        return connection.execute(ours.values(values)).rowcount == 1
+        if connection.execute(ours.values(values)).rowcount != 1:
+            raise _lost(connection, claim)
 
     def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
         """Stop the other partitions, those that were never begun too; how many."""
@@ -199,6 +200,16 @@ class JobRows:
         values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
         connection.execute(update(rk_job).where(_c.id == found.id).values(values))
         return 1
+
+
+def _lost(connection: Connection, claim: Claim) -> JobLostError:
+    """What has become of a job that was claimed."""
+    row = connection.execute(select(_c.status, _c.reason).where(_c.id == claim.id)).first()
+    told = {None: "is not there any more", "new": "begins anew"}
+    status = None if row is None else row.status
+    reason = f"was stopped: {row.reason}" if row is not None and status == "stopped" else told.get(status)
+    facts = {"name": claim.name, "id": claim.id, "fence": claim.fence, "status": status}
+    return JobLostError(reason=reason or "was claimed by somebody else", **facts)
 
 
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:

@@ -7,7 +7,6 @@ that was overtaken stores nothing, and one whose connection was lost in a commit
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import datetime
@@ -17,7 +16,6 @@ from weakref import WeakKeyDictionary
 import attrs
 from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.util import greenlet_spawn
 
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.errors import JobLostError
@@ -29,12 +27,13 @@ from retrykit.sql.dialects import Database, database_of
 from retrykit.sql.divisions import divided_otherwise, partition
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
-from retrykit.sql.job_rows import Claim, JobRows, instance_of
+from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.stored_jobs import Job, job_of
 from retrykit.sql.tables import rk_job
 from retrykit.sql.transaction import commits_at_once, joinable, keeps_a_snapshot
+from retrykit.sql.waiting import telling
 
 T = TypeVar("T")
 
@@ -139,6 +138,18 @@ class SqlJobStore:
         return claim
 
     def _claim(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+        if not self._database.is_server:
+            self._check_free(name, parameters, again=again)
+        with telling(f"job {name} is not begun yet", name=name, parameters=parameters):
+            return self._claim_at_last(name, parameters, again=again)
+
+    def _check_free(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> None:
+        """What a claim refuses is refused at once where it would have to wait for the writer first."""
+        row = self._row(name, parameters)
+        if row is not None:
+            check_free(row, self._rows.clock.now(), again=again)
+
+    def _claim_at_last(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
         for _ in range(3):
             try:
                 return self._claim_once(name, parameters, again=again)
@@ -203,9 +214,12 @@ class SqlJobStore:
 
     def state(self, name: str, parameters: Mapping[str, Any]) -> Job | None:
         """The job as it stands; None if it was never started."""
-        instance = instance_of(name, parameters)
-        row = self._look(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
+        row = self._row(name, parameters)
         return None if row is None else job_of(row)
+
+    def _row(self, name: str, parameters: Mapping[str, Any]) -> Any:
+        instance = instance_of(name, parameters)
+        return self._look(lambda connection: connection.execute(select(rk_job).where(_c.instance == instance)).first())
 
     def begin_again(
         self, name: str, parameters: Mapping[str, Any], parts: int, *, before: datetime | None = None
@@ -221,7 +235,10 @@ class SqlJobStore:
         again = Again(name=name, parameters=parameters, parts=parts, before=instant)
         # Who takes part in a run need not wait for those who write.
         answer = self._look(again.look)
-        return self._do(lambda one: again.begin(one, self._rows.clock.now())) if answer is None else answer
+        if answer is not None:
+            return answer
+        with telling(f"job {name} does not begin anew yet", name=name, parameters=parameters):
+            return self._do(lambda connection: again.begin(connection, self._rows.clock.now()))
 
     def divided_otherwise(self, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
         """The numbers of the jobs that were begun with the same input in another number of partitions than these
@@ -241,27 +258,19 @@ class SqlJobStore:
     def release(self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]) -> None:
         """End the run. `JobLostError` if the job is another's by now and this one has finished it."""
         try:
-            released = self._do(
-                lambda connection: self._rows.release(connection, claim, status, reason=reason, counts=counts)
-            )
+            self._do(lambda connection: self._rows.release(connection, claim, status, reason=reason, counts=counts))
+        except JobLostError as lost:
+            if status == "finished":
+                raise
+            _log.log(logging.INFO if lost.status == "stopped" else logging.WARNING, "%s", lost)
         finally:
             # Not before: others would take it for the job of a process that has died.
             self.abandon(claim)
-        _check_released(claim, status, released=released)
 
     def abandon(self, claim: Claim) -> None:
         """Let go of the job without a word: as if the process had died, but known to others on this machine."""
         claim.until_released()
         end(claim.owner)
-
-
-def _check_released(claim: Claim, status: str, *, released: bool) -> None:
-    if released:
-        return
-    lost = JobLostError(name=claim.name, id=claim.id, fence=claim.fence)
-    if status == "finished":
-        raise lost
-    _log.warning("%s", lost)
 
 
 class JoinedJobs:
@@ -291,102 +300,3 @@ class JoinedJobs:
     def moved(self, claim: Claim) -> bool:
         """As `SqlJobStore.moved`."""
         return self._rows.moved(self._connection, claim)
-
-
-class AsyncSqlJobStore(SqlJobStore):
-    """`SqlJobStore` on an AsyncEngine, or the URL of an asynchronous driver: for an `AsyncChunkStep`, on asyncio."""
-
-    _in_loop = True
-
-    def __init__(self, engine: Any, *, lease: Seconds = 60.0) -> None:
-        super().__init__(engine, lease=lease)
-        self._opening = asyncio.Lock()
-
-    def _checked(self, engine: Any) -> Any:
-        made = engine_of(engine)
-        if not is_async_engine(made):
-            raise wrong_type("engine", "an AsyncEngine (an Engine needs a SqlJobStore)", engine)
-        return made
-
-    async def _run(self, verb: Callable[..., T], *arguments: Any, **options: Any) -> T:
-        if self._place is None:
-            async with self._opening:
-                await greenlet_spawn(self._open)
-        return await greenlet_spawn(verb, *arguments, **options)
-
-    async def claim(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any], *, again: bool = False
-    ) -> Claim:
-        """As `SqlJobStore.claim`."""
-        claim = await self._run(self._claim, name, parameters, again=again)
-        claim.until_released = self._hold(claim)
-        return claim
-
-    async def renew(self, claim: Claim) -> bool:  # type: ignore[override]
-        """As `SqlJobStore.renew`."""
-        return await self._run(super().renew, claim)
-
-    async def joined(self, transaction: object) -> AsyncJoinedJobs | None:  # type: ignore[override]
-        """As `SqlJobStore.joined`: an AsyncSession or AsyncConnection."""
-        joined = await self._run(super().joined, transaction)
-        return None if joined is None else AsyncJoinedJobs(joined)
-
-    async def book(  # type: ignore[override]
-        self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
-    ) -> int:
-        """As `SqlJobStore.book`."""
-        return await self._run(super().book, claim, position, counts, parked)
-
-    async def moved(self, claim: Claim) -> bool:  # type: ignore[override]
-        """As `SqlJobStore.moved`."""
-        return await self._run(super().moved, claim)
-
-    async def state(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any]
-    ) -> Job | None:
-        """As `SqlJobStore.state`."""
-        return await self._run(super().state, name, parameters)
-
-    async def begin_again(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any], parts: int, *, before: datetime | None = None
-    ) -> Begun:
-        """As `SqlJobStore.begin_again`."""
-        return await self._run(super().begin_again, name, parameters, parts, before=before)
-
-    async def divided_otherwise(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any]
-    ) -> list[tuple[int, int | None]]:
-        """As `SqlJobStore.divided_otherwise`."""
-        return await self._run(super().divided_otherwise, name, parameters)
-
-    async def now(self) -> float:  # type: ignore[override]
-        """As `SqlJobStore.now`."""
-        return await self._run(super().now)
-
-    async def stop_others(self, claim: Claim, reason: str) -> int:  # type: ignore[override]
-        """As `SqlJobStore.stop_others`."""
-        return await self._run(super().stop_others, claim, reason)
-
-    async def release(  # type: ignore[override]
-        self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]
-    ) -> None:
-        """As `SqlJobStore.release`."""
-        await self._run(super().release, claim, status=status, reason=reason, counts=counts)
-
-
-class AsyncJoinedJobs:
-    """`JoinedJobs`, awaited."""
-
-    def __init__(self, joined: JoinedJobs) -> None:
-        self._joined = joined
-        self.snapshot = joined.snapshot
-
-    async def book(
-        self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()
-    ) -> int | None:
-        """As `JoinedJobs.book`."""
-        return await greenlet_spawn(self._joined.book, claim, position, counts, parked)
-
-    async def moved(self, claim: Claim) -> bool:
-        """As `JoinedJobs.moved`."""
-        return await greenlet_spawn(self._joined.moved, claim)

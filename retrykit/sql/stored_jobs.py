@@ -19,6 +19,7 @@ from retrykit.sql.job_rows import begun_anew, believed, check_free, instant_of, 
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
+from retrykit.sql.waiting import telling
 
 _c = rk_job.c
 _PAGE: Final = 200
@@ -97,7 +98,13 @@ def _restarted(bind: Engine, number: int) -> Job | None:
     if database is None:
         raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)
     clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
-    with connections_of(bind, database, None, in_loop=False).several() as connection:
+    connections = connections_of(bind, database, None, in_loop=False)
+    with connections.reading() as connection:
+        # On SQLite a runner has the lock nearly always: nobody need wait for it to hear that there is one.
+        row = connection.execute(select(rk_job).where(_c.id == number)).first()
+        if row is not None:
+            check_free(row, clock.now(), again=True)
+    with telling(f"job {number} does not begin anew yet", id=number), connections.several() as connection:
         row = connection.execute(select(rk_job).where(_c.id == number).with_for_update()).first()
         if row is None:
             return None

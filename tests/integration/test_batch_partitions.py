@@ -201,7 +201,7 @@ def test_the_whole_job_is_stopped_for_a_reason_also_what_was_not_begun(engine):
     assert written(engine) == list(ITEMS)
 
 
-def test_a_running_partition_of_a_stopped_job_commits_nothing_more(engine):
+def test_a_running_partition_of_a_stopped_job_commits_nothing_more_and_says_why(engine, caplog):
     jobs = SqlJobStore(engine)
     other = jobs.claim("load", {"partition": "1/2"})
 
@@ -211,13 +211,33 @@ def test_a_running_partition_of_a_stopped_job_commits_nothing_more(engine):
             SqlJobStore(engine).stop_others(other, "wrong file")
 
     second = attrs.evolve(steps(engine)(2, 2), on_progress=hear)
-    with pytest.raises(JobLostError):
+    with caplog.at_level("INFO"), pytest.raises(JobLostError, match="was stopped: wrong file: what was claimed"):
         second.run({"partition": "2/2"})
+    assert [record.levelname for record in caplog.records if "was stopped: wrong file" in record.message] == ["INFO"]
     assert len(written(engine)) == 8
     assert states(engine)["2/2"] == ("stopped", "wrong file")
     jobs.abandon(other)
     assert run_partitions(steps(engine), 2).finished
     assert written(engine) == list(ITEMS)
+
+
+def test_a_worker_whose_partition_is_stopped_or_taken_says_so(engine, caplog):
+    jobs = SqlJobStore(engine)
+    other = jobs.claim("load", {"partition": "1/2"})
+
+    def make(part, parts):
+        def hear(report):
+            if part == 2 and report.counts.written == 8:
+                SqlJobStore(engine).stop_others(other, "wrong file")
+                jobs.abandon(other)
+
+        return attrs.evolve(steps(engine)(part, parts), on_progress=hear)
+
+    with caplog.at_level("INFO", "retrykit.batch"):
+        division = run_partitions(make, 2, clock=ManualClock())
+    assert division.failures == {2: "stopped: wrong file"}
+    assert "partition 2 of 2 of load is stopped: wrong file" in caplog.messages
+    assert not [message for message in caplog.messages if "claimed by somebody else" in message]
 
 
 @pytest.mark.parametrize("parts", [0, -1, 1.5, True, "3"])

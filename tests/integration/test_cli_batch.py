@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import re
 import signal
@@ -16,11 +18,14 @@ from xml.etree import ElementTree as ET
 import attrs
 import pytest
 from click.testing import CliRunner
+from rich.console import Console
+from rich.progress import Progress
 from sqlalchemy import text
 
 from retrykit.batch import Counts, Report
 from retrykit.cli.commands import retrykit
 from retrykit.cli.divided import Gathered, Increments, ToTheParent
+from retrykit.cli.logs import through
 from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
 from retrykit.cli.progress import progress
 from retrykit.cli.steps import made_by, step_of
@@ -393,6 +398,23 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_the_log_elsewhere(hurried,
     else:
         assert "load: 40 read, 39 written, 1 skipped, 1 rolled back" in caplog.messages
         assert capsys.readouterr().err == ""
+
+
+def test_what_is_logged_stands_on_lines_of_its_own_above_the_bar():
+    shown = io.StringIO()
+    console, handler = Console(file=shown, force_terminal=True, width=40), logging.StreamHandler()
+    line = "item 14 is skipped " + "and this is a long story " * 4
+    logging.getLogger().addHandler(handler)
+    try:
+        with through(console), Progress(console=console) as bar:
+            bar.add_task("load", total=2)
+            bar.refresh()
+            logging.getLogger("retrykit.batch").warning(line)
+        assert handler.stream is sys.stderr
+    finally:
+        logging.getLogger().removeHandler(handler)
+    # The bar's line is erased, and the whole line takes its place; the bar comes below.
+    assert f"\x1b[2K{line}\n" in shown.getvalue()
 
 
 def test_a_series_stays_small_and_keeps_its_span():

@@ -1,0 +1,79 @@
+"""Batch jobs on a SQLite database to which somebody else is writing: what is known is said at once."""
+
+from __future__ import annotations
+
+import pytest
+from sqlalchemy import event
+
+from retrykit.batch import ChunkStep, run_partitions
+from retrykit.clock import SystemClock
+from retrykit.errors import JobBusyError, JobFinishedError, JobRunningError
+from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine
+from tests.waiting import until
+
+
+@pytest.fixture
+def locked(tmp_path):
+    """A SQLite database to which somebody writes, without an end; who else would write gives up at once."""
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/busy.db", busy_timeout=0)
+    create_tables(engine)
+    with engine.connect() as writer:
+
+        def lock():
+            writer.begin()
+
+        yield engine, lock, writer.rollback
+    engine.dispose()
+
+
+def test_who_runs_a_job_is_told_at_once_although_he_is_writing(locked):
+    engine, lock, _ = locked
+    jobs = SqlJobStore(engine)
+    claim = jobs.claim("load", {})
+    done = jobs.claim("done", {})
+    jobs.release(done, status="finished", counts={})
+    lock()
+    with pytest.raises(JobRunningError, match="is run by"):
+        SqlJobStore(engine).claim("load", {})
+    with pytest.raises(JobRunningError, match="is run by"):
+        restart_job(engine, claim.id)
+    with pytest.raises(JobFinishedError):
+        SqlJobStore(engine).claim("done", {})
+    jobs.abandon(claim)
+
+
+def test_what_is_waited_for_is_said_and_that_it_was_in_vain(locked, caplog, monkeypatch):
+    engine, lock, unlock = locked
+    monkeypatch.setattr("retrykit.sql.waiting.PATIENCE", 0.0)
+    jobs, waits = SqlJobStore(engine), "job load is not begun yet: it waits for the database"
+    lock()
+
+    def execute(*_):
+        until(lambda: any(waits in one for one in caplog.messages), 30)
+
+    event.listen(engine, "handle_error", execute)
+    with pytest.raises(JobBusyError, match="job load is not begun yet: the database is busy"):
+        jobs.claim("load", {})
+    unlock()
+    jobs.release(jobs.claim("load", {}), status="finished", counts={})
+    lock()
+    with pytest.raises(JobBusyError, match="job 1 does not begin anew yet: the database is busy"):
+        restart_job(engine, 1)
+
+
+def test_a_partition_waits_until_others_let_it_write(locked):
+    engine, lock, unlock = locked
+    jobs, slept = SqlJobStore(engine), []
+
+    class Clock(SystemClock):
+        def sleep(self, seconds):
+            slept.append(seconds)
+            unlock()
+
+    def make(*_):
+        return ChunkStep(name="load", reader=[1], writer=lambda *_: None, jobs=jobs)
+
+    assert jobs.state("load", {}) is None
+    lock()
+    assert run_partitions(make, 1, clock=Clock(), poll=7).finished
+    assert slept == [7]
