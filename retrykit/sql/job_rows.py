@@ -208,8 +208,8 @@ def _lost(connection: Connection, claim: Claim) -> JobLostError:
     told = {None: "is not there any more", "new": "begins anew"}
     status = None if row is None else row.status
     reason = f"was stopped: {row.reason}" if row is not None and status == "stopped" else told.get(status)
-    facts = {"name": claim.name, "id": claim.id, "fence": claim.fence, "status": status}
-    return JobLostError(reason=reason or "was claimed by somebody else", **facts)
+    reason = reason or "was claimed by somebody else"
+    return JobLostError(name=claim.name, id=claim.id, fence=claim.fence, reason=reason, status=status)
 
 
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:

@@ -262,7 +262,8 @@ class SqlJobStore:
         except JobLostError as lost:
             if status == "finished":
                 raise
-            _log.log(logging.INFO if lost.status == "stopped" else logging.WARNING, "%s", lost)
+            on_purpose = vars(lost).get("status") == "stopped"
+            _log.log(logging.INFO if on_purpose else logging.WARNING, "%s", lost)
         finally:
             # Not before: others would take it for the job of a process that has died.
             self.abandon(claim)

@@ -100,7 +100,7 @@ def _restarted(bind: Engine, number: int) -> Job | None:
     clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
     connections = connections_of(bind, database, None, in_loop=False)
     with connections.reading() as connection:
-        # On SQLite a runner has the lock nearly always: nobody need wait for it to hear that there is one.
+        # Before the lock, which on SQLite a runner has nearly always.
         row = connection.execute(select(rk_job).where(_c.id == number)).first()
         if row is not None:
             check_free(row, clock.now(), again=True)
