@@ -67,15 +67,16 @@ class Eviction:
         return f"{failures} counted before its history was evicted at {self.at.isoformat(' ', 'seconds')}, by {self.by}"
 
 
-def checked_tombstones(tombstones: Any, lasts: Any) -> dict[str, Any]:
+def checked_tombstones(tombstones: Any, tombstone_time_to_live: Any) -> dict[str, Any]:
     """The arguments of a store about its tombstones, by name, if they make sense."""
     if tombstones is not None and (isinstance(tombstones, bool) or not isinstance(tombstones, int)):
         raise wrong_type("tombstones", "an int or None", tombstones)
     if tombstones is not None and tombstones < 0:
         raise wrong_value("tombstones", "0 or more", tombstones)
-    lifetime = None if lasts is None else seconds("tombstone_time_to_live", lasts)
+    given = tombstone_time_to_live
+    lifetime = None if given is None else seconds("tombstone_time_to_live", given)
     if lifetime is not None and lifetime <= 0:
-        raise wrong_value("tombstone_time_to_live", "more than 0 seconds", lasts)
+        raise wrong_value("tombstone_time_to_live", "more than 0 seconds", given)
     return {"tombstones": tombstones, "tombstone_time_to_live": lifetime}
 
 

@@ -28,6 +28,7 @@ from retrykit.redis.client import (
 from retrykit.redis.requests import MOMENT, OnFull, Request, checked_requests
 from retrykit.redis.scripts import CHUNK
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
+from retrykit.tombstone import WEEK
 
 T = TypeVar("T")
 Client = redis.Redis | redis.RedisCluster
@@ -53,8 +54,11 @@ class RedisRetryContextCache:
     no limit. A known key is always updated. A new one is refused with `CacheCapacityError` (`on_full="reject"`) or
     pushes out the one stored longest ago (`"evict_oldest"`, logged), once nothing past its time is left to drop.
     `time_to_live`: seconds after its last failure at which a history may be dropped; None: never. Every 100th save
-    drops up to 200 snapshots past their time; `expire` drops all. The server's clock tells that time, and the time of
-    leases and pauses (`store_clock`); `clock` puts another in its place.
+    drops up to 200 snapshots past their time; `expire` drops all. What capacity or time-to-live drops leaves a
+    tombstone, from which its count goes on; what comes back from one needs room as a new key does. `tombstones`: how
+    many are kept (None: as many as `capacity`, or 100,000; 0: none), `tombstone_time_to_live`: for how many seconds
+    (None: until there are too many). The server's clock tells that time, and the time of leases and pauses
+    (`store_clock`); `clock` puts another in its place.
 
     `patience`: for so many seconds a verb that met a lost connection, a starting server or a failover tries again
     before it raises `ContextCacheError`; 0: never. A write that arrives twice, because the answer to the first was
@@ -80,6 +84,8 @@ class RedisRetryContextCache:
         capacity: int | None = 100_000,
         on_full: OnFull = "reject",
         time_to_live: Seconds | None = None,
+        tombstones: int | None = None,
+        tombstone_time_to_live: Seconds | None = WEEK,
         clock: Clock | None = None,
         patience: Seconds = 5.0,
     ) -> None:
@@ -88,6 +94,8 @@ class RedisRetryContextCache:
             "capacity": capacity,
             "on_full": on_full,
             "time_to_live": time_to_live,
+            "tombstones": tombstones,
+            "tombstone_time_to_live": tombstone_time_to_live,
             "clock": clock,
         }
         self._requests = checked_requests(**rules)
@@ -109,6 +117,11 @@ class RedisRetryContextCache:
     def client(self) -> Any:
         """The client, made from a URL or given."""
         return self._client
+
+    @property
+    def tombstones(self) -> int:
+        """How many tombstones are kept."""
+        return self._requests.tombstones
 
     @property
     def may_forget(self) -> bool:
@@ -154,9 +167,9 @@ class RedisRetryContextCache:
                 return total
 
     def open_keys(self, prefix: str, limit: int) -> list[str] | None:
-        """The keys of histories that begin with the prefix, completion marks left out; None if there are too many.
+        """The keys of histories and tombstones that begin with the prefix, not of completion marks; None: too many.
 
-        Too many are more than `limit`, or so many histories of others that looking through them would take long.
+        Too many are more than `limit`, or so many of others that looking through them would take long.
         """
         return self._send(self._requests.open_keys(prefix, limit))
 
@@ -183,7 +196,8 @@ class RedisRetryContextCache:
         self.close()
 
     def __repr__(self) -> str:
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if name != "clock")
+        hidden = ("clock", "tombstones", "tombstone_time_to_live")
+        options = ", ".join(f"{name}={value!r}" for name, value in self._options.items() if name not in hidden)
         return f"{type(self).__name__}({self._address!r}, {options})"
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ from retrykit.check import is_finite, seconds, wrong_type, wrong_value
 from retrykit.clock import Clock
 from retrykit.errors import CacheCapacityError, CodecError
 from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, OPEN, PAGE, REMOVE, SAVE, VETOED, Script
+from retrykit.tombstone import checked_tombstones, cuttable
 from retrykit.value import Value
 
 logger = logging.getLogger("retrykit.redis")
@@ -36,6 +37,9 @@ PAGE_SIZE: Final = 500
 SWEEP_EVERY: Final = 100
 SWEEP: Final = 200
 """Each hundredth save drops up to two hundred snapshots whose time is over: more go than come."""
+
+MANY: Final = 100_000
+"""So many tombstones are kept where there is no other bound."""
 
 MOMENT: Final = 17
 """So many characters of every answer are the server's time."""
@@ -104,6 +108,8 @@ class Requests(Value):
     capacity: int | None
     on_full: OnFull
     time_to_live: float | None
+    tombstones: int
+    tombstone_time_to_live: float | None
     clock: Clock | None
     _space: bytes = attrs.field(init=False)
     _indexes: tuple[bytes, ...] = attrs.field(init=False)
@@ -117,7 +123,7 @@ class Requests(Value):
 
     @_indexes.default
     def _names_of_indexes(self) -> tuple[bytes, ...]:
-        return tuple(self._space + name for name in (b"keys", b"stored", b"ends"))
+        return tuple(self._space + name for name in (b"keys", b"stored", b"ends", b"graves"))
 
     @_writers.default
     def _named_writers(self) -> Writers:
@@ -134,7 +140,7 @@ class Requests(Value):
                 _tell_of_loss(key)
             return None
 
-        return Request("load", key, LOAD, (4, self._record("load", key), *self._indexes), read)
+        return Request("load", key, LOAD, (5, self._record("load", key), *self._indexes), read)
 
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> Request[int | None]:
         """Compare and set; the new version, or None for the one who lost."""
@@ -147,23 +153,24 @@ class Requests(Value):
         values = (
             _version(version),
             _version(expected),
-            _text(key, snapshot),
+            _text(key, snapshot, cut=self.forgets and self.tombstones > 0),
             self._kind(snapshot),
             self._until(snapshot),
             LAST if snapshot.get("veto") else b"0",
             b"" if self.capacity is None else self.capacity,
             b"0" if next(self._saves) % SWEEP_EVERY else SWEEP,
             self._given(),
+            *self._burials(bounded=self.forgets),
         )
         writer = self._writers.take()
-        return Request("save", key, SAVE, (5, *keys, writer, *values), read, writer)
+        return Request("save", key, SAVE, (6, *keys, writer, *values), read, writer)
 
     def remove(self, key: str, expected: int | None) -> Request[bool]:
         """Whether there was something, of that version, to remove."""
         keys = (self._record("remove", key), *self._indexes)
         values = (_version(_random()), _version(expected))
         writer = self._writers.take()
-        return Request("remove", key, REMOVE, (5, *keys, writer, *values), _is_done, writer)
+        return Request("remove", key, REMOVE, (6, *keys, writer, *values), _is_done, writer)
 
     def page(self, prefix: str, after: str | None) -> Request[Page]:
         """The next snapshots by key."""
@@ -172,18 +179,19 @@ class Requests(Value):
         first = b"[" + begin if after is None or behind < begin else b"(" + behind
         # No text has a byte FF: all that begin with the prefix come before it.
         values = (first, b"(" + begin + b"\xff", PAGE_SIZE)
-        return Request("items", prefix, PAGE, (3, *self._indexes, *values), _page)
+        return Request("items", prefix, PAGE, (4, *self._indexes, *values), _page)
 
     def expire(self, now: float | None, limit: int | None) -> Request[int]:
         """Drop some snapshots whose time is over, at most `limit`; how many."""
         given = self._given() if now is None else _digits(seconds("now", now))
-        values = (CHUNK if limit is None else max(0, min(limit, CHUNK)), given)
-        return Request("expire", "", EXPIRE, (3, *self._indexes, *values), _number_of)
+        values = (CHUNK if limit is None else max(0, min(limit, CHUNK)), given, *self._burials(bounded=False))
+        return Request("expire", "", EXPIRE, (4, *self._indexes, *values), _number_of)
 
     def open_keys(self, prefix: str, limit: int) -> Request[list[str] | None]:
-        """The keys of histories, if there are not too many."""
+        """The keys of histories and tombstones, if there are not too many."""
         given = (_encoded("open_keys", prefix), limit)
-        return Request("open_keys", prefix, OPEN, (1, self._indexes[1], *given), _keys_of)
+        _, stored, _, graves = self._indexes
+        return Request("open_keys", prefix, OPEN, (2, stored, graves, *given), _keys_of)
 
     def vetoed(self, keys: Collection[str]) -> Request[dict[str, StoredContext]]:
         """Those of the keys that have a veto."""
@@ -200,7 +208,7 @@ class Requests(Value):
 
     def time(self) -> Request[None]:
         """Nothing but the server's time, which every answer has."""
-        return Request("open", "", EXPIRE, (3, *self._indexes, 0, b""), _nothing)
+        return Request("open", "", EXPIRE, (4, *self._indexes, 0, b"", b"", b""), _nothing)
 
     def give_back(self, writer: bytes) -> None:
         """Nothing more is going to be sent under this name."""
@@ -210,6 +218,17 @@ class Requests(Value):
         if len(key) > MAX_KEY:
             raise ValueError(f"key: must have at most {MAX_KEY} characters, not {len(key)}: {key[:40]!r}…")
         return self._space + b"h:" + _encoded(operation, key)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether a history can be dropped by these rules."""
+        return self.on_full == "evict_oldest" or self.time_to_live is not None
+
+    def _burials(self, *, bounded: bool) -> tuple[bytes | int, bytes]:
+        """How many tombstones there may be (b"": nobody looks, 0: there are none), and for how many seconds."""
+        lasts = self.tombstone_time_to_live
+        most = self.tombstones if bounded or self.tombstones == 0 else b""
+        return most, b"" if lasts is None else _digits(lasts)
 
     def _given(self) -> bytes:
         """The time of the clock that was given; without one the server goes by its own."""
@@ -245,7 +264,9 @@ LAST: Final = b"10000000000"
 """So many seconds later a vetoed history seems to be stored than it was: a veto is to be kept, so those go last."""
 
 
-def checked_requests(*, prefix: Any, capacity: Any, on_full: Any, time_to_live: Any, clock: Any) -> Requests:
+def checked_requests(
+    *, prefix: Any, capacity: Any, on_full: Any, time_to_live: Any, clock: Any, **tombstones: Any
+) -> Requests:
     """The verbs, for rules that make sense."""
     _check_prefix(prefix)
     if capacity is not None and (isinstance(capacity, bool) or not isinstance(capacity, int)):
@@ -259,7 +280,10 @@ def checked_requests(*, prefix: Any, capacity: Any, on_full: Any, time_to_live: 
         raise wrong_value("time_to_live", "more than 0 seconds", time_to_live)
     if clock is not None and not isinstance(clock, Clock):
         raise wrong_type("clock", "a retrykit.Clock or None", clock)
-    return Requests(prefix=prefix, capacity=capacity, on_full=on_full, time_to_live=lifetime, clock=clock)
+    rules = checked_tombstones(**tombstones)
+    if rules["tombstones"] is None:
+        rules["tombstones"] = MANY if capacity is None else capacity
+    return Requests(prefix=prefix, capacity=capacity, on_full=on_full, time_to_live=lifetime, clock=clock, **rules)
 
 
 def _check_prefix(prefix: Any) -> None:
@@ -279,9 +303,9 @@ def _version(number: int | None) -> bytes:
     return b"" if number is None else b"%016x" % number
 
 
-def _text(key: str, snapshot: Mapping[str, Any]) -> bytes:
+def _text(key: str, snapshot: Mapping[str, Any], *, cut: bool) -> bytes:
     try:
-        return _encode(snapshot).encode()
+        return (cuttable(snapshot, _encode) if cut else _encode(snapshot)).encode()
     except (TypeError, ValueError, RecursionError) as error:
         msg = f"the snapshot of {key!r} cannot be kept as JSON: {error}"
         raise CodecError(msg, reason=str(error), key=key) from error

@@ -5,14 +5,16 @@ What is stored, all of it under one prefix in braces, so that a cluster keeps it
 | key | holds |
 |---|---|
 | `{prefix}:h:<key>` | a record: its version, 16 hexadecimal digits, then the snapshot as JSON text |
-| `{prefix}:keys` | the keys of all records, in the order of their bytes, which is that of their code points |
+| `{prefix}:keys` | the keys of all records but tombstones, in the order of their bytes, that is of their code points |
 | `{prefix}:stored` | the keys of the histories, by the time of their last save; not marks, nor states of circuits |
 | `{prefix}:ends` | the keys of what may be dropped some day, by that time |
+| `{prefix}:graves` | the keys of tombstones, by the time at which their histories were dropped |
 | `{prefix}:w:<writer>` | the receipt of a writer's last write, kept for some minutes |
 
 A version is 63 random bits, made by who writes. So it never comes back: not with a key that was removed, not after
 FLUSHALL, not when an older snapshot of the server is restored or a replica that lagged takes over, whatever the clocks
-say. No counter could promise that, because a counter is lost with the rest.
+say. No counter could promise that, because a counter is lost with the rest. A tombstone has the version of its history:
+it says nothing that whoever knows that one does not know.
 
 A write leaves its version as its writer's receipt. A write that arrives a second time, because the answer to the first
 was lost on its way, finds its own receipt and changes nothing: even if others have written to the key since, or have
@@ -28,6 +30,7 @@ from typing import Final
 
 import attrs
 
+from retrykit.tombstone import CLOSING, CUT
 from retrykit.value import Value
 
 CHUNK: Final = 1_000
@@ -60,16 +63,72 @@ local function drop(members)
   redis.call('ZREM', keys, unpack(members))
   redis.call('ZREM', stored, unpack(members))
   redis.call('ZREM', ends, unpack(members))
+  redis.call('ZREM', graves, unpack(members))
+end
+"""
+
+# What is left of a record is its beginning, up to where its writer has prepared the cut (`retrykit.tombstone`).
+_BURY = f"""
+local function bury(members, at, by)
+  local space = string.sub(keys, 1, -5) .. 'h:'
+  local epitaph = ',"evicted":{{"at":' .. at .. ',"by":"' .. by .. '"}}}}'
+  for _, name in ipairs(members) do
+    local text = redis.call('GET', space .. name)
+    if not text or most == '0' then
+      drop({{name}})
+    else
+      local cut = string.find(text, {CUT!r}, 17, true)
+      if cut then
+        text = string.sub(text, 1, cut - 1) .. '{CLOSING[:-1]}' .. epitaph
+      elseif string.sub(text, 17) == '{{}}' then
+        text = string.sub(text, 1, 17) .. string.sub(epitaph, 2)
+      else
+        text = string.sub(text, 1, -2) .. epitaph
+      end
+      redis.call('SET', space .. name, text)
+      redis.call('ZREM', keys, name)
+      redis.call('ZREM', stored, name)
+      redis.call('ZADD', graves, at, name)
+      if lasts == '' then
+        redis.call('ZREM', ends, name)
+      else
+        redis.call('ZADD', ends, string.format('%.6f', at + lasts), name)
+      end
+    end
+  end
 end
 """
 
 _SWEEP = """
 local function sweep(at, limit)
   local over = redis.call('ZRANGEBYSCORE', ends, '-inf', at, 'LIMIT', 0, limit)
-  if #over > 0 then
-    drop(over)
+  local histories, others = {}, {}
+  for _, name in ipairs(over) do
+    local kind = redis.call('ZSCORE', stored, name) and histories or others
+    kind[#kind + 1] = name
   end
+  if #others > 0 then
+    drop(others)
+  end
+  bury(histories, at, 'time_to_live')
   return #over
+end
+"""
+
+# Those in the index of keys were made histories again by somebody who knows nothing of tombstones.
+_TRIM = """
+local function trim()
+  local surplus = most ~= '' and redis.call('ZCARD', graves) - most or 0
+  if surplus <= 0 then
+    return
+  end
+  for _, name in ipairs(redis.call('ZRANGE', graves, 0, math.min(surplus, CHUNK) - 1)) do
+    if redis.call('ZSCORE', keys, name) then
+      redis.call('ZREM', graves, name)
+    else
+      drop({name})
+    end
+  end
 end
 """
 
@@ -93,7 +152,7 @@ def _script(*parts: str) -> Script:
 
 # A key that is in the index while its record is not was taken by the server itself (maxmemory-policy), or by hand.
 LOAD: Final = _script(
-    "local record, keys, stored, ends = unpack(KEYS)",
+    "local record, keys, stored, ends, graves = unpack(KEYS)",
     _HEAD,
     _DROP,
     _MEMBER,
@@ -111,11 +170,13 @@ return now .. '-'
 )
 
 SAVE: Final = _script(
-    "local record, keys, stored, ends, receipt = unpack(KEYS)\n",
-    "local version, expected, snapshot, kind, till, later, capacity, swept, given = unpack(ARGV)",
+    "local record, keys, stored, ends, graves, receipt = unpack(KEYS)\n",
+    "local version, expected, snapshot, kind, till, later, capacity, swept, given, most, lasts = unpack(ARGV)",
     _HEAD,
     _DROP,
+    _BURY,
     _SWEEP,
+    _TRIM,
     _MEMBER,
     """
 if redis.call('GET', receipt) == version then
@@ -126,10 +187,11 @@ if redis.call('GETRANGE', record, 0, 15) ~= expected then
 end
 local at = given ~= '' and given or now
 local evicted = {}
+local is_tombstone = redis.call('ZSCORE', graves, member)
 if swept ~= '0' then
   sweep(at, swept)
 end
-if expected == '' then
+if expected == '' or is_tombstone then
   local room = tonumber(capacity)
   if kind ~= 'mark' and room then
     local surplus = redis.call('ZCARD', stored) - room + 1
@@ -146,13 +208,14 @@ if expected == '' then
         return now .. '!'
       end
       evicted = redis.call('ZRANGE', stored, 0, math.min(surplus, CHUNK) - 1)
-      drop(evicted)
+      bury(evicted, at, 'capacity')
     end
   end
 end
 -- Whatever was swept: a key that is stored is in the index of keys.
 redis.call('ZADD', keys, 0, member)
 redis.call('SET', record, version .. snapshot)
+redis.call('ZREM', graves, member)
 if kind == 'mark' then
   redis.call('ZREM', stored, member)
 else
@@ -167,6 +230,7 @@ else
   redis.call('ZADD', ends, till, member)
 end
 redis.call('SET', receipt, version, 'EX', RECEIPTS)
+trim()
 if #evicted > 0 then
   return {now .. '+', unpack(evicted)}
 end
@@ -175,7 +239,7 @@ return now .. '+'
 )
 
 REMOVE: Final = _script(
-    "local record, keys, stored, ends, receipt = unpack(KEYS)\n",
+    "local record, keys, stored, ends, graves, receipt = unpack(KEYS)\n",
     "local token, expected = unpack(ARGV)",
     _HEAD,
     _DROP,
@@ -195,7 +259,7 @@ return now .. '+'
 )
 
 PAGE: Final = _script(
-    "local keys, stored, ends = unpack(KEYS)\n",
+    "local keys, stored, ends, graves = unpack(KEYS)\n",
     "local first, last, limit = unpack(ARGV)",
     _HEAD,
     _DROP,
@@ -223,10 +287,11 @@ return {now, members, found}
 )
 
 EXPIRE: Final = _script(
-    "local keys, stored, ends = unpack(KEYS)\n",
-    "local limit, given = unpack(ARGV)",
+    "local keys, stored, ends, graves = unpack(KEYS)\n",
+    "local limit, given, most, lasts = unpack(ARGV)",
     _HEAD,
     _DROP,
+    _BURY,
     _SWEEP,
     """
 return now .. sweep(given ~= '' and given or now, limit)
@@ -249,19 +314,21 @@ return found
 """,
 )
 
-# The index by time is the one of histories alone: looked through as a whole, unless that is too much.
+# The indexes by time are those of histories and tombstones alone: looked through as a whole, unless that is too much.
 OPEN: Final = _script(
-    "local stored = KEYS[1]\n",
+    "local stored, graves = unpack(KEYS)\n",
     "local prefix, limit = ARGV[1], tonumber(ARGV[2])",
     _HEAD,
     """
 local found = {}
-if redis.call('ZCARD', stored) > math.max(10 * limit, MANY) then
+if redis.call('ZCARD', stored) + redis.call('ZCARD', graves) > math.max(10 * limit, MANY) then
   return now .. '!'
 end
-for _, name in ipairs(redis.call('ZRANGE', stored, 0, -1)) do
-  if string.sub(name, 1, #prefix) == prefix then
-    found[#found + 1] = name
+for _, index in ipairs({stored, graves}) do
+  for _, name in ipairs(redis.call('ZRANGE', index, 0, -1)) do
+    if string.sub(name, 1, #prefix) == prefix then
+      found[#found + 1] = name
+    end
   end
 end
 if #found > limit then

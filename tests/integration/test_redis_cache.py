@@ -11,6 +11,7 @@ from retrykit.testing import BlockingContextCache, ContextCacheContract
 
 class RedisContract(ContextCacheContract):
     __test__ = False
+    leaves_tombstones = True
 
     @pytest.fixture(autouse=True)
     def database(self, redis_server):
