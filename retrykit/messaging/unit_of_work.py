@@ -57,39 +57,40 @@ class UnitOfWork:
 
     def _ending(self, error: BaseException | None) -> _Steps:
         """The end of an attempt that has failed, or not."""
+        return self._committing() if error is None else self._undoing(error)
+
+    def _undoing(self, error: BaseException) -> _Steps:
+        # Sends first: they must not be taken for those of the next try in the same delivery.
+        yield _AtBroker(self._delivery.undo)
+        yield _InDatabase(error)
+
+    def _committing(self) -> _Steps:
         delivery = self._delivery
-        if error is not None:
-            # Sends first: they must not be taken for those of the next try in the same delivery.
-            yield _AtBroker(delivery.undo)
-            yield _InDatabase(error)
-            return
         try:
-            yield from self._committing()
+            try:
+                yield _AtBroker(delivery.flush)
+            except BaseException as failure:
+                yield from self._not_taken(failure)
+                raise
+            try:
+                yield _InDatabase(None)
+            except BaseException:
+                yield _AtBroker(delivery.undo)
+                raise
+            yield _AtBroker(partial(delivery.session.commit, delivery.message))
         except BrokerRefusedError as refused:
             delivery.refused = refused if delivery.recovering else None
             raise
         delivery.settled()
 
-    def _committing(self) -> _Steps:
-        delivery = self._delivery
-        try:
-            yield _AtBroker(delivery.flush)
-        except BrokerError as failure:
-            yield _InDatabase(failure)
-            if isinstance(failure, ConnectionLostError):
-                raise CommitInDoubtError from failure
-            raise
-        except BaseException as failure:
+    def _not_taken(self, failure: BaseException) -> _Steps:
+        """The broker has not taken what was sent."""
+        if not isinstance(failure, BrokerError):
             # Something that cannot be sent at all.
-            yield _AtBroker(delivery.undo)
-            yield _InDatabase(failure)
-            raise
-        try:
-            yield _InDatabase(None)
-        except BaseException:
-            yield _AtBroker(delivery.undo)
-            raise
-        yield _AtBroker(partial(delivery.session.commit, delivery.message))
+            yield _AtBroker(self._delivery.undo)
+        yield _InDatabase(failure)
+        if isinstance(failure, ConnectionLostError):
+            raise CommitInDoubtError from failure
 
     # -- called
 
@@ -108,8 +109,11 @@ class UnitOfWork:
     ) -> None:
         steps, fault = self._ending(error), None
         try:
-            while (step := _next(steps, fault)) is not None:
+            while True:
+                step = next(steps) if fault is None else steps.throw(fault)
                 fault = self._perform(step)
+        except StopIteration:
+            return
         finally:
             # Tracebacks keep this frame: what leads back to an exception may not stay in it.
             del fault
@@ -155,8 +159,11 @@ class UnitOfWork:
     ) -> None:
         steps, fault = self._ending(error), None
         try:
-            while (step := _next(steps, fault)) is not None:
+            while True:
+                step = next(steps) if fault is None else steps.throw(fault)
                 fault = await self._async_perform(step)
+        except StopIteration:
+            return
         finally:
             del fault
 
@@ -186,15 +193,6 @@ class UnitOfWork:
         asynchronous = hasattr(database, "__aenter__")
         why = ": an asynchronous one needs an AsyncRetryTemplate" if asynchronous else ""
         return MisusedError(f"transaction: must give a context manager, not {type(database).__name__}{why}")
-
-
-def _next(steps: _Steps, fault: BaseException | None) -> _AtBroker | _InDatabase | None:
-    try:
-        return next(steps) if fault is None else steps.throw(fault)
-    except StopIteration:
-        return None
-    finally:
-        del fault
 
 
 def _facts(error: BaseException | None) -> tuple[Any, Any, Any]:

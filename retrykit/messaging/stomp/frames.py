@@ -75,16 +75,18 @@ class FrameReader:
 
     def next(self) -> Frame | None:
         """The next frame, `HEART_BEAT` for any number of them, or None: more has to come."""
-        if self._head is None:
-            if self._drop_line_ends():
-                return HEART_BEAT
-            if not self._find_head():
-                return None
-        assert self._head is not None  # noqa: S101 - it was found, or None was given
-        command, headers, body = self._head
-        end = self._find_end(headers.get(_LENGTH), body)
-        if end < 0:
+        if self._at == len(self._data):
             return None
+        if self._head is None:
+            if self._data[self._at] in _EOLS:
+                self._drop_line_ends()
+                return HEART_BEAT
+            self._find_head()
+        end = self._find_end()
+        if end is None:
+            return None
+        assert self._head is not None  # noqa: S101 - the end was found behind it
+        command, headers, body = self._head
         frame = Frame(command, headers, self._part(body, end))
         self._head, self._at = None, end + 1
         # The line end that may follow a frame is no heart-beat.
@@ -94,29 +96,33 @@ class FrameReader:
             self.feed(b"")
         return frame
 
-    def _drop_line_ends(self) -> bool:
-        data, start = self._data, self._at
-        while self._at < len(data) and data[self._at] in _EOLS:
-            self._at += 1
-        return self._at > start
+    def _drop_line_ends(self) -> None:
+        data, at = self._data, self._at
+        while at < len(data) and data[at] in _EOLS:
+            at += 1
+        self._at = at
 
-    def _find_head(self) -> bool:
+    def _find_head(self) -> None:
         found = _HEAD_END.search(self._data, max(self._at, self._searched - 3))
         if found is None:
             self._searched = len(self._data)
-            return False
+            return
         command, headers = _said(self._part(self._at, found.start()))
-        self._head, self._searched = (command, headers, found.end()), found.end()
-        return True
+        self._searched = body = found.end()
+        self._head = command, headers, body
 
-    def _find_end(self, length: str | None, body: int) -> int:
-        """Where the NUL is that ends the frame; negative while it is not there."""
+    def _find_end(self) -> int | None:
+        """Where the NUL is that ends the frame; None while it is not there."""
+        if self._head is None:
+            return None
+        _, headers, body = self._head
+        length = headers.get(_LENGTH)
         if length is not None and len(length) < _DIGITS and length.strip().isdecimal():
             end = body + int(length)
-            return end if end < len(self._data) else -1
+            return end if end < len(self._data) else None
         end = self._data.find(0, max(body, self._searched))
         self._searched = len(self._data)
-        return end
+        return None if end < 0 else end
 
     def _part(self, start: int, end: int) -> bytes:
         if isinstance(self._data, bytes):
@@ -134,11 +140,12 @@ def _said(head: bytes) -> tuple[str, dict[str, str]]:
         text = text.replace("\r\n", "\n")
     command, *lines = text.split("\n")
     headers: dict[str, str] = {}
+    escaped = "\\" in text
     for line in lines:
-        name, colon, value = line.partition(":")
-        if "\\" in line:
+        name, _, value = line.partition(":")
+        if escaped:
             name, value = _unescaped(name), _unescaped(value)
-        if name and colon and name not in headers:
+        if name and name not in headers and ":" in line:
             headers[name] = value
     return command, headers
 

@@ -102,6 +102,10 @@ class PlainSocket:
         # Made once: it is asked for each message.
         self._poll = _poll_of(live)
 
+    def has_come(self) -> bool:
+        """Whether there is something to read, the end included."""
+        return bool(self._poll(0))
+
     def receive(self, size: int, seconds: float | None = None) -> bytes | None:
         """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""
         if seconds is not None and not self._poll(seconds):
@@ -133,6 +137,10 @@ class TlsSocket:
         self._send_timeout = send_timeout
         self._lock = threading.Lock()
         self._closed = False
+
+    def has_come(self) -> bool:
+        """True: only who reads can tell."""
+        return True
 
     def receive(self, size: int, seconds: float | None = None) -> bytes | None:
         """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""

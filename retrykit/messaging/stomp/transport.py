@@ -129,6 +129,11 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
         )
         self.current_host_and_port = (address.host, address.port)
 
+    def has_come(self) -> bool:
+        """Whether there may be something to read; asked far more often than there is."""
+        live = self.socket
+        return live is None or live.has_come()
+
     def read(self, seconds: float | None) -> bool:
         """Wait for so many seconds (None: without end) for bytes; tell of each frame. Whether one came."""
         try:

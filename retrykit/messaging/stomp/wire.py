@@ -191,14 +191,15 @@ class Wire:
         """The next delivery; None if none came in time, or none will."""
         if self._deliveries:
             # What is handled on a connection that has ended is undone.
-            self._reading.look()
+            self.look()
         else:
             self._reading.wait_for(lambda: self._deliveries or self.interrupted or self.lost, timeout)
         return self._deliveries.popleft() if self._deliveries and self.lost is None else None
 
     def look(self) -> None:
         """Hear what has come already, be it the end of the connection."""
-        self._reading.look()
+        if self._connection.transport.has_come():
+            self._reading.look()
 
     def settle(self, timeout: float, receipt: str | None = None) -> None:
         """Wait for every receipt that is due, or for one.
