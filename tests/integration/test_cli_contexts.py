@@ -150,6 +150,30 @@ def test_show_tells_who_makes_a_running_attempt(run, template):
     assert re.search(r"running: +by .*\(alive\) since .*, believed until ", shown)
 
 
+def test_show_says_that_a_history_was_evicted_and_list_leaves_it_out(run, template, cache):
+    small = SqlRetryContextCache(cache.engine, capacity=1, on_full="evict_oldest")
+    template = attrs.evolve(template, context_cache=small)
+    fail(template, "m-1")
+    fail(template, "m-2")
+    assert [row[0] for row in rows(run("list"))[1:]] == ["orders/m-2"]
+    shown = run("show", "orders/m-1").stdout
+    assert re.search(r"^evicted: +\S+ \(the store was full\), with 1 failed: they count on, ", shown, re.MULTILINE)
+    assert re.search(r"^failed attempts: +1$", shown, re.MULTILINE)
+    assert json.loads(run("show", "--json", "orders/m-1").stdout)["evicted"]["by"] == "capacity"
+    run("forget", "--yes", "orders/m-1")
+    run("show", "orders/m-1", status=1)
+
+
+def test_prune_by_age_is_a_deliberate_forgetting_and_leaves_no_tombstone(run, template, cache):
+    fail(template, "m-1")
+    run("prune", "--older-than", "1s", "--yes", "--dry-run")
+    assert cache.load("orders/m-1") is not None
+    snapshot = {**cache.load("orders/m-1").snapshot, "last_failed_at": 1.0}
+    cache.save("orders/m-1", snapshot, cache.load("orders/m-1").version)
+    run("prune", "--older-than", "1s", "--yes")
+    assert cache.load("orders/m-1") is None
+
+
 def test_show_says_why_a_snapshot_cannot_be_read(run, cache):
     cache.save("orders/m-1", {"format": 99}, None)
     assert "upgrade it" in run("show", "orders/m-1").stdout

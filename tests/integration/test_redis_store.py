@@ -210,6 +210,37 @@ def test_history_stored_longest_ago_is_evicted_and_logged(opened, caplog):
     assert "the context cache is full (2 histories): evicted the oldest, 'a/2'" in caplog.messages
 
 
+def test_what_a_process_that_knows_no_tombstones_made_of_one_is_never_trimmed(opened, client):
+    cache = opened(capacity=2, on_full="evict_oldest", tombstones=1)
+    history, mark = cache.save("a/1", {"retry_count": 1}, None), cache.save("a/2", {"completed_at": 1.0}, None)
+    # It does not take them from the index of tombstones.
+    client.zadd("{retrykit}:graves", {"a/1": 1.0, "a/2": 2.0})
+    cache.save("b/1", {"retry_count": 1}, None)
+    assert (cache.load("a/1").version, cache.load("a/2").version) == (history, mark)
+    assert client.zcard("{retrykit}:graves") == 1
+    cache.save("b/2", {"retry_count": 1}, None)
+    assert keys(cache) == ["a/2", "b/1", "b/2"]
+    assert cache.load("a/1").snapshot["evicted"]["by"] == "capacity"
+
+
+def test_known_history_is_updated_in_a_store_that_is_too_full_also_when_it_is_past_its_time(opened):
+    first = opened(time_to_live=1_000)
+    versions = [first.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 1.0}, None) for number in range(3)]
+    small = opened(capacity=1, time_to_live=1_000)
+    assert small.save("a/1", {"retry_count": 2, "last_failed_at": 4e9}, versions[1]) is not None
+
+
+def test_tombstones_take_no_more_than_their_record_and_one_place(opened, client):
+    cache = opened(capacity=1, on_full="evict_oldest")
+    cache.save("a/1", {"retry_count": 1, "last_error": {"type": "T", "traceback": "x" * 8_000}}, None)
+    before = client.memory_usage("{retrykit}:h:a/1")
+    cache.save("a/2", {"retry_count": 1}, None)
+    assert client.memory_usage("{retrykit}:h:a/1") < before / 20
+    assert client.zscore("{retrykit}:keys", "a/1") is None
+    assert cache.remove("a/1")
+    assert client.zcard("{retrykit}:graves") == 0
+
+
 def test_capacity_that_was_lowered_is_reached_by_evicting(opened):
     plenty = opened()
     for number in range(50):
@@ -319,6 +350,9 @@ def test_every_verb_is_one_round_trip(own_server, opened):
         ({"on_full": "panic"}, ValueError, "on_full: must be one of 'reject', 'evict_oldest', not 'panic'"),
         ({"time_to_live": 0}, ValueError, "time_to_live: must be more than 0 seconds, not 0"),
         ({"time_to_live": "1"}, TypeError, "time_to_live: must be seconds"),
+        ({"tombstones": -1}, ValueError, "tombstones: must be 0 or more, not -1"),
+        ({"tombstones": 1.5}, TypeError, "tombstones: must be an int or None, not float 1.5"),
+        ({"tombstone_time_to_live": 0}, ValueError, "tombstone_time_to_live: must be more than 0 seconds, not 0"),
         ({"clock": time}, TypeError, "clock: must be a retrykit.Clock or None"),
         ({"patience": -1}, ValueError, "patience: must be at least 0 seconds, not -1"),
         ({"patience": None}, TypeError, "patience: must be seconds"),

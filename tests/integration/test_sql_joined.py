@@ -224,7 +224,9 @@ def test_capacity_holds_inside_the_works_transaction_and_is_rolled_back_with_it(
         order(session)
         cache.joined(session).save("a/3", {}, None)
         assert [key for key, _ in cache.joined(session).items()] == ["a/2", "a/3"]
+        assert "evicted" in cache.joined(session).load("a/1").snapshot
     assert [key for key, _ in cache.items()] == ["a/1", "a/2"]
+    assert cache.load("a/1").snapshot == {}
     cache.save("a/3", {}, None)
     assert [key for key, _ in cache.items()] == ["a/2", "a/3"]
 

@@ -385,6 +385,46 @@ def test_expire_goes_in_short_transactions_until_nothing_is_left(opened, monkeyp
     assert [line.split()[0] for line in seen] == ["DELETE", "DELETE", "DELETE", "UPDATE"]
 
 
+def test_there_are_as_many_tombstones_as_histories_or_as_asked(opened):
+    bounds = {}, {"capacity": None}, {"capacity": 7}, {"capacity": 7, "tombstones": 0}
+    assert [opened(**options).tombstones for options in bounds] == [100_000, 100_000, 7, 0]
+
+
+def test_tombstones_are_counted_now_and_then_only(opened):
+    cache = opened(capacity=1, on_full="evict_oldest", tombstones=250)
+    with statements(cache.engine) as seen:
+        for number in range(8):
+            cache.save(f"a/{number}", {"retry_count": 1}, None)
+    # After each hundredth that was made: the first time at three, of what this process has made.
+    assert sum(line.startswith("SELECT count") for line in seen) == 2
+
+
+def test_what_a_process_of_the_version_before_made_a_history_again_is_one(opened):
+    cache = opened(capacity=1, on_full="evict_oldest", tombstones=1)
+    cache.save("a/1", {"retry_count": 1}, None)
+    cache.save("a/2", {"retry_count": 1}, None)
+    with cache.engine.begin() as connection:
+        version = cache.load("a/1").version
+        revision = rows._next(version, mark=False) % rows.REVISIONS
+        again = {"revision": revision, "completed_at": None, "expires_at": None, "snapshot": '{"retry_count":2}'}
+        connection.execute(rk_context.update().where(rk_context.c.context_key == "a/1").values(again))
+    assert keys(cache) == ["a/1", "a/2"]
+    cache.save("a/3", {"retry_count": 1}, None)
+    assert keys(cache) == ["a/3"]
+    assert cache.load("a/2").snapshot["evicted"]["by"] == "capacity"
+    assert cache.load("a/1") is None
+
+
+@pytest.mark.parametrize("revision", [0, 1, 2, 3, 4, 2**24 - 6, 2**24 - 5])
+def test_revision_tells_what_a_row_is_and_grows(revision):
+    version = 7 * rows.REVISIONS + revision
+    assert not rows.is_worn(version)
+    history, mark = rows._next(version, mark=False), rows._next(version, mark=True)
+    assert (history % 2, mark % 4) == (0, 1)
+    assert all(version < number < 8 * rows.REVISIONS for number in (history, mark))
+    assert (history | 3) < 8 * rows.REVISIONS
+
+
 def test_items_are_read_in_pages(cache, monkeypatch):
     names = [f"a/{number:02}" for number in range(25)]
     for name in names:
@@ -546,6 +586,10 @@ def test_database_in_memory_that_threads_cannot_share_is_refused(address, at_the
         (("sqlite://",), {"on_full": "panic"}, ValueError),
         (("sqlite://",), {"time_to_live": 0}, ValueError),
         (("sqlite://",), {"time_to_live": "1h"}, TypeError),
+        (("sqlite://",), {"tombstones": -1}, ValueError),
+        (("sqlite://",), {"tombstones": True}, TypeError),
+        (("sqlite://",), {"tombstone_time_to_live": 0}, ValueError),
+        (("sqlite://",), {"tombstone_time_to_live": "1h"}, TypeError),
         (("sqlite://",), {"clock": 7}, TypeError),
         (("sqlite://",), {"patience": -1}, ValueError),
         (("sqlite://",), {"patience": "5"}, TypeError),

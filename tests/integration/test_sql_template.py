@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import contextmanager
 
+import attrs
 import pytest
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.exc import IntegrityError
@@ -171,6 +172,27 @@ def test_redelivery_that_succeeds_settles_in_the_works_transaction(template, cac
     with statements() as seen:
         deliver(template, order(None), redelivered=True)
     assert [word for word in seen if word not in ("BEGIN", "COMMIT")] == ["SELECT", "UPDATE", "INSERT", "UPDATE"]
+
+
+def test_evicted_history_costs_no_statement_more_than_a_known_one_and_its_count_goes_on(template, cache):
+    brief = SqlRetryContextCache(cache.engine, time_to_live=10)
+    template = attrs.evolve(template, context_cache=brief)
+    warmed_up(template)
+    with pytest.raises(OSError, match="no"):
+        deliver(template, fail, redelivered=False)
+    assert brief.expire(4e9) == 1
+    assert list(brief.items()) == []
+    seen_by_work = []
+
+    def work(context):
+        seen_by_work.append((context.attempt, context.evicted.failures, context.evicted.by))
+        return order(None)(context)
+
+    with statements() as seen:
+        deliver(template, work, redelivered=True)
+    assert seen_by_work == [(2, 1, "time_to_live")]
+    assert [word for word in seen if word not in ("BEGIN", "COMMIT")] == ["SELECT", "UPDATE", "INSERT", "UPDATE"]
+    assert brief.load("orders/m-1").snapshot["completed_at"] > 0
 
 
 def test_history_that_was_evicted_when_exhausted_is_recovered_and_not_answered_as_a_duplicate(cache):
