@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import attrs
 
 from retrykit.batch.source import Unreadable
-from retrykit.check import is_callable, wrong_type, wrong_value
+from retrykit.check import is_callable, whole, wrong_type, wrong_value
 from retrykit.value import Value
 
 
@@ -48,9 +48,11 @@ class _Lines:
     One that cannot be decoded is given with surrogates for its bad bytes, and found by `check`.
     """
 
-    def __init__(self, file: BinaryIO, encoding: str, start: int) -> None:
+    def __init__(self, file: BinaryIO, encoding: str, start: int, most: int = 1) -> None:
         self._file = file
         self._encoding = encoding
+        self._most = most
+        """A record of more lines is none."""
         self.end = start
         self.taken: list[bytes] = []
         """The lines of the present record."""
@@ -60,6 +62,8 @@ class _Lines:
         return self
 
     def __next__(self) -> str:
+        if len(self.taken) >= self._most:
+            raise csv.Error(f"it does not end within {self._most} lines")
         line = self._file.readline()
         if not line:
             raise StopIteration
@@ -83,6 +87,14 @@ class _Lines:
         """The bytes of the record that ends here; the next one begins."""
         taken, self.taken, self._fault = self.taken, [], None
         return b"".join(taken)
+
+    def first_line(self) -> bytes:
+        """The bytes of the first line of a record that has no end; what stands behind it is read again."""
+        first, *others = self.taken
+        self.end -= sum(map(len, others))
+        self._file.seek(self.end)
+        self.taken, self._fault = [], None
+        return first
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -139,12 +151,16 @@ class CsvReader(_FileReader):
 
     Fields in quotes may contain newlines. `dialect`: the name or class of one of the standard library's `csv`. A row
     with more or fewer fields than there are names, or one that `csv` refuses, is an `Unreadable`; empty lines are left
-    out. A quote that is never closed makes one record of all that follows it, up to `csv.field_size_limit()`
-    characters: lower that limit where a file may have such quotes.
+    out.
+
+    A quote that is not closed makes one record of the lines that follow, until `csv` finds a fault in it, at the next
+    quote or at the end of the file, or until it has more than `max_lines` lines. Then only its first line is
+    `Unreadable`, and the line behind that is the next record: no good row is lost to it.
     """
 
     fieldnames: Sequence[str] | None = attrs.field(default=None, kw_only=True)
     dialect: Any = attrs.field(default="excel", kw_only=True)
+    max_lines: int = attrs.field(default=1_000, validator=whole(1), kw_only=True)
 
     @fieldnames.validator
     def _check_fieldnames(self, field: Any, names: Any) -> None:
@@ -166,7 +182,7 @@ class CsvReader(_FileReader):
             names, first = self._header(file)
             start = max(start, first)
         file.seek(start)
-        lines = _Lines(file, self.encoding, start)
+        lines = _Lines(file, self.encoding, start, self.max_lines)
         rows = csv.reader(lines, self.dialect, strict=True)
         while True:
             item: Any
@@ -176,7 +192,11 @@ class CsvReader(_FileReader):
                     return
                 lines.check()
                 item = self._named(names, row) if row else lines
-            except (csv.Error, ValueError) as error:
+            except csv.Error as error:
+                # Where it ends nobody knows: what seems to be inside of it may be good records.
+                item = Unreadable(lines.first_line().rstrip(b"\r\n"), error)
+                rows = csv.reader(lines, self.dialect, strict=True)
+            except ValueError as error:
                 item = Unreadable(lines.record().rstrip(b"\r\n"), error)
             lines.taken.clear()
             if item is not lines:
@@ -184,7 +204,7 @@ class CsvReader(_FileReader):
 
     def _header(self, file: BinaryIO) -> tuple[Sequence[str], int]:
         """The names in the first row, and where it ends. `ValueError` for a file whose first row is none."""
-        lines = _Lines(file, self.encoding, 0)
+        lines = _Lines(file, self.encoding, 0, self.max_lines)
         file.seek(0)
         try:
             names = next(csv.reader(lines, self.dialect, strict=True), [])

@@ -53,6 +53,55 @@ def test_csv_rows_are_read_from_wherever_one_of_them_ends(path, names, rows, end
     assert check_positions(CsvReader(path), path) == [dict(zip(names, row, strict=True)) for row in rows]
 
 
+words = st.text("ab", min_size=1, max_size=3)
+prose = st.one_of(words, st.builds("{}{}{}".format, words, st.text('a",\n', max_size=6), words), st.just(""))
+"""What begins and ends with a letter: nobody can tell a quote before a comma from one that closes a field."""
+
+
+def csv_line(number, text, *, quoting, ending):
+    written = io.StringIO()
+    csv.writer(written, quoting=quoting, lineterminator=ending).writerow([number, text])
+    return written.getvalue()
+
+
+@given(
+    records=st.lists(st.tuples(st.booleans(), prose), max_size=12),
+    manner=st.tuples(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), st.sampled_from(["\n", "\r\n"])),
+    most=st.sampled_from([8, 1_000]),
+)
+def test_no_good_row_is_lost_to_quotes_that_are_not_closed_and_none_is_invented(path, records, manner, most):
+    quoting, ending = manner
+    lines, wanted = ["id,text" + ending], []
+    for number, (good, text) in enumerate(records):
+        if good:
+            lines.append(csv_line(number, text, quoting=quoting, ending=ending))
+            wanted.append({"id": str(number), "text": text})
+        else:
+            # In one of its fields somebody has forgotten to close the quote.
+            broken = f'{number},"{text.replace(chr(34), "").replace(chr(10), "") or "a"}'
+            lines.append(broken + ending)
+            wanted.append(("unreadable", broken.encode(), "Error"))
+    path.write_bytes("".join(lines).encode())
+    assert check_positions(CsvReader(path, max_lines=most), path) == wanted
+
+
+def test_a_quote_without_an_end_is_looked_for_no_further_than_it_may_be(path):
+    rows = [f"{number},good\n" for number in range(2, 5_000)]
+    path.write_text('id,text\n1,"open\n' + "".join(rows))
+    for most in (1, 100, 10_000):
+        first, *others = [item for item, _ in CsvReader(path, max_lines=most).read_from(None)]
+        assert first.raw == b'1,"open'
+        assert [row["id"] for row in others] == [str(number) for number in range(2, 5_000)]
+        fault = "unexpected end of data" if most > len(rows) else f"it does not end within {most} lines"
+        assert str(first.error) == fault
+    path.write_text('id,text\n1,"open\n2,"two\nlines"\n3,good\n')
+    found = [shown(item) for item, _ in CsvReader(path, max_lines=1).read_from(None)]
+    assert [item[1] for item in found[:3]] == [b'1,"open', b'2,"two', b'lines"']
+    assert found[3:] == [{"id": "3", "text": "good"}]
+    with pytest.raises(ValueError, match=r"^max_lines: "):
+        CsvReader(path, max_lines=0)
+
+
 @given(
     st.lists(
         st.one_of(st.dictionaries(texts, st.integers()), st.sampled_from([b"{", b"\xff", b'"a', b"]"])), max_size=8
@@ -89,7 +138,8 @@ def test_a_bad_byte_in_a_field_of_several_lines_makes_no_row_of_the_rest(path):
     assert [item.raw if isinstance(item, Unreadable) else item for item, _ in records] == [
         b'1,"first\n\xff second\n2,third"',
         {"id": "3", "text": "ok"},
-        b'4,"\xff\n5,no end',
+        b'4,"\xff',
+        {"id": "5", "text": "no end"},
     ]
     assert isinstance(records[0][0].error, UnicodeDecodeError)
     assert text[records[0][1] :].startswith(b"3,ok")
