@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 from retrykit.messaging.errors import BrokerError, BrokerUnavailableError, SubscriptionRefusedError
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp.broker import StompBroker
     from retrykit.messaging.stomp.profiles import Profile
+    from retrykit.messaging.stomp.settings import StompSettings
 
 _LONGEST: Final = 500
 _MOST_LINES: Final = 10_000
@@ -41,7 +41,7 @@ def unanswered(reason: str, *, encrypted: bool) -> str:
     return reason
 
 
-def not_subscribed(broker: StompBroker, profile: Profile, error: BrokerError) -> BrokerError:
+def not_subscribed(broker: StompSettings, profile: Profile, error: BrokerError) -> BrokerError:
     """What a SUBSCRIBE that came to nothing means: to be tried again, or never to be accepted as it is."""
     facts = {"broker": broker.name, "answer": error.answer}
     reason = error.__dict__["reason"]

@@ -38,14 +38,12 @@ from retrykit.messaging.stomp.subscription import (
     is_topic,
     subscription_id,
 )
+from retrykit.messaging.stomp.wire import GOODBYE_SECONDS, THE_COMMIT, Wire
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp.broker import StompBroker
-    from retrykit.messaging.stomp.wire import Wire
+    from retrykit.messaging.stomp.settings import StompSettings
 
 _log: Final = logging.getLogger("retrykit.messaging")
-GOODBYE_SECONDS: Final = 2.0
-THE_COMMIT: Final = "the commit"
 _THE_SENDS: Final = "the sends"
 _QUEUE: Final = "/queue/"
 _LENGTH: Final = "content-length"
@@ -63,7 +61,7 @@ class _Handle:
 class StompSession:
     """One connection to a STOMP broker."""
 
-    def __init__(self, broker: StompBroker, wire: Wire) -> None:
+    def __init__(self, broker: StompSettings, wire: Wire) -> None:
         self._broker = broker
         self._wire = wire
         self._know(broker.profile or profile_for(""))

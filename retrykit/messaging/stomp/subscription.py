@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from retrykit.check import wrong_value
 from retrykit.messaging.errors import NotSupportedError
-from retrykit.messaging.headers import given_headers
 from retrykit.messaging.stomp.profiles import Profile
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp.broker import StompBroker
+    from retrykit.messaging.stomp.settings import StompSettings
 
-# What the session says itself, and by which option.
-_RESERVED: Final = {
-    "id": "the session's own",
-    "ack": "always client-individual",
-    "receipt": "the session's own",
-    "transaction": "the session's own",
-    "destination": "destination=",
-    "activemq.prefetchSize": "prefetch=",
-    "prefetch-count": "prefetch=",
-    "selector": "selector=",
-    "activemq.subscriptionName": "durable=",
-}
 _OF_EACH: Final = ("/topic/", "/exchange/")
-
-
-def subscribe_headers(value: Any) -> dict[str, str]:
-    """An attrs converter: headers of SUBSCRIBE, without those that are said otherwise."""
-    given = given_headers("subscribe", value)
-    for name in given:
-        if name in _RESERVED:
-            raise ValueError(f"subscribe: {name!r} is reserved: {_RESERVED[name]}")
-    return given
 
 
 def is_topic(destination: str) -> bool:
@@ -41,14 +19,14 @@ def is_topic(destination: str) -> bool:
     return destination.startswith(_OF_EACH)
 
 
-def is_shared_out(broker: StompBroker) -> bool:
+def is_shared_out(broker: StompSettings) -> bool:
     """Whether several sessions share the messages: not if each gets all of them, or only one may be there."""
     if not is_topic(broker.destination):
         return True
     return broker.durable is not None and broker.profile is not None and broker.profile.durable == "by name"
 
 
-def check_durable(broker: StompBroker) -> None:
+def check_durable(broker: StompSettings) -> None:
     """`ValueError` for what no broker of the kind can do, as far as the kind is known."""
     profile = broker.profile
     if broker.durable is not None and broker.destination and not is_topic(broker.destination):
@@ -63,7 +41,7 @@ def check_durable(broker: StompBroker) -> None:
         raise ValueError("client_id: must be given with durable=, because the subscription belongs to it (ActiveMQ)")
 
 
-def check_supported(broker: StompBroker, profile: Profile) -> None:
+def check_supported(broker: StompSettings, profile: Profile) -> None:
     """`NotSupportedError` for what this kind of broker would pass over in silence."""
     if broker.selector is not None and not profile.selectors:
         reason = f"brokers of the kind {profile.name!r} know no selectors, and would deliver everything"
@@ -73,12 +51,12 @@ def check_supported(broker: StompBroker, profile: Profile) -> None:
         raise NotSupportedError(broker=broker.name, reason=f"durable: {reason}")
 
 
-def subscription_id(broker: StompBroker, profile: Profile) -> str | None:
+def subscription_id(broker: StompSettings, profile: Profile) -> str | None:
     """The id that the subscription must have, where that is what it is known by."""
     return broker.durable if profile.durable == "by name" else None
 
 
-def headers_for(broker: StompBroker, profile: Profile) -> dict[str, str]:
+def headers_for(broker: StompSettings, profile: Profile) -> dict[str, str]:
     """The headers of SUBSCRIBE that say what the options mean to this kind of broker."""
     headers = {**broker.declare, **broker.subscribe}
     if profile.prefetch_header is not None:
@@ -93,7 +71,7 @@ def headers_for(broker: StompBroker, profile: Profile) -> dict[str, str]:
 _KEPT: Final = {"durable": "true", "auto-delete": "false"}
 
 
-def is_lost_when_given_back(broker: StompBroker, profile: Profile) -> bool:
+def is_lost_when_given_back(broker: StompSettings, profile: Profile) -> bool:
     """Whether a message that is handed back to the broker comes to nobody: a topic delivers once.
 
     A topic of RabbitMQ is a queue of the subscription's own, and gives it again.

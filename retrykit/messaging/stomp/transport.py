@@ -25,7 +25,7 @@ from retrykit.messaging.stomp.reading import Reading
 from retrykit.messaging.stomp.sockets import PlainSocket, TlsSocket, open_socket
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp.broker import StompBroker
+    from retrykit.messaging.stomp.settings import StompSettings
 
 try:
     from stomp.connect import BaseConnection
@@ -102,7 +102,7 @@ class _Rare(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
 class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
     """stomp.py's transport over a socket of our own, read frame by frame."""
 
-    def __init__(self, broker: StompBroker, call: Call, whom: Hears) -> None:
+    def __init__(self, broker: StompSettings, call: Call, whom: Hears) -> None:
         super().__init__([(call.address.host, call.address.port)], auto_decode=False)
         self._broker = broker
         self._call = call
@@ -212,7 +212,7 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
 class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py has no types
     """STOMP 1.2 over that transport."""
 
-    def __init__(self, broker: StompBroker, call: Call, whom: Hears) -> None:
+    def __init__(self, broker: StompSettings, call: Call, whom: Hears) -> None:
         beat = int(broker.heart_beat * 1000)
         transport = _Transport(broker, call, whom)
         BaseConnection.__init__(self, transport)

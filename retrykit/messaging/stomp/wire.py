@@ -22,15 +22,17 @@ from retrykit.messaging.errors import (
 )
 from retrykit.messaging.stomp.frames import Frame, encoded
 from retrykit.messaging.stomp.refusals import sentence, unanswered, whole_text
-from retrykit.messaging.stomp.session import GOODBYE_SECONDS, THE_COMMIT
 from retrykit.messaging.stomp.sockets import explained
 from retrykit.messaging.stomp.transport import Call, Connection, StompException
 
 if TYPE_CHECKING:
-    from retrykit.messaging.stomp.broker import StompBroker
+    from retrykit.messaging.stomp.settings import StompSettings
 
 _log = logging.getLogger("retrykit.messaging")
 LAST_WORDS_SECONDS: Final = 1.0
+GOODBYE_SECONDS: Final = 2.0
+THE_COMMIT: Final = "the commit"
+"""What the receipt of a COMMIT stands for."""
 
 
 class Wire:
@@ -39,7 +41,7 @@ class Wire:
     Its `on_…` methods are called by whatever thread reads.
     """
 
-    def __init__(self, broker: StompBroker, call: Call) -> None:
+    def __init__(self, broker: StompSettings, call: Call) -> None:
         self.broker = broker
         self.name = call.address.name + broker.destination
         self.not_refusals: tuple[str, ...] = ()
