@@ -83,10 +83,18 @@ def run_partitions(
     worker = Worker(make, parts, dict(parameters or {}), again=again, since=since)
     if not worker.asynchronous:
         return drive(worker.run(partial(clock.sleep, poll)))
+    return _run_in_a_loop(worker.run(partial(clock.async_sleep, poll)))
+
+
+def _run_in_a_loop(work: Work[Division]) -> Division:
     # A program without asynchronous steps need not load it.
     import asyncio
 
-    return asyncio.run(async_drive(worker.run(partial(clock.async_sleep, poll))))
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(async_drive(work))
+    raise RuntimeError("an event loop is running here: await async_run_partitions()")
 
 
 async def async_run_partitions(

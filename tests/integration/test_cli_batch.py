@@ -90,12 +90,10 @@ def make_async():
     )
 
 
-def make_async_hanging():
-    from sqlalchemy.ext.asyncio import create_async_engine
+def make_async_hanging(items=(1, 2, 3, 4, 5, "hang")):
+    from retrykit.sql import AsyncSqlJobStore, async_sqlite_engine
 
-    from retrykit.sql import AsyncSqlJobStore
-
-    engine = create_async_engine("sqlite+aiosqlite:///shop.db")
+    engine = async_sqlite_engine("sqlite+aiosqlite:///shop.db", durability="process")
 
     async def write(connection, items):
         if items[0] == "hang":
@@ -104,13 +102,17 @@ def make_async_hanging():
         await connection.execute(text("INSERT INTO work VALUES (:item)"), [{"item": item} for item in items])
 
     return AsyncChunkStep(
-        name="load", reader=[1, 2, 3, 4, 5, "hang"], writer=write, transaction=engine.begin, chunk_size=5,
+        name="load", reader=items, writer=write, transaction=engine.begin, chunk_size=5,
         template=AsyncRetryTemplate(name="load", retry_policy=policy), jobs=AsyncSqlJobStore(engine),
     )
 
 
 def make_hanging_part(part, parts):
     return make_async_hanging()
+
+
+def make_async_part(part, parts):
+    return make_async_hanging([item for item in range(100) if item % parts == part - 1])
 
 
 def make_part(part, parts):
@@ -284,6 +286,14 @@ def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_
     assert {line.findtext("{*}title") for line in drawn.findall("{*}polyline")} >= {None, "partition 1", "partition 6"}
     # Asked for, it begins anew.
     run(folder, "shop:make_part", "--partitions", "6", "--param", "day=1", "--again")
+    assert written(folder) == sorted([*range(100), *range(100)])
+
+
+def test_workers_share_asynchronous_partitions_each_in_a_loop_of_its_own(folder):
+    out, _ = run(folder, "shop:make_async_part", "--partitions", "4", "--workers", "2", "--plot", "run.svg", "--json")
+    assert written(folder) == list(range(100))
+    assert [row["status"] for row in json.loads(out)["partitions"]] == ["finished"] * 4
+    run(folder, "shop:make_async_part", "--partitions", "4", "--again")
     assert written(folder) == sorted([*range(100), *range(100)])
 
 
