@@ -215,16 +215,25 @@ class Driver(Call):
     def begin(self) -> Any:
         """Open the transaction; what it gives becomes `context.transaction`."""
         assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
-        manager = self.transaction()
+        self.opening = manager = self.transaction()
         entering = self._method(manager, "enter")
-        self.opening = manager
-        entered = entering()
-        return entered if isawaitable(entered) else self.entered(entered)
+        if self.template.asynchronous and hasattr(manager, "__aenter__"):
+            return entering()
+        # In one statement: between a call that has returned and the next one no signal is handled.
+        self.manager, self.context.transaction = manager, entering()
+        return None
 
-    def entered(self, transaction: Any) -> None:
-        """The transaction is open, and has to be left from now on."""
-        self.manager = self.opening
-        self.context.transaction = transaction
+    def is_open(self) -> bool:
+        """Whether a transaction is to be left when the call is interrupted.
+
+        One that was open when it was interrupted in `__enter__`, or in `__exit__` before it was closed, is seen by its
+        generator, which stands where the work should be done: nobody else would leave it, before it is garbage.
+        """
+        if self.manager is None and self.opening is not None:
+            generator = getattr(self.opening, "gen", None)
+            if getattr(generator, "gi_suspended", False) or getattr(generator, "ag_frame", None) is not None:
+                self.manager = self.opening
+        return self.manager is not None
 
     def _method(self, manager: Any, name: str) -> Callable[..., Any]:
         """Entering or leaving a context manager: asynchronously where this template can and the manager does."""
@@ -238,12 +247,26 @@ class Driver(Call):
 
     def leave(self, error: BaseException | None) -> Any:
         """Leave the transaction: commit without an error, roll back with one."""
-        manager, self.manager = self.manager, None
+        leaving = self._method(self.manager, "exit")
         self.context.transaction = None
-        leaving = self._method(manager, "exit")
-        left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)
+        try:
+            left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)
+        except BaseException:
+            self.manager = None
+            raise
+        if isawaitable(left):
+            return self._left(left)
         # What it gives says whether to swallow an error: nobody asks.
-        return _dropped(left) if isawaitable(left) else None
+        self.manager = None
+        return None
+
+    async def _left(self, left: Any) -> None:
+        try:
+            # As in `begin`.
+            _, self.manager = await left, None
+        except BaseException:
+            self.manager = None
+            raise
 
     def notify(self, step: Notify) -> Any:
         """Tell a listener."""
@@ -259,10 +282,6 @@ class Driver(Call):
             self.context._history = None
         else:
             self.context._close()
-
-
-async def _dropped(awaitable: Any) -> None:
-    await awaitable
 
 
 def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `recover.retrykit_handles(error)` is
@@ -429,7 +448,7 @@ def _recover(driver: Driver) -> tuple[Exception, float] | None:
 
 def _abort(driver: Driver, error: BaseException) -> None:
     """Put things straight after a cancellation."""
-    flow = abort(driver, error, opened=driver.manager is not None)
+    flow = abort(driver, error, opened=driver.is_open())
     answer = None
     while (step := _send(flow, answer)) is not None:
         try:
@@ -507,11 +526,13 @@ async def _async_perform(driver: Driver, step: Any) -> Any:
         if type(step) is Pause:
             return await driver.template.clock.async_sleep(step.seconds)
         answer = driver.perform(step)
-        if not isawaitable(answer):
-            return answer
-        return driver.entered(await answer) if step is BEGIN else await answer
+        if step is not BEGIN or answer is None:
+            return await answer if isawaitable(answer) else answer
+        # As in `Driver.begin`.
+        driver.manager, driver.context.transaction = driver.opening, await answer
     except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
         return answer_to(driver, step, fault)
+    return None
 
 
 async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
@@ -528,7 +549,7 @@ async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
 
 
 async def _async_abort(driver: Driver, error: BaseException) -> None:
-    flow = abort(driver, error, opened=driver.manager is not None)
+    flow = abort(driver, error, opened=driver.is_open())
     answer = None
     with _shielded():
         while (step := _send(flow, answer)) is not None:

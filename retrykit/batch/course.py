@@ -54,6 +54,7 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
+from traceback import clear_frames
 from typing import Any, NoReturn
 
 from retrykit.batch.attempt import Attempt, Where
@@ -108,12 +109,15 @@ class Course:
                 self.step.jobs.abandon(self.claim)
             raise
         except StepStopped as stopped:
+            _forget_frames(stopped, locals_only=True)
             if stopped.job and self.claim is not None:
                 claim = self.claim
                 yield from self._quietly(partial(self.step.jobs.stop_others, claim, stopped.reason), "stopping the job")
             return (yield from self._leave(source, "stopped", stopped.reason))
         except BaseException as error:
             status: Status = "failed" if isinstance(error, Exception) else "stopped"
+            if status == "stopped":
+                _forget_frames(error, locals_only=True)
             yield from self._leave(source, status, f"{type(error).__name__}: {message_of(error)}")
             raise
         return (yield from self._leave(source, "finished", ""))
@@ -373,13 +377,20 @@ class Course:
         return refused(self.step.skip, self.counts, chunk, index, error, besides)
 
 
-def _forget_frames(error: BaseException | None) -> None:
-    """Frames know the whole chunk, which is not to live as long as a report."""
+def _forget_frames(error: BaseException | None, *, locals_only: bool = False) -> None:
+    """Frames know the whole chunk, which is not to live as long as a report.
+
+    And those of an interruption know the cursor that was at work: SQLite ends neither the connection nor its
+    transaction before that is gone, and the job store would wait for its lock.
+    """
     seen: set[int] = set()
     left = [error]
     while left:
         one = left.pop()
         if one is not None and id(one) not in seen:
             seen.add(id(one))
-            one.__traceback__ = None
+            if locals_only:
+                clear_frames(one.__traceback__)
+            else:
+                one.__traceback__ = None
             left += (one.__cause__, one.__context__)

@@ -7,7 +7,7 @@ exception is thrown in where the call was asked for.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from inspect import isawaitable
+from inspect import GEN_CLOSED, getgeneratorstate, isawaitable
 from types import CoroutineType
 from typing import Any, NoReturn, TypeVar
 
@@ -18,22 +18,35 @@ Work = Generator[Callable[[], Any], Any, T]
 
 def drive(work: Work[T]) -> T:
     """Do the work by calling: its result. `TypeError` for a call that gives a coroutine."""
-    answer: Any = None
     fault: BaseException | None = None
     try:
         while True:
-            call = work.send(answer) if fault is None else work.throw(fault)
-            answer = fault = None
             try:
-                answer = call()
-                if answer.__class__ is CoroutineType:
-                    _refuse(answer)
-            except BaseException as error:  # noqa: BLE001 - thrown in where the call was asked for
+                return _called(work, fault)
+            except BaseException as error:
+                if getgeneratorstate(work) == GEN_CLOSED:
+                    raise
+                # Of a call, or an interruption beside it: the work hears of both.
                 fault = error
-    except StopIteration as over:
-        return over.value  # type: ignore[no-any-return]
     finally:
         # Tracebacks keep this frame: it must not keep the exception.
+        fault = None
+
+
+def _called(work: Work[T], fault: BaseException | None) -> T:
+    answer: Any = None
+    try:
+        call = next(work) if fault is None else work.throw(fault)
+        while True:
+            answer = call()
+            if answer.__class__ is CoroutineType:
+                _refuse(answer)
+            call = work.send(answer)
+    except StopIteration as over:
+        if getgeneratorstate(work) != GEN_CLOSED:
+            raise
+        return over.value  # type: ignore[no-any-return]
+    finally:
         answer = fault = None
 
 
@@ -45,23 +58,35 @@ def _refuse(coroutine: Any) -> NoReturn:
 
 async def async_drive(work: Work[T]) -> T:
     """As `drive`, awaiting what can be awaited."""
-    answer: Any = None
     fault: BaseException | None = None
     try:
         while True:
-            call = work.send(answer) if fault is None else work.throw(fault)
-            answer = fault = None
             try:
-                answer = call()
-                if isawaitable(answer):
-                    answer = await answer
+                return await _awaited(work, fault)
             except GeneratorExit:
                 # The coroutine is being closed: it may await nothing any more.
                 work.close()
                 raise
-            except BaseException as error:  # noqa: BLE001 - as in `drive`
+            except BaseException as error:
+                if getgeneratorstate(work) == GEN_CLOSED:
+                    raise
                 fault = error
+    finally:
+        fault = None
+
+
+async def _awaited(work: Work[T], fault: BaseException | None) -> T:
+    answer: Any = None
+    try:
+        call = next(work) if fault is None else work.throw(fault)
+        while True:
+            answer = call()
+            if isawaitable(answer):
+                answer = await answer
+            call = work.send(answer)
     except StopIteration as over:
+        if getgeneratorstate(work) != GEN_CLOSED:
+            raise
         return over.value  # type: ignore[no-any-return]
     finally:
         answer = fault = None

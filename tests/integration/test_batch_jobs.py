@@ -165,6 +165,25 @@ def test_an_interruption_that_comes_with_the_commit_leaves_counts_and_position_i
     store.engine.dispose()
 
 
+def test_an_interruption_in_a_statement_leaves_no_lock_that_the_release_would_wait_for(tmp_path):
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/work.db", busy_timeout=0.2)
+    metadata.create_all(engine)
+    jobs = SqlJobStore(engine)
+
+    def interrupt(*given):
+        if given[2].startswith("INSERT INTO work"):
+            raise Interrupted
+
+    event.listen(engine, "after_cursor_execute", interrupt)
+    with pytest.raises(Interrupted):
+        step(jobs, engine, transaction=engine.begin).run()
+    assert (only(engine).status, rows(engine)) == ("stopped", [])
+    event.remove(engine, "after_cursor_execute", interrupt)
+    step(jobs, engine, transaction=engine.begin).run()
+    assert rows(engine) == [*range(10)]
+    engine.dispose()
+
+
 def test_counts_go_no_further_than_the_position_when_that_cannot_be_stored(engine, tmp_path):
     class Full(SqlJobStore):
         booked = 0
