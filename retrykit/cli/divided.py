@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -28,6 +29,8 @@ from retrykit.cli.screen import say_json
 from retrykit.cli.steps import made_by
 from retrykit.cli.words import safe
 from retrykit.clock import SYSTEM_CLOCK
+
+_log = logging.getLogger("retrykit.batch")
 
 POLL: Final = 1.0
 
@@ -134,7 +137,9 @@ def _others(asked: Options, since: float, gathered: Gathered) -> Iterator[None]:
             ends.callback(started[-1].end)
         yield
         for other in started:
-            other.process.wait()
+            status = other.process.wait()
+            if status < 0:
+                _log.warning("process %d has died of signal %d: others run what it ran", other.process.pid, -status)
 
 
 class _Other:
