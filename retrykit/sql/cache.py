@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar, overload
+from weakref import WeakSet
 
 from sqlalchemy import URL, Connection, Engine, Transaction
 
@@ -21,7 +23,7 @@ from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.resilience import resilience
 from retrykit.sql.rows import CHUNK, PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
-from retrykit.sql.transaction import joinable
+from retrykit.sql.transaction import commits_at_once, joinable
 from retrykit.sql.urls import database_url, is_async, shown_url
 from retrykit.tombstone import WEEK, checked_tombstones
 
@@ -32,6 +34,14 @@ T = TypeVar("T")
 Kind = Literal["reading", "single", "several"]
 
 PATIENCE: Final = 5.0
+
+logger = logging.getLogger("retrykit.sql")
+
+_SEVERAL: Final = (
+    "the work of a Session on several connections, one of them of engine %s, is not joined, so its effects happen at "
+    "least once: it commits one connection after the other, and what commits here could stay where the work is lost. "
+    "Give the work a Session of its own for this database, or make it twophase=True"
+)
 
 
 class _Verbs(ABC):
@@ -200,6 +210,7 @@ class SqlRetryContextCache(_Verbs):
         evicts = self._rows.on_full == "evict_oldest"
         self._resilience = resilience(self._database, self._patience, evicts=evicts, in_loop=self._in_loop)
         self._place: Place | None = None
+        self._told: WeakSet[Engine] = WeakSet()
         self._start()
 
     def _connect(self) -> Connections:
@@ -281,12 +292,27 @@ class SqlRetryContextCache(_Verbs):
         Connection; of an AsyncSession or AsyncConnection the sync one beneath is taken, and the verbs belong inside
         its `run_sync`. It is begun if it was not. A version that a joined `save` returned holds only once that
         transaction has committed.
+
+        None, too, for a Session that works on several connections: it commits one after the other, so what is saved
+        here could stay where the work is lost. A warning says so, once for the engine (`twophase=True` makes it one
+        commit, and is joined). A Session that comes to a second connection only later is refused by `save` and
+        `remove`, with a `ContextCacheError`.
         """
         try:
             connection = joinable(transaction, sync_engine_of(self._engine), self._open())
         except STORE_FAULTS as error:
             raise worded(error, "join", "", self._url) from error
-        return None if connection is None else JoinedContextCache(self._rows_within, connection)
+        if connection is None:
+            return None
+        if not commits_at_once(transaction):
+            self._tell_of_several(connection)
+            return None
+        return JoinedContextCache(self._rows_within, connection, transaction)
+
+    def _tell_of_several(self, connection: Connection) -> None:
+        if connection.engine not in self._told:
+            self._told.add(connection.engine)
+            logger.warning(_SEVERAL, shown_url(connection.engine.url))
 
     def _perform(self, kind: Kind, work: Callable[[Connection, bool], T]) -> T:
         opener = getattr(self._connections, kind)
@@ -324,10 +350,11 @@ class SqlRetryContextCache(_Verbs):
 class JoinedContextCache(_Verbs):
     """The verbs of a `SqlRetryContextCache` inside somebody's open transaction: nothing here begins or commits."""
 
-    def __init__(self, rows: ContextRows, connection: Connection) -> None:
+    def __init__(self, rows: ContextRows, connection: Connection, handle: object) -> None:
         self._rows = rows
         self._url = connection.engine.url
         self._connection = connection
+        self._handle = handle
         self._transaction: Transaction | None = connection.get_transaction()
 
     def __repr__(self) -> str:
@@ -337,6 +364,11 @@ class JoinedContextCache(_Verbs):
         # A Connection whose transaction is over would begin another one, that nobody commits.
         if self._transaction is None or not self._transaction.is_active:
             raise ContextCacheError("the transaction that was joined is over")
+        if kind != "reading" and not commits_at_once(self._handle):
+            raise ContextCacheError(
+                "the Session that was joined works on several connections by now, and commits one after the other: "
+                "what is saved here could stay where the work is lost"
+            )
         # It is lost with its connection: nothing is tried again.
         return work(self._connection, False)
 

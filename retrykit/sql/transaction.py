@@ -7,7 +7,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, Transaction
 from sqlalchemy.exc import UnboundExecutionError
-from sqlalchemy.orm import Session, SessionTransaction, scoped_session
+from sqlalchemy.orm import Session, SessionTransaction, object_mapper, scoped_session
 from sqlalchemy.util.concurrency import in_greenlet
 
 from retrykit.errors import ContextCacheError
@@ -88,7 +88,10 @@ def connection_in(transaction: Any) -> Connection:
 
 
 def commits_at_once(transaction: object) -> bool:
-    """Whether the commit is one: not if a Session has begun on several connections, and commits them in turn."""
+    """Whether the commit is one: not if a Session has begun on several connections, and commits them in turn.
+
+    Nor if it is going to, because what it has not flushed yet belongs on another.
+    """
     handle = unwrapped(transaction)
     if not isinstance(handle, Session) or handle.twophase:
         return True
@@ -96,9 +99,28 @@ def commits_at_once(transaction: object) -> bool:
     if root is None:
         return True
     if hasattr(root, "connections"):
-        return len(root.connections) == 1
-    # Before SQLAlchemy 2.1.7.
-    return len({connection for connection, *_ in root._connections.values()}) == 1  # noqa: SLF001 - it has no other name
+        begun = set(root.connections)
+    else:
+        # Before SQLAlchemy 2.1.7.
+        begun = {connection for connection, *_ in root._connections.values()}  # noqa: SLF001 - it has no other name
+    return len(begun) == 1 and _flushes_to(handle) <= {connection.engine for connection in begun}
+
+
+def _flushes_to(session: Session) -> set[Engine | None]:
+    """The engines that what is not flushed yet belongs on; None among them if nobody knows for some of it."""
+    plain = type(session).get_bind is Session.get_bind
+    if plain and not getattr(session, "_Session__binds", True):
+        # It has one bind for everything, so it need not be looked through.
+        return set()
+    mappers = {object_mapper(item) for items in (session.new, session.dirty, session.deleted) for item in items}
+    return {_engine_for(session, mapper) for mapper in mappers}
+
+
+def _engine_for(session: Session, mapper: Any) -> Engine | None:
+    try:
+        return session.get_bind(mapper).engine
+    except UnboundExecutionError:
+        return None
 
 
 def keeps_a_snapshot(connection: Connection) -> bool:
@@ -125,7 +147,10 @@ def _check_committable(connection: Connection) -> None:
 
 
 def joinable(transaction: object, engine: Engine, place: Place) -> Connection | None:
-    """The connection of `transaction`, if it is open on the database of `engine`, which is `place`; else None."""
+    """The connection of `transaction`, if it is open on the database of `engine`, which is `place`; else None.
+
+    Whether it commits there alone is another question, and changes while it is open: `commits_at_once`.
+    """
     handle = unwrapped(transaction)
     theirs = None if handle is None else engine_beneath(handle)
     if handle is None or theirs is None or database_of(theirs) is not database_of(engine):
