@@ -276,7 +276,8 @@ def test_sigterm_stops_an_asynchronous_job_at_an_await(folder, divided):
 def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_others(folder):
     picture = ("--plot", "run.svg", "--json")
     out, err = run(folder, "shop:make_part", "--partitions", "6", "--workers", "3", "--param", "day=1", *picture)
-    assert "has died of signal 9: others run what it ran" in err
+    # Not the one that was started by hand, if it comes to that item first.
+    assert ("has died of signal 9: others run what it ran" in err) == (folder / "killed").exists()
     assert written(folder) == list(range(100))
     found = json.loads(out)
     assert [row["status"] for row in found["partitions"]] == ["finished"] * 6
