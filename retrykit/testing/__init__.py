@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from retrykit.testing.blocking import BlockingContextCache
 from retrykit.testing.cache_contract import ContextCacheContract
 from retrykit.testing.stomp_server import QueuedMessage, StompServer, StompServerProcess
+from retrykit.testing.tombstone_contract import TombstoneContract
 
 if TYPE_CHECKING:
     from retrykit.testing.broker_contract import BrokerContract
@@ -21,6 +22,7 @@ __all__ = [
     "QueuedMessage",
     "StompServer",
     "StompServerProcess",
+    "TombstoneContract",
 ]
 
 

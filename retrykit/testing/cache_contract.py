@@ -10,12 +10,11 @@ from typing import Any
 
 from retrykit.cache import RetryContextCache
 from retrykit.errors import CacheCapacityError
-from retrykit.testing.tombstone_contract import TombstoneContract
 
 DEADLINE = 120.0
 
 
-class ContextCacheContract(TombstoneContract):
+class ContextCacheContract:
     """What a context cache promises, as a pytest class: subclass it as `Test…` and give it `make_cache`.
 
     ```python
@@ -27,8 +26,7 @@ class ContextCacheContract(TombstoneContract):
     `make_cache(directory, **options)` returns a new, empty cache. `directory` is an empty one of the test's own.
     `options` are `capacity` (how many histories) and `on_full` ("reject" or "evict_oldest"), or none. It is called
     once a test; what must be closed is yours to close, in a fixture of the subclass. The threads of one test share
-    that one cache. One that leaves tombstones (`retrykit.tombstone`) says `leaves_tombstones = True` in its class: then
-    there are more tests, and more options (`time_to_live`, `tombstones`, `tombstone_time_to_live`).
+    that one cache. For one that leaves tombstones there is more in `TombstoneContract`.
     """
 
     threads = 8
@@ -334,12 +332,6 @@ class ContextCacheContract(TombstoneContract):
         _together(self.threads, lambda n: _count_up(cache, f"a/{n}", self.rounds))
         counts = {key: stored.snapshot["retry_count"] for key, stored in cache.items()}
         assert counts == {f"a/{n}": self.rounds for n in range(self.threads)}
-
-    def test_threads_that_evict_each_other_s_histories_lose_no_count(self, tmp_path: Path) -> None:
-        cache = self._evicting(tmp_path)
-        _together(4, lambda n: _count_up(cache, f"a/{n}", self.rounds))
-        stored = [cache.load(f"a/{n}") for n in range(4)]
-        assert [one.snapshot["retry_count"] for one in stored if one is not None] == [self.rounds] * 4
 
     def test_key_that_is_being_updated_can_always_be_loaded(self, tmp_path: Path) -> None:
         cache = self.make_cache(tmp_path)

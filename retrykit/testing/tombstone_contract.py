@@ -1,4 +1,4 @@
-"""What a context cache promises that leaves tombstones: the part of `ContextCacheContract` that is a capability."""
+"""`TombstoneContract`: the suite that a `RetryContextCache` must pass besides that leaves tombstones."""
 
 from __future__ import annotations
 
@@ -8,30 +8,19 @@ from typing import Any
 
 from retrykit.cache import RetryContextCache, StoredContext
 from retrykit.errors import CacheCapacityError
+from retrykit.testing.cache_contract import ContextCacheContract, _count_up, _together
 from retrykit.tombstone import entombed
 
 
-class TombstoneContract:
-    """The suite for caches whose class of tests says `leaves_tombstones = True`; skipped for others.
+class TombstoneContract(ContextCacheContract):
+    """`ContextCacheContract`, and what a cache promises that leaves a tombstone of each history that a bound drops.
 
-    `make_cache` is given more options then: `time_to_live`, `tombstones` (how many at most, 0: none) and
-    `tombstone_time_to_live`, both times in seconds.
+    `make_cache` is given more options: `time_to_live`, `tombstones` (how many at most, 0: none) and
+    `tombstone_time_to_live`, both times in seconds. What a tombstone says is `retrykit.tombstone.entombed`.
     """
-
-    leaves_tombstones = False
-    """Whether the cache leaves a tombstone in place of each history that a bound makes it drop."""
-
-    def make_cache(self, directory: Path, **options: Any) -> RetryContextCache:
-        """A new, empty cache: to be given by the subclass."""
-        raise NotImplementedError
 
     def _evicting(self, directory: Path, **options: Any) -> RetryContextCache:
         """A cache with room for two histories."""
-        if not self.leaves_tombstones:
-            # As in the rest of the contract.
-            import pytest
-
-            pytest.skip("this cache leaves no tombstones")
         return self.make_cache(directory, **{"capacity": 2, "on_full": "evict_oldest", "tombstones": 10} | options)
 
     def test_history_that_is_evicted_leaves_a_tombstone(self, tmp_path: Path) -> None:
@@ -140,6 +129,12 @@ class TombstoneContract:
         assert found(cache, "a/1").snapshot["retry_count"] == 3
         assert cache.remove("a/2")
         saved(cache, "a/1", {"retry_count": 4, "last_failed_at": 4e9 + 11.0}, found(cache, "a/1").version)
+
+    def test_threads_that_evict_each_other_s_histories_lose_no_count(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path)
+        _together(4, lambda n: _count_up(cache, f"a/{n}", self.rounds))
+        counts = [found(cache, f"a/{n}").snapshot["retry_count"] for n in range(4)]
+        assert counts == [self.rounds] * 4
 
 
 def saved(cache: RetryContextCache, key: str, snapshot: dict[str, Any], expected: int | None = None) -> int:

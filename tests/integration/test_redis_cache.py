@@ -6,12 +6,11 @@ import pytest
 import redis.asyncio
 
 from retrykit.redis import AsyncRedisRetryContextCache, RedisRetryContextCache
-from retrykit.testing import BlockingContextCache, ContextCacheContract
+from retrykit.testing import BlockingContextCache, TombstoneContract
 
 
-class RedisContract(ContextCacheContract):
+class RedisContract(TombstoneContract):
     __test__ = False
-    leaves_tombstones = True
 
     @pytest.fixture(autouse=True)
     def database(self, redis_server):

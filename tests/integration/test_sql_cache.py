@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import StaticPool
 
 from retrykit.sql import AsyncSqlRetryContextCache, SqlRetryContextCache
-from retrykit.testing import BlockingContextCache, ContextCacheContract
+from retrykit.testing import BlockingContextCache, ContextCacheContract, TombstoneContract
 from tests.servers.databases import empty_database
 
 
@@ -43,9 +43,7 @@ class Contract(ContextCacheContract):
         return blocking
 
 
-class TestSqliteFile(Contract):
-    leaves_tombstones = True
-
+class TestSqliteFile(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.cache(f"sqlite:///{directory}/histories.db", **options)
 
@@ -66,16 +64,12 @@ class TestSqliteFileOfAnEngineAsUsersMakeThem(Contract):
         return self.on_engine(f"sqlite:///{directory}/histories.db", options, connect_args={"timeout": 60})
 
 
-class TestPostgresql(Contract):
-    leaves_tombstones = True
-
+class TestPostgresql(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.cache(self.url("postgresql"), **options)
 
 
-class TestMariadb(Contract):
-    leaves_tombstones = True
-
+class TestMariadb(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.cache(self.url("mariadb"), **options)
 
@@ -106,9 +100,7 @@ class TestAiosqlite(Contract):
         return self.async_cache(f"sqlite+aiosqlite:///{directory}/histories.db", **options)
 
 
-class TestAiosqliteMemory(Contract):
-    leaves_tombstones = True
-
+class TestAiosqliteMemory(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.async_cache("sqlite+aiosqlite://", **options)
 
@@ -118,9 +110,7 @@ class TestAiosqliteMemoryOfAnEngineWithOneSharedConnection(Contract):
         return self.async_cache(create_async_engine("sqlite+aiosqlite://"), **options)
 
 
-class TestAsyncpg(Contract):
-    leaves_tombstones = True
-
+class TestAsyncpg(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.async_cache(self.url("postgresql", "asyncpg"), **options)
 
@@ -135,9 +125,7 @@ class TestAsyncpgOfAnEngineOfTheUsers(Contract):
         return self.async_cache(create_async_engine(self.url("postgresql", "asyncpg")), **options)
 
 
-class TestAiomysql(Contract):
-    leaves_tombstones = True
-
+class TestAiomysql(TombstoneContract, Contract):
     def make_cache(self, directory, **options):
         return self.async_cache(self.url("mariadb", "aiomysql"), **options)
 

@@ -1,10 +1,10 @@
 from __future__ import annotations
 
 from retrykit.cache import MapRetryContextCache
-from retrykit.testing import ContextCacheContract
+from retrykit.testing import TombstoneContract
 
 
-class TestMapRetryContextCache(ContextCacheContract):
+class TestMapRetryContextCache(TombstoneContract):
     leaves_tombstones = True
     threads = 4
     rounds = 100

@@ -19,7 +19,7 @@ from retrykit import (
 )
 from retrykit.cache import StoredContext
 from retrykit.clock import StoreClock
-from retrykit.testing import ContextCacheContract
+from retrykit.testing import TombstoneContract
 from tests.doubles import Fails, pickled
 
 KEY = "retry/m-1"
@@ -58,9 +58,7 @@ class AsyncStore:
         return self.real.remove(key, expected)
 
 
-class TestFrontOfAMap(ContextCacheContract):
-    leaves_tombstones = True
-
+class TestFrontOfAMap(TombstoneContract):
     def make_cache(self, directory, **options):
         return FrontContextCache(MapRetryContextCache(**options))
 
