@@ -27,6 +27,19 @@ that is no item's fault is repeated there too, as the policy says. A single item
 gives it, and a history of its own if it has a key. Then its recovery, in a transaction of its own, records it. Nobody
 is condemned but by his own failure.
 
+*Vetoes from outside* are asked for once a chunk, before its first transaction and beside it (`retrykit.batch.vetoes`).
+What somebody has forbidden is skipped as if it had been condemned before it was read. One that is tried alone is looked
+up anew by the template: then a veto ends the call without an attempt, and the chunk is asked again whose it was. What a
+processor vetoes is its own item: another one that fails beside it is not judged by an attempt that this has made the
+last, but searched for.
+
+*The end of a chunk.* A recovery may close it (`none_closes_chunk`): its transaction ends with that item, and the items
+behind it are settled as a chunk of their own.
+
+*Recovered once.* A source without positions, which is told what is settled, may not hear it, and gives items again. For
+those that are tried alone a completion mark of the template answers; so there each culprit is, named or not, and what a
+mark answers for is settled like an item that was filtered out.
+
 *Too many.* Limits are counted in the order of the items. When one is found that cannot be skipped any more, the items
 before it are settled first, and then the step stops: a restart begins with it.
 

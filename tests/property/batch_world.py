@@ -35,6 +35,7 @@ BAD = {
     "named": "test.Named",
     "check": "sqlalchemy.exc.IntegrityError",
     "commit": "sqlalchemy.exc.IntegrityError",
+    "vetoed": "nothing: somebody has forbidden it",
 }
 
 
@@ -89,16 +90,20 @@ class Cord:
 
 class World:
     """`fates`: of each item. `hiccups`: the numbers of transactions that fail for no item's fault when they write;
-    `doubts`: of those that commit and say that they have not. `in_place`: culprits are found between savepoints.
+    `doubts`: of those that commit and say that they have not. `skipping`: "in place" finds culprits between savepoints,
+    "closing" has the recovery of every other one close its chunk.
     """
 
-    def __init__(self, engine, fates, *, chunk_size, max_attempts=2, hiccups=(), doubts=(), in_place=False):
+    def __init__(self, engine, fates, *, chunk_size, max_attempts=2, hiccups=(), doubts=(), skipping="between"):
         self.engine = engine
         self.fates = fates
         self.cord = Cord(engine)
         self.hiccups, self.doubts = set(hiccups), set(doubts)
         self.session = sessionmaker(engine)
         self.jobs = SqlJobStore(engine)
+        template = RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(max_attempts))
+        for item in self.expected("vetoed"):
+            template.veto(item, "forbidden")
         self.step = ChunkStep(
             name="load",
             reader=range(len(fates)),
@@ -106,9 +111,12 @@ class World:
             writer=self.write,
             transaction=self.transaction,
             chunk_size=chunk_size,
-            template=RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(max_attempts)),
+            template=template,
+            key=(lambda item: item) if "vetoed" in fates else None,
             skip=SkipPolicy(skip_for=(ValueError, IntegrityError), limit=None),
-            no_rollback_for=(ValueError, IntegrityError) if in_place else (),
+            no_rollback_for=(ValueError, IntegrityError) if skipping == "in place" else (),
+            on_skip=lambda _, skipped: skipped.number % 2 or None,
+            none_closes_chunk=skipping == "closing",
             jobs=self.jobs,
         )
 
@@ -162,7 +170,7 @@ class World:
             return Counter(connection.scalars(sa.select(row.c.item)))
 
     def skipped(self):
-        return {int(one.headers["retrykit-item"]) - 1: one.errors[-1]["type"] for one in parked_items(self.engine)}
+        return {int(one.headers["retrykit-item"]) - 1: _cause(one) for one in parked_items(self.engine)}
 
     def parked(self):
         return len(list(parked_items(self.engine)))
@@ -186,6 +194,10 @@ class World:
         assert counts["written"] == len(good)
         assert counts["filtered"] == len(self.expected("filtered"))
         assert sum(counts["skipped"].values()) == len(bad)
+
+
+def _cause(parked):
+    return parked.errors[-1]["type"] if parked.errors else BAD["vetoed"]
 
 
 def make_tables(engine):

@@ -20,6 +20,7 @@ __all__ = ["postgresql"]
 
 SERIAL = itertools.count()
 fates = st.lists(st.sampled_from(("good",) * 6 + FATES), min_size=1, max_size=40)
+skipping = st.sampled_from(("between", "in place", "closing"))
 numbers = st.sets(st.integers(1, 30), max_size=4)
 
 
@@ -39,7 +40,12 @@ def folder(tmp_path_factory):
 
 
 @settings(max_examples=40)
-@given(fates=fates, chunk_size=st.integers(1, 25), max_attempts=st.integers(1, 3), in_place=st.booleans())
+@given(
+    fates=st.lists(st.sampled_from(("good",) * 6 + FATES + ("vetoed",)), min_size=1, max_size=40),
+    chunk_size=st.integers(1, 25),
+    max_attempts=st.integers(1, 3),
+    skipping=skipping,
+)
 def test_good_items_are_written_once_and_bad_ones_recorded_with_their_own_error(folder, fates, chunk_size, **options):
     with fresh_sqlite(folder) as engine:
         world = World(engine, fates, chunk_size=chunk_size, **options)
@@ -54,7 +60,7 @@ troubles = st.fixed_dictionaries(
         "pulls": st.lists(st.integers(0, 80), max_size=6),
         "hiccups": numbers,
         "doubts": numbers,
-        "in_place": st.booleans(),
+        "skipping": skipping,
     },
 )
 
@@ -69,7 +75,7 @@ def run_to_the_end(world, pulls):
 @example(
     fates=["good", "writer", "good", "writer", "processor"],
     chunk_size=2,
-    troubles={"pulls": [], "hiccups": {2}, "doubts": {17, 18}, "in_place": False},
+    troubles={"pulls": [], "hiccups": {2}, "doubts": {17, 18}, "skipping": "between"},
 )
 def test_the_same_after_crashes_at_any_statement_and_commits_that_were_not_confirmed(
     folder, fates, chunk_size, troubles
@@ -136,7 +142,7 @@ def test_a_named_culprit_costs_one_transaction(folder, size, culprits):
 def test_what_is_found_between_savepoints_costs_no_transaction(folder, size, culprits):
     fates = [culprits.get(item, "good") for item in range(size)]
     with fresh_sqlite(folder) as engine:
-        world = World(engine, fates, chunk_size=size, in_place=True)
+        world = World(engine, fates, chunk_size=size, skipping="in place")
         assert world.run()
         world.check()
         assert world.cord.transactions == 1
