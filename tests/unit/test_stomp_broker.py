@@ -218,6 +218,27 @@ def test_an_acknowledgement_in_a_transaction_is_one_write(monkeypatch):
         assert server.depth("/queue/a") == 0
 
 
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_a_copy_is_confirmed_before_what_it_replaces_is_acknowledged(monkeypatch, profile):
+    with StompServer(profile=profile) as server:
+        server.publish("/queue/a", b"x", {"amqp-message-id": "m"})
+        with closing(StompBroker(server.url, destination="/queue/a").connect()) as session:
+            message = session.receive(10)
+            wire, due = session._wire, []
+            send = wire._connection.transport.send
+
+            def write(data):
+                due.append((data.partition(b"\n")[0], set(wire._awaited.values())))
+                send(data)
+
+            monkeypatch.setattr(wire._connection.transport, "send", write)
+            session.put_off(message, 60.0)
+    copied, acknowledged = due[0], due[1:]
+    assert copied[0] == b"SEND"
+    assert acknowledged
+    assert all(copied[1].isdisjoint(receipts) for _, receipts in acknowledged)
+
+
 def test_without_stomp_py_the_error_says_what_to_install():
     code = "import sys; sys.modules['stomp'] = None\nimport retrykit.messaging.stomp"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
