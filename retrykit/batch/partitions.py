@@ -98,7 +98,7 @@ def _run_in_a_loop(work: Work[Division]) -> Division:
 
 
 async def async_run_partitions(
-    make: Make,
+    make: Callable[[int, int], AsyncChunkStep],
     parts: int,
     parameters: Mapping[str, Any] | None = None,
     *,

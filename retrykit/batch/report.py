@@ -160,7 +160,8 @@ class Report:
     def _rows(self) -> Iterator[tuple[str, str]]:
         counts = self.counts
         yield "job", self.name + (f" {_shown(self.parameters)}" if self.parameters else "")
-        yield "status", self.status + (f": {self.reason}" if self.reason else "")
+        # Of a database's own words the other lines have the statement, and rows.
+        yield "status", self.status + (f": {self.reason.strip().splitlines()[0]}" if self.reason.strip() else "")
         for name in ("read", "written", "filtered"):
             yield name, f"{getattr(counts, name):,}"
         yield "skipped", f"{counts.all_skipped:,}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any, assert_never, assert_type
 
 from retrykit import (
@@ -50,7 +50,17 @@ from retrykit import (
     retryable,
     veto,
 )
-from retrykit.batch import AsyncChunkStep, ChunkStep, CsvReader, Report, SkipPolicy, stop
+from retrykit.batch import (
+    AsyncChunkStep,
+    ChunkStep,
+    CsvReader,
+    Division,
+    Report,
+    SkipPolicy,
+    async_run_partitions,
+    run_partitions,
+    stop,
+)
 from retrykit.cache import StoredContext
 
 # -- functions
@@ -549,6 +559,21 @@ SkipPolicy(skip_for="ValueError")  # type: ignore[arg-type]
 async def run_later() -> None:
     later = AsyncChunkStep(name="load", reader=range(3), writer=write_later)
     assert_type(await later.run(), Report)
+    assert_type(await async_run_partitions(part_later, 8, again=True), Division)
+    await async_run_partitions(part_of, 8)  # type: ignore[arg-type]
+
+
+def part_of(part: int, parts: int) -> ChunkStep:
+    return load
+
+
+def part_later(part: int, parts: int) -> AsyncChunkStep:
+    return AsyncChunkStep(name="load", reader=range(part, 100, parts), writer=write_later)
+
+
+assert_type(run_partitions(part_of, 8, {"day": 1}, again=datetime(2026, 11, 22, tzinfo=UTC)), Division)
+run_partitions(part_later, 8)
+run_partitions(load, 8)  # type: ignore[arg-type]
 
 
 def never() -> None:

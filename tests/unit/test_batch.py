@@ -557,6 +557,9 @@ def test_the_report_says_the_same_to_people_and_programs(table):
     assert shown[0] == "job        load file='a.csv'"
     assert "           1 ValueError" in shown
     assert set(facts["counts"]["seconds"]) >= {"read", "process", "write", "transaction"}
+    failed = attrs.evolve(report, status="failed", reason="IntegrityError: no\n[SQL: INSERT …]")
+    assert failed.table().splitlines()[1:3] == ["status     failed: IntegrityError: no", "read       5"]
+    assert failed.to_json()["reason"] == failed.reason
 
 
 def test_only_so_many_skipped_items_are_kept_and_all_are_counted(table):
