@@ -18,6 +18,7 @@ from retrykit.cli.logs import log_options, set_up
 from retrykit.cli.processes import GIVEN_UP, UNUSABLE, ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
+from retrykit.errors import RetryError
 from retrykit.messaging.lifetime import run
 from retrykit.messaging.readiness import Health
 from retrykit.messaging.worker import MISCONFIGURED
@@ -160,7 +161,7 @@ def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
         with _told():
             return load(asked.target, concurrency=asked.concurrency)
     except LoadingError as error:
-        _log.critical("%s", error, exc_info=error.__cause__)
+        _log.critical("%s", error, exc_info=None if isinstance(error.__cause__, RetryError) else error.__cause__)
         sys.exit(1)
 
 

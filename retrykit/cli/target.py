@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Final
 
+from retrykit.errors import RetryError
 from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer
 
 KINDS: Final = (ListenerContainer, ContainerGroup, Consumers)
@@ -68,8 +69,9 @@ def _loaded(what: str, load: Callable[[], Any]) -> Any:
         hint = ": leave out the .py" if str(error.name).endswith(".py") else ""
         raise TargetError(f"there is no {what}{hint}") from None
     except Exception as error:
-        # Its own traceback says where; whatever it is, nothing was started.
-        raise LoadingError(f"{what} could not be loaded: {error!r}") from error
+        # Its own traceback says where; whatever it is, nothing was started. What we say ourselves is a sentence.
+        told = error if isinstance(error, RetryError) else repr(error)
+        raise LoadingError(f"{what} could not be loaded: {told}") from error
 
 
 def _attribute(module: ModuleType, name: str) -> Any:

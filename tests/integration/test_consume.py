@@ -351,6 +351,15 @@ def test_an_error_of_the_application_is_logged(tmp_path, service):
     assert "no configuration" in line["traceback"]
 
 
+def test_what_this_library_says_of_a_store_is_logged_in_a_sentence(tmp_path, service):
+    (tmp_path / "late.py").write_text("import shop\nshop.SqlRetryContextCache('sqlite:///no/such/folder.db')\n")
+    running = service(target="late:consumers")
+    assert running.wait() == 1
+    (line,) = running.logged("module 'late' could not be loaded: ")
+    assert "unable to open" in line["message"]
+    assert "traceback" not in line
+
+
 def test_a_port_that_is_taken_is_told_before_anything_starts(server, service):
     running = service("--health", str(server.port), "--processes", "2")
     assert running.wait() == 1
