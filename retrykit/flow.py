@@ -25,7 +25,8 @@ are applied to them, so the count is exact under any interleaving.
 *A recovery is reserved too*, so that it happens once. If an exhausted history has vanished when it is to be recovered,
 and the store neither evicts nor leaves marks of what was settled, somebody else has brought the item to its end in the
 meantime, and the delivery is answered as a duplicate. (Where it may have been evicted it is recovered, and a history
-that vanishes *before an attempt* lets the attempt be made: to run twice is better than to lose.)
+that vanishes *before an attempt* lets the attempt be made: to run twice is better than to lose. Eviction leaves a
+tombstone, from which everything here goes on as from any history; but those are bounded too.)
 
 *Pauses are spent before any transaction is begun*, and before the reservation: a process that dies waiting has made no
 attempt.
@@ -357,7 +358,8 @@ def _claim(call: Call) -> Flow:
 def _may_be_evicted(call: Call) -> bool:
     """Whether a history that vanished need not have been settled.
 
-    A settled one would have left a mark, or is never evicted.
+    A settled one would have left a mark, or is never evicted. (An evicted one has left a tombstone, and then has not
+    vanished; unless there were too many, or it was too old.)
     """
     return call.plan.remember is not None or call.plan.evicts
 
