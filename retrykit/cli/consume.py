@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import attrs
 import click
+from click.core import ParameterSource
 
 from retrykit.cli.channel import Answers
 from retrykit.cli.logs import log_options, set_up
@@ -26,7 +27,7 @@ from retrykit.messaging.worker import MISCONFIGURED
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from retrykit.messaging import ContainerGroup, ListenerContainer
+    from retrykit.messaging import ContainerGroup, Counters, ListenerContainer
     from retrykit.messaging.readiness import Observed
 
 MAX_PROCESSES: Final = 256
@@ -100,6 +101,9 @@ def consume(**options: Any) -> None:
     can consume.
     """
     asked = Options(**options)
+    context = click.get_current_context()
+    if asked.health is None and context.get_parameter_source("health_host") == ParameterSource.COMMANDLINE:
+        raise click.UsageError("--health-host needs a --health PORT.")
     set_up(asked.log_level.lower(), asked.log_format)
     sys.exit(_alone(asked) if asked.processes is None else _in_processes(asked, asked.processes))
 
@@ -123,6 +127,7 @@ def _alone(asked: Options) -> int:
                 raise
             # The container has logged what made it give up.
             return GIVEN_UP if supervised and isinstance(consumer.error, MISCONFIGURED) else 1
+        _log.info("ended%s: %s", "" if finished else " at once", _counted(consumer.counters))
     return _FINISHED[finished]
 
 
@@ -187,6 +192,12 @@ def _health(observed: Observed, asked: Options) -> AbstractContextManager[object
     return closing(server)
 
 
+def _counted(counters: Counters) -> str:
+    """What there was of each kind, as far as there was any."""
+    found = [f"{name} {number}" for name, number in attrs.asdict(counters).items() if number]
+    return ", ".join(found) or "nothing was received"
+
+
 def _containers(consumer: ListenerContainer | ContainerGroup) -> Any:
     return getattr(consumer, "containers", (consumer,))
 
@@ -204,6 +215,10 @@ def _announce(consumer: ListenerContainer | ContainerGroup, *, shared: bool) -> 
     """Say who consumes what; a warning for what other processes should share, and cannot."""
     for one in consumer.health().consumers:
         _log.info("%s consumes %s with %d worker%s", one.name, one.destination, one.workers, "s"[: one.workers != 1])
+    for one in _containers(consumer):
+        if one.recover is None:
+            words = "%s has no recover=: a message that may not be tried again stays, and holds up one worker"
+            _log.warning(words, one.template.name)
     for one in _containers(consumer) if shared else ():
         if not getattr(one.template.context_cache, "shared", True):
             name = one.template.name

@@ -56,9 +56,6 @@ _MINIMUM_STEP: Final = 100
 _STEPS: Final = (100, 125, 160, 200, 250, 315, 400, 500, 630, 800)
 _GRACE_MS: Final = 2 * 86_400_000
 
-# The last instant that has a date.
-_LAST: Final = datetime.max.replace(tzinfo=UTC).timestamp() - 1
-
 _log = logging.getLogger("retrykit.messaging")
 
 
@@ -368,12 +365,11 @@ _WHERE: Final[Mapping[Where, str]] = {
 }
 
 
-def waits(where: Where, delay: float) -> str:
+def waits(where: Where, due: datetime | None) -> str:
     """Where a message waits, and until when, in words."""
-    if not delay:
-        return "it goes back for another at once"
-    due = datetime.fromtimestamp(min(time.time() + delay, _LAST), UTC).isoformat(timespec="milliseconds")
-    return _WHERE[where].format(due=due.replace("+00:00", "Z"))
+    if due is None:
+        return "it goes back, and comes again at once"
+    return _WHERE[where].format(due=due.isoformat(timespec="milliseconds").replace("+00:00", "Z"))
 
 
 def _lack(session: Session, way: Way) -> str:

@@ -352,8 +352,9 @@ class Delivery:
         where = self.work.delays.give_back(self.session, self.message, delay, self.work.tally)
         if counts:
             why = "" if decision is None else decision.reason
+            then = waits(where, None if self.context is None else self.context.not_before)
             text, facts = "message %r: an attempt has failed: %r (%s); %s", self.facts(error)
-            _log.info(text, self.message.key, error, why, waits(where, delay), extra=facts)
+            _log.info(text, self.message.key, error, why, then, extra=facts)
 
     def facts(self, error: BaseException | None = None) -> dict[str, Any]:
         """What a log record of this delivery carries besides its text, for logs that are read by programs."""
@@ -377,7 +378,8 @@ class Delivery:
             return
         pause = work.patience.withhold(work.template.name, key, at_least)
         fault = None if self.context is None else self.context.fault
-        why = f"{error} ({error.__cause__!r})"
+        unsaid = "" if work.recover is not None else "; there is no recover= to say what becomes of it"
+        why = f"{error}{unsaid} ({error.__cause__!r})"
         if fault is not None:
             why = f"its failed attempt could not be stored, so none is counted: {fault!r} ({error!r})"
         _log.error("message %r is withheld for %g s: %s", key, round(pause, 3), why, extra=self.facts(error))

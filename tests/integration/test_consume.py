@@ -219,6 +219,8 @@ def test_health_and_the_log_tell_what_happens(server, service):
     assert (failed["name"], failed["attempt"], failed["retry"]) == ("shop.orders", 1, True)
     assert (parked["attempt"], parked["retry"], parked["error"]) == (2, False, "builtins.ValueError")
     assert parked["key"] == failed["key"]
+    (ended,) = running.logged("ended: ")
+    assert "recovered 1, acknowledged 1, parked 1, rolled_back 1" in ended["message"]
     assert (parked["parked_in"], parked["parked_as"]) == (PARKED, parked["key"][1])
     assert running.output == []
 
@@ -303,6 +305,7 @@ def test_what_every_process_would_give_up_for_is_told_in_a_sentence_and_ends_the
     [
         ((), "shpo:consumers", "there is no module 'shpo'"),
         (("--processes", "2"), "shpo:consumers", "there is no module 'shpo'"),
+        (("--health-host", "::1"), "shop:consumers", "--health-host needs a --health PORT"),
         ((), "shop:handle", "missing a required argument: 'message'"),
         (("--concurrency", "0"), "shop:consumers", "'--concurrency'"),
     ],
@@ -340,6 +343,7 @@ def test_several_processes_that_would_each_be_given_all_messages_are_refused(tmp
     assert "'--processes': must be at most 1" in " ".join(running.output).replace("--processes:", "'--processes':")
     one = service("--processes", "1", target="prices:container")
     one.wait_for_log("prices consumes")
+    one.wait_for_log("prices has no recover=")
     assert one.stop() == 0
 
 

@@ -452,7 +452,7 @@ def test_a_recovery_that_fails_is_tried_again_at_later_deliveries_without_the_ha
     assert counters.withheld == 1
 
 
-def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
+def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker, caplog):
     broker.publish("x")
     handler = failing(9)
     made = container(broker, handler)
@@ -461,6 +461,7 @@ def test_an_exhausted_message_without_recovery_stays_at_the_broker(broker):
     assert len(handler.calls) == 3
     (left,) = broker.messages()
     assert left.body == b"x"
+    assert "3 of 3; there is no recover= to say what becomes of it" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 import time
+from datetime import UTC, datetime
 
 import attrs
 import pytest
@@ -408,19 +409,15 @@ def test_what_is_known_of_refused_copies_is_bounded():
         ),
     ],
 )
-def test_it_is_told_where_a_message_waits_and_until_when(monkeypatch, way, session, words):
-    monkeypatch.setattr(time, "time", lambda: 1_795_000_000.25)
+def test_it_is_told_where_a_message_waits_and_until_when(way, session, words):
+    due = datetime(2026, 11, 18, 11, 6, 45, 250_000, tzinfo=UTC)
     where = Delays(way).give_back(session, message(), 5.0, Tally())
-    assert waits(where, 5.0).startswith(words.format(due="2026-11-18T11:06:45.250Z"))
+    assert waits(where, due).startswith(words.format(due="2026-11-18T11:06:45.250Z"))
 
 
 def test_without_a_pause_nothing_waits():
     where = Delays("schedule").give_back(Recording(), message(), 0.0, Tally())
-    assert waits(where, 0.0) == "it goes back for another at once"
-
-
-def test_the_end_of_a_wait_that_no_calendar_has_is_told_too():
-    assert "9999-12-31" in waits("copy", 1e300)
+    assert waits(where, None) == "it goes back, and comes again at once"
 
 
 def test_a_copy_in_doubt_gives_the_message_back_and_the_next_one_is_tried(caplog):
