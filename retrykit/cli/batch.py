@@ -8,7 +8,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import attrs
@@ -17,7 +16,7 @@ import click
 from retrykit.batch import AsyncChunkStep, ChunkStep, Report
 from retrykit.batch.report import Status
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, calls
+from retrykit.cli.calls import Do, calls, interruptible
 from retrykit.cli.divided import Options, run_divided
 from retrykit.cli.jobs import brief
 from retrykit.cli.logs import log_options, set_up
@@ -123,7 +122,7 @@ def run(**options: Any) -> None:
     if asked.plot is not None and not asked.plot.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {safe(str(asked.plot.parent))!r}", param_hint="--plot")
     set_up(asked.log_level.lower(), asked.log_format)
-    with _told(), _ended_by_sigterm():
+    with _told(), interruptible():
         finished = _run_one(asked) if asked.partitions is None else run_divided(asked, asked.partitions)
     sys.exit(0 if finished else 1)
 
@@ -148,20 +147,6 @@ def _told() -> Iterator[None]:
     except Exception:  # noqa: BLE001 - whatever it is, the job has ended with it, and the log says so
         _log.critical("the job has failed", exc_info=True)
         sys.exit(1)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run_one(asked: Options) -> bool:

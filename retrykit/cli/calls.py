@@ -7,9 +7,30 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
-from typing import Any
+from types import FrameType
+from typing import Any, Final
 
 Do = Callable[[Callable[[], Any]], Any]
+
+SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, and both say who they are; one that is ignored stays so."""
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
+    for number in heard:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, before[number])
 
 
 @contextmanager
@@ -33,17 +54,32 @@ def calls(*, asynchronous: bool) -> Iterator[Do]:
 
 
 async def _made(call: Callable[[], Any]) -> Any:
-    # A signal handler that raises would raise in the midst of the loop, and leave the coroutine where it is.
-    loop, task, before = asyncio.get_running_loop(), asyncio.current_task(), signal.getsignal(signal.SIGTERM)
-
-    def cancel() -> None:
-        if task is not None and not task.cancelling():
-            task.cancel(signal.SIGTERM.name)
-
-    loop.add_signal_handler(signal.SIGTERM, cancel)
-    try:
+    with _cancelled_by_signals(asyncio.get_running_loop(), asyncio.current_task()):
         answer = call()
         return await answer if isawaitable(answer) else answer
+
+
+@contextmanager
+def _cancelled_by_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any] | None) -> Iterator[None]:
+    """A handler that raises would do so in the midst of the loop, and leave the coroutine where it is."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    heard = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
+
+    def put_back() -> None:
+        while heard:
+            number = heard.pop()
+            loop.remove_signal_handler(number)
+            signal.signal(number, before[number])
+
+    def cancel(number: signal.Signals) -> None:
+        # A second one does not wait any more.
+        put_back()
+        if task is not None:
+            task.cancel(number.name)
+
+    for number in heard:
+        loop.add_signal_handler(number, cancel, number)
+    try:
+        yield
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, before)
+        put_back()

@@ -237,11 +237,11 @@ def test_an_asynchronous_step_runs_too(folder):
     assert json.loads(out)["counts"]["written"] == 3
 
 
-def terminated(folder, *arguments):
-    """What a command prints that gets SIGTERM where its writer hangs."""
+def terminated(folder, *arguments, by=signal.SIGTERM):
+    """What a command prints that gets a signal where its writer hangs."""
     process = started(folder, *arguments)
     until((folder / "hangs").exists, PATIENCE)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(by)
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130, err
     assert "what was committed stays" in err
@@ -258,6 +258,15 @@ def test_sigterm_stops_the_job_and_what_was_committed_stays(folder):
     assert written(folder) == [1, 2, 3, 4, 5]
     (job,) = jobs(folder)
     assert (job.status, job.reason, job.position) == ("stopped", "KeyboardInterrupt: SIGTERM", 5)
+
+
+def test_a_job_says_that_it_was_stopped_by_ctrl_c(folder):
+    assert terminated(folder, "shop:hanging", by=signal.SIGINT)[1] == "status stopped: KeyboardInterrupt: SIGINT"
+    assert [job.reason for job in jobs(folder)] == ["KeyboardInterrupt: SIGINT"]
+    (folder / "hangs").unlink()
+    lines = terminated(folder, "shop:make_async_hanging", "--param", "day=2", by=signal.SIGINT)
+    assert lines[1] == "status stopped: KeyboardInterrupt: SIGINT"
+    assert [job.reason for job in jobs(folder)][1:] == ["CancelledError: SIGINT"]
 
 
 @pytest.mark.parametrize("divided", [True, False])
