@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from inspect import isawaitable
 from time import perf_counter, time
@@ -176,7 +177,8 @@ class Attempt:
 
     def _spend(self, phase: Any) -> None:
         before, self._mark = self._mark, perf_counter()
-        self.course.counts.spend(phase, self._mark - before)
+        seconds = self.course.counts.seconds
+        seconds[phase] = seconds.get(phase, 0.0) + self._mark - before
 
     def finish(self, tally: Tally) -> None:
         """All is done but the commit."""
@@ -207,7 +209,10 @@ class Attempt:
 
     def make_tally(self, written: int, *others: SkippedItem) -> Tally:
         """What this transaction adds; `others` are skipped besides those that were condemned before."""
-        skipped, read = self._skipped(others), self.end - self.chunk.done
+        read = self.end - self.chunk.done
+        if not others and not self.chunk.condemned:
+            return Tally(read, written, read - written)
+        skipped = self._skipped(others)
         return Tally(read, written, read - written - len(skipped), skipped)
 
     def _skipped(self, others: tuple[SkippedItem, ...]) -> tuple[SkippedItem, ...]:
@@ -216,7 +221,7 @@ class Attempt:
         skipped = self.chunk.skipped(self.end)
         return tuple(sorted((*skipped.values(), *others), key=lambda one: one.number))
 
-    def _process(self) -> Work[tuple[list[Any], list[int]]]:
+    def _process(self) -> Work[tuple[list[Any], Sequence[int]]]:
         """What the writer is given, and of each the index of the item that it was made of."""
         self.where = "process"
         outputs, origins = yield self._processed_later if self.step.asynchronous else self._processed
@@ -224,7 +229,7 @@ class Attempt:
         self._spend("process")
         return outputs, origins
 
-    def _processed(self) -> tuple[list[Any], list[int]]:
+    def _processed(self) -> tuple[list[Any], Sequence[int]]:
         items, processor = self.chunk.items, self.step.processor
         outputs, origins = [], []
         for index in self.live:
@@ -239,7 +244,7 @@ class Attempt:
                 origins.append(index)
         return outputs, origins
 
-    async def _processed_later(self) -> tuple[list[Any], list[int]]:
+    async def _processed_later(self) -> tuple[list[Any], Sequence[int]]:
         items, processor = self.chunk.items, self.step.processor
         outputs, origins = [], []
         for index in self.live:
@@ -255,7 +260,7 @@ class Attempt:
                 origins.append(index)
         return outputs, origins
 
-    def write(self, transaction: Any, outputs: list[Any], origins: list[int]) -> Work[None]:
+    def write(self, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> Work[None]:
         """Have the writer write what was made of the items with these indexes; `blamed` if it names one of them."""
         self.where = "write"
         self.blamed = None
@@ -273,7 +278,7 @@ class Attempt:
             self._blame(named, origins)
         self._spend("write")
 
-    def _blame(self, named: ItemError, origins: list[int]) -> None:
+    def _blame(self, named: ItemError, origins: Sequence[int]) -> None:
         """Raise the failure that the writer has named the culprit of."""
         if named.index >= len(origins):
             msg = f"ItemError({named.index}): the writer was given {len(origins)} items, counted from 0"

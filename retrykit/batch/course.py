@@ -63,7 +63,7 @@ its transaction cannot commit.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
@@ -204,7 +204,7 @@ class Course:
                 raise item.error
             yield from self._condemn(chunk, index, chunk.once(index, item.error, "read", "cannot be read"))
 
-    def _heed_vetoes(self, chunk: Chunk, asked: list[int]) -> Work[bool]:
+    def _heed_vetoes(self, chunk: Chunk, asked: Sequence[int]) -> Work[bool]:
         """Have items skipped that somebody has forbidden from outside. Whether there were any."""
         found = yield from vetoed(self.step, chunk, asked)
         chunk.condemned.update(found)
@@ -346,8 +346,8 @@ class Course:
         attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
 
     def _count(self, counts: Counts, tally: Tally) -> None:
-        policy, errors = self.step.skip, [skipped.error for skipped in tally.skipped]
-        counts.add(tally, [None if is_veto(error) else policy.limited_as(error) for error in errors])
+        errors = [skipped.error for skipped in tally.skipped] if tally.skipped else ()
+        counts.add(tally, [None if is_veto(error) else self.step.skip.limited_as(error) for error in errors])
 
     def counts_with(self, tally: Tally) -> dict[str, Any]:
         """The counts as they are when this has committed, in JSON."""

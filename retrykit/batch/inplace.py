@@ -6,6 +6,7 @@ once. What is found is skipped with the transaction it was found in: if that can
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrykit.batch.isolation import Verdict, isolate, searched
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 class WriteInPlace:
     """One write of the processed items of an attempt; `aside` are the indexes of outputs that were not written."""
 
-    def __init__(self, attempt: Attempt, transaction: Any, outputs: list[Any], origins: list[int]) -> None:
+    def __init__(self, attempt: Attempt, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> None:
         self.attempt = attempt
         self.transaction = transaction
         self.outputs = outputs

@@ -6,7 +6,7 @@ forward-only one loses nothing.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Sequence
 from itertools import islice
 from time import time
 from typing import Any, Protocol, runtime_checkable
@@ -70,7 +70,7 @@ class Chunk:
         """The position behind the first `end` items."""
         return self.number + end if self.positions is None else self.positions[end - 1]
 
-    def chosen(self, live: list[int], end: int) -> list[Any]:
+    def chosen(self, live: Sequence[int], end: int) -> list[Any]:
         """The items with these indexes: those before `end` that are neither settled nor condemned."""
         items = self.items
         return [items[index] for index in live] if self.condemned else items[self.done : end]
@@ -93,10 +93,10 @@ class Chunk:
             reason=reason,
         )
 
-    def live(self, end: int) -> list[int]:
+    def live(self, end: int) -> Sequence[int]:
         """The indexes of items before `end` that are neither settled nor condemned."""
         if not self.condemned:
-            return list(range(self.done, end))
+            return range(self.done, end)
         return [index for index in range(self.done, end) if index not in self.condemned]
 
 

@@ -81,8 +81,7 @@ class SqlWriter:
 
     def __call__(self, transaction: Session | Connection, items: Sequence[Mapping[str, Any]]) -> Any:
         """Insert them. `TypeError` for an item that is no mapping."""
-        keys = _keys(items[0])
-        if all(_keys(item) == keys for item in items):
+        if _are_alike(items):
             return transaction.execute(self._insert, items)
         # One statement would take the columns of the first, and leave out what the others have besides.
         runs = [list(run) for _, run in groupby(items, key=_keys)]
@@ -95,6 +94,15 @@ class SqlWriter:
     async def _insert_later(self, transaction: Any, runs: list[list[Mapping[str, Any]]]) -> None:
         for run in runs:
             await transaction.execute(self._insert, run)
+
+
+def _are_alike(items: Sequence[Mapping[str, Any]]) -> bool:
+    keys = _keys(items[0])
+    try:
+        # Not by `_keys`: this is asked of every item that is ever written.
+        return all([item.keys() == keys for item in items])  # noqa: C419 - faster than a generator
+    except AttributeError:
+        return False
 
 
 def _keys(item: Mapping[str, Any]) -> Any:
