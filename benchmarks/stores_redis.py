@@ -25,7 +25,7 @@ from tests.servers.redis_server import RedisServer, redis_missing
 
 CAPACITY = 100_000
 SPACE = b"{retrykit}:"
-INDEXES = (SPACE + b"keys", SPACE + b"stored", SPACE + b"ends")
+INDEXES = (SPACE + b"keys", SPACE + b"stored", SPACE + b"ends", SPACE + b"graves")
 DONE = b"+"
 _versions = count(2**62)
 _writers = count()
@@ -74,7 +74,7 @@ class RedisFloor(Floor):
     def _save(self, key: str, expected: bytes, snapshot: bytes) -> bytes:
         version = b"%016x" % next(_versions)
         keys = (SPACE + b"h:" + key.encode(), *INDEXES, self.receipt)
-        values = (version, expected, snapshot, b"reject", b"", b"0", CAPACITY, b"0", b"")
+        values = (version, expected, snapshot, b"reject", b"", b"0", CAPACITY, b"0", b"", b"", b"604800.0")
         assert self.run(SAVE, keys, values)[17:18] == DONE
         return version
 
