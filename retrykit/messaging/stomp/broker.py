@@ -65,7 +65,8 @@ class StompBroker(StompSettings):
         """Open a session, on the first server that has one.
 
         `BrokerUnavailableError` when no broker is there, lets us in, and answers in time; it names each that was tried.
-        `NotSupportedError` when the broker cannot do what was asked for (`selector`, `durable`).
+        `LoginRefusedError`, which is one, when it refuses the login. `NotSupportedError` when the broker cannot do what
+        was asked for (`selector`, `durable`), `SubscriptionRefusedError` when it will never accept the subscription.
         """
         if consume and not self.destination:
             raise wrong_value("destination", "given, to consume from it", self.destination)
