@@ -177,9 +177,10 @@ def closes_without_commit(manager: object) -> bool:
     """Whether this is a Session or Connection of SQLAlchemy itself, in place of a transaction of it: what is done in it
     is rolled back when it is left.
     """
+    if not hasattr(manager, "in_transaction"):
+        return False
     leave = getattr(type(manager), "__exit__", None) or getattr(type(manager), "__aexit__", None)
-    module = str(getattr(leave, "__module__", ""))
-    return hasattr(manager, "in_transaction") and module.partition(".")[0] == "sqlalchemy"
+    return str(getattr(leave, "__module__", "")).partition(".")[0] == "sqlalchemy"
 
 
 def has(*methods: str, optional: bool = False) -> Validator:

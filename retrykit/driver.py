@@ -254,9 +254,9 @@ class Driver(Call):
         except BaseException:
             self.manager = None
             raise
-        if isawaitable(left):
+        # What it gives says whether to swallow an error: nobody asks. Most give False or nothing.
+        if left and isawaitable(left):
             return self._left(left)
-        # What it gives says whether to swallow an error: nobody asks.
         self.manager = None
         return None
 

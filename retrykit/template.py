@@ -163,7 +163,8 @@ class _Template(Value):
 
     def context(self, state: RetryState | None = None) -> RetryContext:
         """A new context for a call of this template."""
-        return RetryContext(self, self._now(), _bound.get(), state)
+        now = self.plan.now or self._now
+        return RetryContext(self, now(), _bound.get(), state)
 
     def _block(self, state: RetryState | None, transaction: Any) -> Driver:
         return self.driver(self.context(state), _always, (), {}, None, transaction)
