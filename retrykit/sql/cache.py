@@ -17,12 +17,13 @@ from retrykit.errors import ContextCacheError
 from retrykit.sql.capacity import OnFull
 from retrykit.sql.connections import Connections, connections_of
 from retrykit.sql.dialects import Database, database_of
+from retrykit.sql.dropping import CHUNK
 from retrykit.sql.engines import engine_of, is_async_engine, own_engine, sync_engine_of
 from retrykit.sql.faults import STORE_FAULTS, worded, wording
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.resilience import resilience
-from retrykit.sql.rows import CHUNK, PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
+from retrykit.sql.rows import PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
 from retrykit.sql.transaction import commits_at_once, joinable
 from retrykit.sql.urls import database_url, is_async, shown_url
 from retrykit.tombstone import WEEK, checked_tombstones

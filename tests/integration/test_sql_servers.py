@@ -23,6 +23,7 @@ from retrykit.sql import (
     SCHEMA_VERSION,
     SqlRetryContextCache,
     create_tables,
+    dropping,
     park_in,
     parked_item,
     rk_context,
@@ -403,7 +404,7 @@ def test_eviction_passes_over_what_somebody_is_working_on(opened, engine):
 
 
 def test_marks_past_their_time_are_dropped_by_the_way(opened, monkeypatch):
-    monkeypatch.setattr(rows, "PRUNE_EVERY", 10)
+    monkeypatch.setattr(dropping, "PRUNE_EVERY", 10)
     cache = opened()
     for number in range(9):
         cache.save(f"a/{number}", MARK, None)
@@ -412,7 +413,7 @@ def test_marks_past_their_time_are_dropped_by_the_way(opened, monkeypatch):
 
 
 def test_joined_save_drops_marks_only_where_that_cannot_fail_or_hold_up_the_work(cache, isolated, monkeypatch):
-    monkeypatch.setattr(rows, "PRUNE_EVERY", 5)
+    monkeypatch.setattr(dropping, "PRUNE_EVERY", 5)
     with Session(isolated) as session, session.begin():
         for number in range(5):
             cache.joined(session).save(f"a/{number}", MARK, None)

@@ -20,7 +20,16 @@ from sqlalchemy.pool import NullPool
 
 import retrykit
 from retrykit.errors import CacheCapacityError, CodecError, ContextCacheError
-from retrykit.sql import SCHEMA_VERSION, SqlRetryContextCache, create_tables, rk_context, rk_schema, rows, sqlite_engine
+from retrykit.sql import (
+    SCHEMA_VERSION,
+    SqlRetryContextCache,
+    create_tables,
+    dropping,
+    rk_context,
+    rk_schema,
+    rows,
+    sqlite_engine,
+)
 from retrykit.sql import statements as sql
 from retrykit.sql.dialects import SQLITE
 from retrykit.sql.statements import statements_of
@@ -365,7 +374,7 @@ def test_vetoed_history_lives_as_long_as_its_veto(opened):
 
 
 def test_marks_past_their_time_are_dropped_by_the_way(opened, monkeypatch):
-    monkeypatch.setattr(rows, "PRUNE_EVERY", 10)
+    monkeypatch.setattr(dropping, "PRUNE_EVERY", 10)
     monkeypatch.setattr(Clock, "now", 200.0)
     cache = opened(clock=Clock())
     for number in range(10):
