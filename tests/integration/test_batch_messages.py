@@ -10,7 +10,7 @@ from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import END_OF_CHUNK, ChunkStep, MessageReader, SkipPolicy
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.stomp import StompBroker
-from retrykit.sql import SqlJobStore, parked_items, sqlite_engine
+from retrykit.sql import SqlJobStore, SqlRetryContextCache, parked_items, sqlite_engine
 from retrykit.testing import StompServer
 
 QUEUE = "/queue/orders"
@@ -44,13 +44,16 @@ def write(session, messages):
 
 
 def step(engine, broker, **options):
-    options = {"writer": write, "skip": SkipPolicy(skip_for=ValueError)} | options
+    options = {
+        "writer": write,
+        "skip": SkipPolicy(skip_for=ValueError),
+        "reader": MessageReader(broker, idle=0.5, linger=0.1),
+        "template": RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(1)),
+    } | options
     return ChunkStep(
         name="orders",
-        reader=MessageReader(broker, idle=0.5, linger=0.1),
         transaction=sessionmaker(engine).begin,
         chunk_size=10,
-        template=RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(1)),
         jobs=SqlJobStore(engine),
         **options,
     )
@@ -102,6 +105,46 @@ def test_messages_of_a_chunk_that_stopped_the_step_go_back(engine, broker):
         step(engine, source, writer=fail).run()
     assert written(engine) == [number for number in range(10) if number != 7]
     assert left(source) == list(range(10, 15))
+
+
+class Torn(MessageReader):
+    """Its connection is gone when the bad message is to be acknowledged; once."""
+
+    torn = False
+
+    def settled(self, messages):
+        if not Torn.torn and any(message.body == b"7" for message in messages):
+            Torn.torn = True
+            raise ConnectionError("the broker is gone")
+        super().settled(messages)
+
+
+def test_a_bad_message_that_is_delivered_again_is_not_parked_again(engine, broker, monkeypatch):
+    source, publish = broker
+    monkeypatch.setattr(Torn, "torn", False)
+    for number in range(5, 10):
+        publish(str(number).encode())
+
+    def load():
+        # As another process would: nothing is remembered but what is stored.
+        remembering = RetryTemplate(
+            name="orders",
+            retry_policy=SimpleRetryPolicy(1),
+            context_cache=SqlRetryContextCache(engine),
+            remember_completed=3600,
+        )
+        reader = Torn(source, idle=0.5, linger=0.1)
+        key = lambda message: message.id  # noqa: E731 - one line says it
+        return step(engine, source, template=remembering, reader=reader, key=key).run(again=True)
+
+    with pytest.raises(ConnectionError):
+        load()
+    assert len(list(parked_items(engine))) == 1
+    report = load()
+    assert written(engine) == [5, 6, 8, 9]
+    assert len(list(parked_items(engine))) == 1
+    assert (report.counts.all_skipped, report.counts.filtered) == (1, 1)
+    assert left(source) == []
 
 
 class Groups:
