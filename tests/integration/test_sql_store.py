@@ -434,6 +434,20 @@ def test_revision_tells_what_a_row_is_and_grows(revision):
     assert (history | 3) < 8 * rows.REVISIONS
 
 
+def test_tombstone_whose_row_has_used_up_its_revisions_becomes_a_history_again(opened):
+    cache = opened(capacity=1, on_full="evict_oldest", tombstones=5)
+    cache.save("a/1", {"retry_count": 1}, None)
+    with cache.engine.begin() as connection:
+        connection.execute(rk_context.update().values(revision=rows.REVISIONS - 2))
+    cache.save("a/2", {"retry_count": 1}, None)
+    version = cache.load("a/1").version
+    assert version % rows.REVISIONS == rows.REVISIONS - 1
+    again = cache.save("a/1", {"retry_count": 2}, version)
+    assert again > version
+    assert cache.save("a/1", {"retry_count": 3}, again) is not None
+    assert cache.save("a/1", {}, version) is None
+
+
 def test_items_are_read_in_pages(cache, monkeypatch):
     names = [f"a/{number:02}" for number in range(25)]
     for name in names:

@@ -62,6 +62,7 @@ from retrykit.batch import (
     stop,
 )
 from retrykit.cache import StoredContext
+from retrykit.tombstone import Eviction
 
 # -- functions
 
@@ -396,6 +397,7 @@ def contexts(context: RetryContext, decision: RetryDecision) -> None:
     assert_type(context.last_error, BaseException | None)
     assert_type(context.max_attempts, int | None)
     assert_type(context.not_before, datetime | None)
+    assert_type(context.evicted, Eviction | None)
     assert_type(context.parent, RetryContext | None)
     assert_type(context.snapshot(), dict[str, Any])
     assert_type(RetryContext.from_snapshot({}), RetryContext)
@@ -441,6 +443,8 @@ ScheduleBackOffPolicy(3)  # type: ignore[arg-type]
 ErrorHintBackOffPolicy(fallback=NoBackOffPolicy(), hint=lambda _: 3.0, max_interval=60)
 
 MapRetryContextCache(10, on_full="evict_oldest", time_to_live=timedelta(days=1))
+MapRetryContextCache(10, tombstones=5, tombstone_time_to_live=timedelta(days=1))
+MapRetryContextCache(10, tombstones="5")  # type: ignore[arg-type]
 MapRetryContextCache(on_full="crash")  # type: ignore[arg-type]
 RetryTemplate(remember_completed=timedelta(days=1), lease=60, listeners=[LoggingListener()])
 

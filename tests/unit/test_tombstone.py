@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+import threading
+from collections import Counter
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from hypothesis import given
@@ -25,7 +27,7 @@ from retrykit.context import RetryContext
 from retrykit.errors import CacheCapacityError
 from retrykit.histories import Histories
 from retrykit.history import History
-from retrykit.tombstone import CLOSING, CUT, Eviction, cuttable, entombed, epitaph
+from retrykit.tombstone import CLOSING, CUT, Eviction, checked_tombstones, cuttable, entombed, epitaph
 from tests.doubles import ManualClock, pickled
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
@@ -54,6 +56,30 @@ def evicting(**options):
 def push_out(cache):
     """Another item's history takes the only place."""
     deliver(RetryTemplate(name="others", context_cache=cache), key="other")
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("tombstones", "lasts", "words"),
+    [
+        (-1, None, "tombstones: must be 0 or more, not -1"),
+        (True, None, "tombstones: must be an int or None, not bool True"),
+        (1.5, None, "tombstones: must be an int or None, not float 1.5"),
+        (None, 0, "tombstone_time_to_live: must be more than 0 seconds, not 0"),
+        (None, "1h", "tombstone_time_to_live: must be seconds"),
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused_by_name(tombstones, lasts, words):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        checked_tombstones(tombstones, lasts)
+    assert str(caught.value).startswith(words)
+
+
+def test_bounds_that_make_sense_are_given_back_in_seconds():
+    assert checked_tombstones(0, timedelta(days=1)) == {"tombstones": 0, "tombstone_time_to_live": 86_400.0}
+    assert checked_tombstones(None, None) == {"tombstones": None, "tombstone_time_to_live": None}
 
 
 # -- the text that can be cut
@@ -159,6 +185,32 @@ def test_p5_eviction_grants_no_attempt_more_than_the_policy_says(flag):
     # Who says that it is a first delivery has nothing looked up: its failure meets the tombstone when it is stored.
     assert calls == ([(1, None)] * 3 if flag is False else [(1, None), (2, 1), (3, 2)])
     assert cache.load("retry/m-1") is None
+
+
+def test_p5_threads_whose_histories_push_each_other_out_make_exactly_the_allowed_attempts():
+    cache, calls, parked = MapRetryContextCache(2, on_full="evict_oldest", tombstones=100), [], []
+    template = RetryTemplate(context_cache=cache, retry_policy=SimpleRetryPolicy(3))
+
+    def deliver_all(keys):
+        for key in keys:
+            while key not in parked:
+                deliver(
+                    template,
+                    lambda _, key=key: calls.append(key) or fail(None),
+                    key,
+                    lambda _, key=key: parked.append(key),
+                    redelivered=True,
+                    recover_on_redelivery=False,
+                )
+
+    keys = [[f"{thread}/{number}" for number in range(5)] for thread in range(4)]
+    threads = [threading.Thread(target=deliver_all, args=(own,)) for own in keys]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(parked) == sorted(key for own in keys for key in own)
+    assert Counter(calls) == dict.fromkeys(parked, 3)
 
 
 def test_what_is_known_of_an_evicted_item_is_told_in_the_decision_the_log_and_to_operators():
