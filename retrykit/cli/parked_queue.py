@@ -68,7 +68,9 @@ def list_messages(place: Place, which: Which, *, as_json: bool) -> None:
     else:
         screen.line("nothing is parked")
     if full:
-        click.echo(f"there may be more than the first {place.bound(LISTED)}: --limit", err=True)
+        click.echo(
+            f"there may be more: of the queue's messages {place.bound(LISTED)} were looked at (--limit)", err=True
+        )
 
 
 def _browsed(place: Place, default: int) -> tuple[list[ParkedMessage], bool]:

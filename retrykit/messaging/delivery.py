@@ -52,7 +52,7 @@ from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
-from retrykit.messaging.logs import decision_facts
+from retrykit.messaging.logs import decision_facts, in_detail
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
@@ -335,7 +335,8 @@ class Delivery:
         facts: dict[str, Any] = self.facts()
         facts["retrykit"] |= {"parked_in": place, "parked_as": known_as}
         name = "" if known_as == self.message.id else f" as {known_as}"
-        _log.warning("message %r was parked in %s%s: %s", self.message.key, place, name, reason, extra=facts)
+        text, trace = "message %r was parked in %s%s: %s", None if self.context is None else self.context.last_error
+        _log.warning(text, self.message.key, place, name, reason, exc_info=in_detail(trace), extra=facts)
 
     def give_back(self, error: BaseException) -> None:
         """Have the message delivered again, after a pause where that would come to the same."""
@@ -354,7 +355,7 @@ class Delivery:
             why = "" if decision is None else decision.reason
             then = waits(where, None if self.context is None else self.context.not_before)
             text, facts = "message %r: an attempt has failed: %r (%s); %s", self.facts(error)
-            _log.info(text, self.message.key, error, why, then, extra=facts)
+            _log.info(text, self.message.key, error, why, then, exc_info=in_detail(error), extra=facts)
 
     def facts(self, error: BaseException | None = None) -> dict[str, Any]:
         """What a log record of this delivery carries besides its text, for logs that are read by programs."""
@@ -382,5 +383,6 @@ class Delivery:
         why = f"{error}{unsaid} ({error.__cause__!r})"
         if fault is not None:
             why = f"its failed attempt could not be stored, so none is counted: {fault!r} ({error!r})"
-        _log.error("message %r is withheld for %g s: %s", key, round(pause, 3), why, extra=self.facts(error))
+        text, facts = "message %r is withheld for %g s: %s", self.facts(error)
+        _log.error(text, key, round(pause, 3), why, exc_info=in_detail(error), extra=facts)
         work.patience.wait(key, work.template.clock)

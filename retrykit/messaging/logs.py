@@ -14,6 +14,8 @@ from retrykit.policy import RetryDecision
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
 
+_log: Final = logging.getLogger("retrykit.messaging")
+
 ATTRIBUTE: Final = "retrykit"
 """The attribute of a log record that holds the facts, for formatters of your own."""
 
@@ -28,6 +30,12 @@ def decision_facts(
         error = error or context.last_error
     decision = None if context is None else context.decision
     return {**facts, **_verdict(decision), **_failure(error)}
+
+
+def in_detail(error: BaseException | None) -> BaseException | None:
+    """A failure whose traceback is to be in the log: one of this process, while it logs for debugging."""
+    here = error is not None and error.__traceback__ is not None
+    return error if here and _log.isEnabledFor(logging.DEBUG) else None
 
 
 def _verdict(decision: RetryDecision | None) -> dict[str, Any]:

@@ -178,7 +178,7 @@ def test_list_says_when_there_may_be_more(server, queue):
     consume(server, queue, [b"1", b"2", b"3"])
     found = parked(server, queue, "list", "--limit", "2")
     assert len(rows(found)) == 3
-    assert "there may be more than the first 2: --limit" in found.stderr
+    assert "there may be more: of the queue's messages 2 were looked at (--limit)" in found.stderr
 
 
 def test_what_nobody_parked_is_shown_too(server, queue):

@@ -88,6 +88,31 @@ def test_a_parked_message_is_told_by_what_it_is_known_by_where_it_is_parked(brok
     assert (line["parked_in"], line["parked_as"]) == ("/queue/parked", "abc")
 
 
+@pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
+def test_whoever_debugs_is_shown_where_a_handler_failed(broker, lines, caplog, level):
+    caplog.set_level(level, "retrykit.messaging")
+    broker.publish("x", id="o-1")
+    consume(broker, recover=park("/queue/parked"))
+    found = [line.get("traceback", "") for line in lines() if "attempt" in line]
+    assert len(found) == 2
+    assert ["ValueError: no" in trace and ", in fail" in trace for trace in found] == [level == logging.DEBUG] * 2
+
+
+def test_whoever_debugs_is_shown_where_a_recovery_failed(broker, lines, caplog):
+    def unable(_message, _context):
+        raise KeyError("shelf")
+
+    caplog.set_level(logging.DEBUG, "retrykit.messaging")
+    broker.publish("x", id="o-1")
+    template = RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=1))
+    with ListenerContainer(broker, fail, template=template, recover=unable) as container:
+        while not container.counters.withheld:
+            container.wait(0.01)
+    withheld = next(line for line in lines() if "is withheld" in line["message"])
+    assert "KeyError: 'shelf'" in withheld["traceback"]
+    assert ", in unable" in withheld["traceback"]
+
+
 def test_the_lines_of_a_logging_listener_have_the_facts_too(lines):
     template = RetryTemplate(name="jobs", listeners=(LoggingListener(),))
 
