@@ -70,7 +70,8 @@ class JsonLines(logging.Formatter):
 
     Always there: `time` (ISO 8601, UTC), `level`, `logger`, `process`, `thread`, `message`. After a decision: `name`
     (the template's), `key`, `attempt`, `retry` (will it be tried again?), `delay` (seconds until then), `reason`, and
-    `error`, the class of the failure. With an exception `traceback`.
+    `error`, the class of the failure. Of a message that was parked `parked_in`, a destination or table, and
+    `parked_as`, the id that it has there. With an exception `traceback`.
     """
 
     def format(self, record: logging.LogRecord) -> str:

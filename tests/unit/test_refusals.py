@@ -63,6 +63,19 @@ def test_a_login_that_is_refused_has_a_class_of_its_own_and_says_all_that_the_br
     assert refused.value.answer
 
 
+def test_what_all_servers_have_in_common_is_the_class_of_the_error():
+    with StompServer(user="shop", password="right") as first, StompServer(user="shop", password="right") as second:
+        ports = first.port, second.port
+        url = "failover:({})".format(",".join(f"stomp://shop:wrong@127.0.0.1:{port}" for port in ports))
+        with pytest.raises(LoginRefusedError, match=rf"{ports[0]}: the broker sent ERROR.*"):
+            StompBroker(f"{url}?randomize=false", destination="/queue/orders").connect()
+        second.stop()
+        with pytest.raises(BrokerUnavailableError) as mixed:
+            StompBroker(f"{url}?randomize=false", destination="/queue/orders").connect()
+    assert type(mixed.value) is BrokerUnavailableError
+    assert isinstance(mixed.value.__cause__, ConnectionRefusedError)
+
+
 def test_a_subscription_that_contradicts_its_queue_is_not_tried_for_ever():
     with StompServer(profile="rabbitmq") as server:
         with closing(StompBroker(server.url, destination="/queue/orders").connect()):

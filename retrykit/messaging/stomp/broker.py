@@ -86,7 +86,11 @@ class StompBroker(StompSettings):
         if len(failures) == 1:
             return failures[0][1]
         reasons = "; ".join(f"{address.name}: {error.__dict__['reason']}" for address, error in failures)
-        return BrokerUnavailableError(broker=self.name, reason=reasons)
+        kinds = {type(error) for _, error in failures}
+        kind = kinds.pop() if len(kinds) == 1 else BrokerUnavailableError
+        error = kind(broker=self.name, reason=reasons)
+        error.__cause__ = failures[-1][1].__cause__
+        return error
 
     def _connect_to(self, address: Address, *, consume: bool) -> StompSession:
         call = self._call(address, consume=consume)
