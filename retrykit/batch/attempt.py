@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from inspect import isawaitable
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,9 +11,11 @@ import attrs
 
 from retrykit.batch.errors import ItemError
 from retrykit.batch.inplace import WriteInPlace
+from retrykit.batch.processing import processed, processed_later
 from retrykit.batch.recovery import Recovery
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.source import Chunk
+from retrykit.batch.vetoes import begin_after, vetoed
 from retrykit.batch.work import Work
 from retrykit.check import closes_without_commit, wrong_type
 from retrykit.context import RetryContext
@@ -123,7 +124,18 @@ class Attempt:
     def _begin(self) -> Any:
         self.note_failed_commit()
         self.where = "begin"
+        if self.tries and len(self.live) > 1 and self.step.key is not None:
+            return begin_after(self.course.perform(self.heed_vetoes()), self._manager)
+        return self._manager()
+
+    def _manager(self) -> Any:
         return _committing(self.step.transaction())
+
+    def heed_vetoes(self) -> Work[None]:
+        """Leave out what was forbidden since the last attempt: it may have failed, and waited, for long."""
+        found = yield from vetoed(self.step, self.chunk, self.live)
+        self.chunk.condemned.update(found)
+        self.live = self.chunk.live(self.end)
 
     def note_failed_commit(self) -> None:
         """If the last attempt came to its commit, that has failed: it names nobody, and may have happened."""
@@ -152,6 +164,8 @@ class Attempt:
 
     def _attempt(self, context: RetryContext) -> Work[Tally]:
         self.context = context
+        if self.tries and context.transaction is None and len(self.live) > 1 and self.step.key is not None:
+            yield from self.heed_vetoes()
         self.tries += 1
         self._spend("transaction" if self.tries == 1 else "between")
         self.blamed = None
@@ -224,40 +238,9 @@ class Attempt:
     def _process(self) -> Work[tuple[list[Any], Sequence[int]]]:
         """What the writer is given, and of each the index of the item that it was made of."""
         self.where = "process"
-        outputs, origins = yield self._processed_later if self.step.asynchronous else self._processed
+        outputs, origins = yield partial(processed_later if self.step.asynchronous else processed, self)
         self.blamed = None
         self._spend("process")
-        return outputs, origins
-
-    def _processed(self) -> tuple[list[Any], Sequence[int]]:
-        items, processor = self.chunk.items, self.step.processor
-        outputs, origins = [], []
-        for index in self.live:
-            self.blamed = index
-            try:
-                output = processor(items[index])
-            except self.step.in_place as error:
-                self._leave_out(index, error)
-                continue
-            if output is not None:
-                outputs.append(output)
-                origins.append(index)
-        return outputs, origins
-
-    async def _processed_later(self) -> tuple[list[Any], Sequence[int]]:
-        items, processor = self.chunk.items, self.step.processor
-        outputs, origins = [], []
-        for index in self.live:
-            self.blamed = index
-            try:
-                output = processor(items[index])
-                output = await output if isawaitable(output) else output
-            except self.step.in_place as error:
-                self._leave_out(index, error)
-                continue
-            if output is not None:
-                outputs.append(output)
-                origins.append(index)
         return outputs, origins
 
     def write(self, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> Work[None]:
@@ -292,7 +275,7 @@ class Attempt:
         """Whether the transaction may go on after this failure."""
         return isinstance(error, self.step.in_place) and self.is_items_fault(error)
 
-    def _leave_out(self, index: int, error: Exception) -> None:
+    def leave_out(self, index: int, error: Exception) -> None:
         """Skip an item that the processor has refused; what the database has refused is rolled back in any case."""
         if hasattr(error, "orig") or not self.stays(error):
             raise error

@@ -27,7 +27,8 @@ that is no item's fault is repeated there too, as the policy says. A single item
 gives it, and a history of its own if it has a key. Then its recovery, in a transaction of its own, records it. Nobody
 is condemned but by his own failure.
 
-*Vetoes from outside* are asked for once a chunk, before its first transaction and beside it (`retrykit.batch.vetoes`).
+*Vetoes from outside* are asked for once a chunk, before its first transaction and beside it (`retrykit.batch.vetoes`),
+and again before it is tried again.
 What somebody has forbidden is skipped as if it had been condemned before it was read. One that is tried alone is looked
 up anew by the template: then a veto ends the call without an attempt, and the chunk is asked again whose it was. What a
 processor vetoes is its own item: another one that fails beside it is not judged by an attempt that this has made the

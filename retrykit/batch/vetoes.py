@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
+from inspect import isawaitable
 from typing import Any
 
 from retrykit.batch.errors import VetoedError
@@ -89,3 +90,32 @@ def _reasons(found: dict[str, StoredContext], template: Any) -> dict[str, str]:
         if history.veto is not None and history.completed_at is None:
             reasons[key] = history.veto
     return reasons
+
+
+def begin_after(asked: Any, begin: Callable[[], Any]) -> Any:
+    """The context manager that `begin` gives, to be entered when what was asked is known."""
+    return BeginAfter(asked, begin) if isawaitable(asked) else begin()
+
+
+class BeginAfter:
+    """A transaction that waits for an answer before it is begun."""
+
+    manager: Any = None
+
+    def __init__(self, asked: Awaitable[None], begin: Callable[[], Any]) -> None:
+        self._asked = asked
+        self._begin = begin
+
+    @property
+    def gen(self) -> Any:
+        """The generator of the context manager, if it is made of one."""
+        return getattr(self.manager, "gen", None)
+
+    async def __aenter__(self) -> Any:
+        await self._asked
+        manager = self.manager = self._begin()
+        return (await manager.__aenter__()) if hasattr(manager, "__aenter__") else manager.__enter__()
+
+    async def __aexit__(self, *error: object) -> Any:
+        manager = self.manager
+        return (await manager.__aexit__(*error)) if hasattr(manager, "__aexit__") else manager.__exit__(*error)

@@ -180,6 +180,40 @@ def test_a_veto_that_comes_while_its_chunk_is_searched_holds_and_is_not_forgotte
     assert load.history(5).veto_reason == "closed meanwhile"
 
 
+@pytest.mark.parametrize("transactional", [True, False])
+@pytest.mark.parametrize("kind", [ChunkStep, AsyncChunkStep])
+def test_a_veto_that_comes_while_a_chunk_waits_to_be_tried_again_holds_at_the_next_attempt(table, kind, transactional):
+    cache, tries = Shared(), []
+    operator = template(context_cache=cache)
+
+    def write(transaction, items):
+        tries.append(items)
+        if 3 in items:
+            operator.veto(3, "nobody answers for it")
+            raise ConnectionError("no answer for 3")
+        table.rows += items
+
+    plain = kind is ChunkStep
+    load = (RetryTemplate if plain else AsyncRetryTemplate)(
+        name="load", retry_policy=SimpleRetryPolicy(5), context_cache=cache
+    )
+    begin = table.begin if plain else table.async_begin
+    one = kind(
+        name="load",
+        reader=range(6),
+        writer=write,
+        transaction=begin if transactional else None,
+        template=load,
+        key=whole,
+    )
+    report = one.run() if plain else asyncio.run(one.run())
+    assert tries == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 4, 5]]
+    assert table.rows == [0, 1, 2, 4, 5]
+    assert cache.asked.count(6) == 2
+    assert [skipped.phase for skipped in report.skipped] == ["veto"]
+    assert table.events == (["begin", "rollback", "begin", "commit"] if transactional else [])
+
+
 def test_a_veto_that_comes_between_the_attempts_of_a_single_item_ends_them(table):
     load = template(max_attempts=5)
     tried = []
