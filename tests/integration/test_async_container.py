@@ -216,7 +216,7 @@ def test_commit_that_fails_is_a_failed_attempt(postgres, recover):
     with container:
         assert broker.wait_until_empty(PATIENCE)
     assert calls == [1, 2, 3]
-    assert (container.counters.rolled_back, container.counters.recovered) == (2, 1)
+    assert (container.counters.rolled_back, container.counters.recovered, container.counters.parked) == (2, 1, 1)
     assert postgres.effects() == {}
     in_table = [item.attempts for item in parked_items(postgres.beside)]
     in_queue = [copy.headers["retrykit-error-type"] for copy in broker.at("parked").messages()]

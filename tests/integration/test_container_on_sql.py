@@ -70,6 +70,18 @@ def test_a_recovery_in_doubt_runs_no_further_attempts(broker, cache, remember_co
     assert list(cache.items("orders(")) == [] or remember_completed
 
 
+def test_what_is_parked_in_the_database_is_counted_as_parked_and_the_log_has_its_number(broker, cache, caplog):
+    def handler(message):
+        raise ValueError
+
+    broker.publish("x", id="o-1")
+    counters = consume(broker, cache, handler, recover=park_in_transaction).counters
+    assert (counters.parked, counters.recovered, counters.acknowledged) == (1, 1, 0)
+    (item,) = parked_items(cache.engine)
+    words = f"message ('orders', 'o-1') was parked in rk_parked as {item.id}: SimpleRetryPolicy: attempt 3 of 3"
+    assert words in caplog.text
+
+
 @pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
 def test_a_connection_that_ended_while_the_handler_ran_is_known_before_the_database_commits(cache, profile):
     calls = []
