@@ -34,7 +34,7 @@ from retrykit.tombstone import CLOSING, CUT
 from retrykit.value import Value
 
 CHUNK: Final = 1_000
-"""So many snapshots at most are dropped by one script: it holds up the server for a millisecond or two."""
+"""So many snapshots at most are dropped by one script: it holds up the server for some milliseconds."""
 
 MANY: Final = 10_000
 """So many histories are always looked through for those of one template: it takes the server some milliseconds."""
@@ -69,31 +69,45 @@ end
 
 # What is left of a record is its beginning, up to where its writer has prepared the cut (`retrykit.tombstone`).
 _BURY = f"""
+local function epitaph_of(text, epitaph)
+  local cut = string.find(text, {CUT!r}, 17, true)
+  if cut then
+    return string.sub(text, 1, cut - 1) .. '{CLOSING[:-1]}' .. epitaph
+  end
+  if string.sub(text, 17) == '{{}}' then
+    return string.sub(text, 1, 17) .. string.sub(epitaph, 2)
+  end
+  return string.sub(text, 1, -2) .. epitaph
+end
 local function bury(members, at, by)
-  local space = string.sub(keys, 1, -5) .. 'h:'
+  if #members == 0 then
+    return
+  end
+  if most == '0' then
+    return drop(members)
+  end
+  local space, records = string.sub(keys, 1, -5) .. 'h:', {{}}
+  for number, name in ipairs(members) do
+    records[number] = space .. name
+  end
   local epitaph = ',"evicted":{{"at":' .. at .. ',"by":"' .. by .. '"}}}}'
-  for _, name in ipairs(members) do
-    local text = redis.call('GET', space .. name)
-    if not text or most == '0' then
-      drop({{name}})
-    else
-      local cut = string.find(text, {CUT!r}, 17, true)
-      if cut then
-        text = string.sub(text, 1, cut - 1) .. '{CLOSING[:-1]}' .. epitaph
-      elseif string.sub(text, 17) == '{{}}' then
-        text = string.sub(text, 1, 17) .. string.sub(epitaph, 2)
-      else
-        text = string.sub(text, 1, -2) .. epitaph
-      end
-      redis.call('SET', space .. name, text)
-      redis.call('ZREM', keys, name)
-      redis.call('ZREM', stored, name)
-      redis.call('ZADD', graves, at, name)
-      if lasts == '' then
-        redis.call('ZREM', ends, name)
-      else
-        redis.call('ZADD', ends, string.format('%.6f', at + lasts), name)
-      end
+  local graved, ended = {{}}, {{}}
+  local till = lasts ~= '' and string.format('%.6f', at + lasts)
+  for number, text in ipairs(redis.call('MGET', unpack(records))) do
+    if text then
+      redis.call('SET', records[number], epitaph_of(text, epitaph))
+      local place = #graved
+      graved[place + 1], graved[place + 2] = at, members[number]
+      ended[place + 1], ended[place + 2] = till, members[number]
+    end
+  end
+  redis.call('ZREM', keys, unpack(members))
+  redis.call('ZREM', stored, unpack(members))
+  redis.call('ZREM', ends, unpack(members))
+  if #graved > 0 then
+    redis.call('ZADD', graves, unpack(graved))
+    if till then
+      redis.call('ZADD', ends, unpack(ended))
     end
   end
 end
