@@ -6,7 +6,7 @@ import codecs
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
 from typing import Any, Final
 
@@ -188,20 +188,28 @@ class Message:
         return json.loads(self.text)
 
 
-# In place of attrs' own way, which checks everything once more, and takes as long as the handler's way to its message.
-_FIELDS: Final = [field.name for field in attrs.fields(Message) if field.name != "sender"]
-_values_of: Final = attrgetter(*_FIELDS)
-_SETTERS: Final = [getattr(Message, name).__set__ for name in _FIELDS]
-_set_sender: Final = Message.sender.__set__  # type: ignore[union-attr] # a slot
+def delivered(**facts: Any) -> Message:
+    """A message of a session that knows all about it: every field but `sender`, each of its right type."""
+    return _made((*map(facts.__getitem__, _DELIVERED), None))
 
 
 def with_sender(message: Message, sender: Sender) -> Message:
-    """The same message, and it can send. What it is made of was checked when it was made."""
-    able = object.__new__(Message)
-    for put, value in zip(_SETTERS, _values_of(message), strict=True):
-        put(able, value)
-    _set_sender(able, sender)
-    return able
+    """The same message, and it can send."""
+    return _made((*_values_of(message)[:-1], sender))
+
+
+# Two are made for every delivery, of what has been checked before: to do that again would cost as much as all else
+# that happens between a frame and its handler.
+def _made(values: Iterable[Any]) -> Message:
+    made = object.__new__(Message)
+    for put, value in zip(_SETTERS.values(), values, strict=True):
+        put(made, value)
+    return made
+
+
+_SETTERS: Final = {field.name: getattr(Message, field.name).__set__ for field in attrs.fields(Message)}
+_DELIVERED: Final = [name for name in _SETTERS if name != "sender"]
+_values_of: Final = attrgetter(*_SETTERS)
 
 
 @attrs.frozen

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager, AbstractContextManager, null
 from functools import partial
 from inspect import iscoroutine, iscoroutinefunction
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from retrykit.check import closes_without_commit
 from retrykit.errors import CommitInDoubtError
@@ -47,13 +47,16 @@ class _InDatabase(NamedTuple):
 _Steps = Generator[_AtBroker | _InDatabase, None, None]
 
 
+_NO_DATABASE: Final = nullcontext()
+
+
 class UnitOfWork:
     """The transaction of one attempt (or recovery), to be entered and left by a template."""
 
     def __init__(self, delivery: Delivery) -> None:
         self._delivery = delivery
         transaction = delivery.work.transaction
-        self._database: Any = nullcontext() if transaction is None else transaction()
+        self._database: Any = _NO_DATABASE if transaction is None else transaction()
 
     def _ending(self, error: BaseException | None) -> _Steps:
         """The end of an attempt that has failed, or not."""
@@ -67,21 +70,27 @@ class UnitOfWork:
     def _committing(self) -> _Steps:
         delivery = self._delivery
         try:
-            try:
-                yield _AtBroker(delivery.flush)
-            except BaseException as failure:
-                yield from self._not_taken(failure)
-                raise
-            try:
-                yield _InDatabase(None)
-            except BaseException:
-                yield _AtBroker(delivery.undo)
-                raise
+            if delivery.sent or self._database is not _NO_DATABASE:
+                yield from self._committing_first()
             yield _AtBroker(partial(delivery.session.commit, delivery.message))
         except BrokerRefusedError as refused:
             delivery.refused = refused if delivery.recovering else None
             raise
         delivery.settled()
+
+    def _committing_first(self) -> _Steps:
+        """What comes before the acknowledgement."""
+        delivery = self._delivery
+        try:
+            yield _AtBroker(delivery.flush)
+        except BaseException as failure:
+            yield from self._not_taken(failure)
+            raise
+        try:
+            yield _InDatabase(None)
+        except BaseException:
+            yield _AtBroker(delivery.undo)
+            raise
 
     def _not_taken(self, failure: BaseException) -> _Steps:
         """The broker has not taken what was sent."""

@@ -14,7 +14,7 @@ import attrs
 
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
-from retrykit.message import EXPIRES_AT, Message
+from retrykit.message import EXPIRES_AT, Message, delivered
 from retrykit.messaging.broker import Capabilities
 from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import (
@@ -170,7 +170,7 @@ class StompSession:
         stable = self._identified(headers, body, destination) if origin is None else origin.id
         ack = headers.get("ack", "")
         self._in_hand.add(ack)
-        return Message(
+        return delivered(
             destination=destination,
             body=body,
             headers=headers if origin is None else as_original(headers, origin),
