@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from datetime import datetime
 
     from retrykit.clock import Clock
+    from retrykit.eviction import Eviction
     from retrykit.policy import RetryDecision
-    from retrykit.tombstone import Eviction
 
 _bound: ContextVar[Any] = ContextVar("retrykit.context", default=None)
 

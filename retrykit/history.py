@@ -8,13 +8,15 @@ process of any version can read it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import attrs
 
 from retrykit.errors import CodecError
 from retrykit.failure import ErrorSummary, error_from_json, error_to_json, stored
-from retrykit.tombstone import Eviction
+
+if TYPE_CHECKING:
+    from retrykit.eviction import Eviction
 
 FORMAT: Final = 1
 MAX_ERRORS: Final = 10
@@ -264,7 +266,7 @@ class History:
     @classmethod
     def _from_json(cls, facts: Mapping[str, Any]) -> History:
         plain = {fact: _sound(fact, facts[fact]) for fact in _PLAIN if fact in facts}
-        last, evicted = facts.get("last_error"), facts.get("evicted")
+        last = facts.get("last_error")
         attributes = Attributes()
         dict.update(attributes, facts.get("attributes", {}))
         return cls(
@@ -272,12 +274,18 @@ class History:
             last_error=error_from_json(last) if last else None,
             errors=tuple(ErrorSummary(**error) for error in facts.get("errors", ())),
             in_flight=tuple(Flight(**_sound_flight(flight)) for flight in facts.get("in_flight", ())),
-            evicted=Eviction.from_json(evicted, facts["retry_count"]) if evicted else None,
+            evicted=_eviction(facts) if facts.get("evicted") else None,
             _tallies={label: Tally(*tally) for label, tally in facts.get("tallies", {}).items()},
             _attributes=attributes,
             _outbox=list(facts.get("outbox", ())),
             **plain,
         )
+
+
+def _eviction(facts: Mapping[str, Any]) -> Eviction:
+    from retrykit.eviction import Eviction  # few items have been evicted
+
+    return Eviction.from_json(facts["evicted"], facts["retry_count"])
 
 
 _PLAIN: Final = (

@@ -14,11 +14,11 @@ import attrs
 from retrykit.check import wrong_type, wrong_value
 from retrykit.context import instant
 from retrykit.errors import CodecError
+from retrykit.eviction import Eviction
 from retrykit.failure import ErrorSummary, StoredError, error_to_json
 from retrykit.history import Flight, History
 from retrykit.key import Key, key_from_json, key_to_json, namespace
 from retrykit.owner import is_running
-from retrykit.tombstone import Eviction
 
 FORMAT: Final = 1
 """The version of the JSON form. Keys may be added to it; one that changes its meaning makes it 2."""

@@ -10,14 +10,9 @@ Stores that cannot take JSON apart cut its text: `cuttable` puts what falls away
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Final, Literal
-
-import attrs
+from typing import Any, Final, Literal
 
 from retrykit.check import seconds, wrong_type, wrong_value
-
-if TYPE_CHECKING:
-    from datetime import datetime
 
 Bound = Literal["capacity", "time_to_live"]
 
@@ -30,41 +25,6 @@ CLOSING: Final = "}}"
 _FALLS: Final = frozenset({"errors", "attributes", "outbox"})
 _FALLS_OF_ERROR: Final = frozenset({"traceback", "cause"})
 _MAX_MESSAGE: Final = 200
-
-
-@attrs.frozen
-class Eviction:
-    """That a bound of the store has dropped the history of an item: when, which bound, and how many failures it had.
-
-    These failures still count. The descriptions of the errors and the user's attributes of that time are gone.
-    """
-
-    at: datetime
-    by: Bound
-    failures: int
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any], failures: int) -> Eviction:
-        """As a snapshot has it; `failures`: how many it has, unless that was noted. `ValueError` if it is damaged."""
-        from datetime import UTC, datetime
-
-        at, by, noted = fields["at"], fields["by"], fields.get("failures", failures)
-        if by not in ("capacity", "time_to_live") or type(noted) is not int:
-            msg = f"evicted is {dict(fields)!r:.80}"
-            raise ValueError(msg)
-        try:
-            return cls(datetime.fromtimestamp(at, UTC), by, noted)
-        except (OverflowError, OSError) as error:
-            msg = f"evicted at {at!r:.80}"
-            raise ValueError(msg) from error
-
-    def to_json(self) -> dict[str, Any]:
-        """The JSON form: the fields by name, `at` in seconds since the epoch."""
-        return {"at": self.at.timestamp(), "by": self.by, "failures": self.failures}
-
-    def __str__(self) -> str:
-        failures = "1 failure" if self.failures == 1 else f"{self.failures} failures"
-        return f"{failures} counted before its history was evicted at {self.at.isoformat(' ', 'seconds')}, by {self.by}"
 
 
 def checked_tombstones(tombstones: Any, tombstone_time_to_live: Any) -> dict[str, Any]:

@@ -62,7 +62,7 @@ from retrykit.batch import (
     stop,
 )
 from retrykit.cache import StoredContext
-from retrykit.tombstone import Eviction
+from retrykit.eviction import Eviction
 
 # -- functions
 

@@ -25,9 +25,10 @@ from retrykit.cli.contexts import _evicted
 from retrykit.cli.screen import Screen
 from retrykit.context import RetryContext
 from retrykit.errors import CacheCapacityError
+from retrykit.eviction import Eviction
 from retrykit.histories import Histories
 from retrykit.history import History
-from retrykit.tombstone import CLOSING, CUT, Eviction, checked_tombstones, cuttable, entombed, epitaph
+from retrykit.tombstone import CLOSING, CUT, checked_tombstones, cuttable, entombed, epitaph
 from tests.doubles import ManualClock, pickled
 
 NOON = datetime(2026, 11, 22, 12, tzinfo=UTC)
