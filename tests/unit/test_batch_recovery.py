@@ -198,6 +198,22 @@ def test_the_rest_of_a_closed_chunk_has_all_the_attempts_of_a_chunk(table):
     assert table.rows == [0, 1, 3, 4, 5, 6, 7]
 
 
+def test_a_search_ends_with_the_chunk_and_what_is_left_is_tried_as_a_chunk(table):
+    failures, written = iter([ValueError("passes")]), []
+
+    def write(transaction, items):
+        if 2 in items:
+            raise ValueError("two")
+        if 7 in items and (failure := next(failures, None)):
+            raise failure
+        table.write(transaction, items)
+        written.append(items)
+
+    report = closing(table, range(8), writer=write, template=template(2)).run()
+    assert report.counts.all_skipped == 1
+    assert written[-1] == [3, 4, 5, 6, 7]
+
+
 def test_unreadable_records_and_vetoed_items_close_it_with_a_culprit_among_them(table):
     class Records:
         def read_from(self, position):

@@ -139,11 +139,11 @@ def test_vetoed_items_are_no_failures_that_a_limit_counts(table):
     for number in range(4):
         load.veto(number, "closed")
     skip = SkipPolicy(skip_for=ValueError, limit=1, limits={Exception: 1}, share=0.1, share_from=10)
-    report = step(table, range(20), processor=poison(7), key=whole, template=load, skip=skip, chunk_size=10).run()
+    report = step(table, range(20), processor=poison(17), key=whole, template=load, skip=skip, chunk_size=10).run()
     assert report.counts.all_skipped == 5
     assert report.counts.limited == {"builtins.Exception": 1}
-    with pytest.raises(SkipLimitError, match="stopped at item 9"):
-        step(table, range(20), processor=poison(7, 8), key=whole, template=load, skip=skip, chunk_size=10).run()
+    with pytest.raises(SkipLimitError, match="stopped at item 19"):
+        step(table, range(20), processor=poison(17, 18), key=whole, template=load, skip=skip, chunk_size=10).run()
 
 
 def test_a_chunk_of_vetoed_items_writes_nothing_and_one_among_unreadable_ones_is_found(table):
@@ -164,8 +164,9 @@ def test_a_chunk_of_vetoed_items_writes_nothing_and_one_among_unreadable_ones_is
     assert [(skipped.item, skipped.phase) for skipped in report.skipped] == [("?", "read"), (2, "veto")]
 
 
-def test_a_veto_that_comes_while_its_chunk_is_searched_holds_and_is_not_forgotten(table):
-    load = template(max_attempts=3)
+@pytest.mark.parametrize("max_attempts", [1, 3])
+def test_a_veto_that_comes_while_its_chunk_is_searched_holds_and_is_not_forgotten(table, max_attempts):
+    load = template(max_attempts)
     others = poisoned_write(table, 5, error=ValueError)
 
     def write(transaction, items):
