@@ -29,9 +29,9 @@ from retrykit.messaging.worker import MISCONFIGURED, Worker
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
 if TYPE_CHECKING:
-    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.coroutines.desk import Desk
+    from retrykit.messaging.coroutines.loop import HandlerLoop
     from retrykit.messaging.handler import Template
-    from retrykit.messaging.loop import HandlerLoop
 
 _log = logging.getLogger("retrykit.messaging")
 
@@ -53,7 +53,7 @@ def _shares_messages(container: Any, field: Any, value: int) -> None:
 
 def _new_loop() -> HandlerLoop:
     # Here, since `import retrykit.messaging` must not cost what asyncio costs.
-    from retrykit.messaging.loop import HandlerLoop
+    from retrykit.messaging.coroutines.loop import HandlerLoop
 
     return HandlerLoop()
 
@@ -61,7 +61,7 @@ def _new_loop() -> HandlerLoop:
 def _deliveries(template: Template) -> type[Delivery]:
     if not template.asynchronous:
         return Delivery
-    from retrykit.messaging.async_delivery import AsyncDelivery
+    from retrykit.messaging.coroutines.delivery import AsyncDelivery
 
     return AsyncDelivery
 

@@ -19,7 +19,7 @@ with the mark, until 5 is confirmed; the duplicate delivery sends it again, unde
 `retrykit.messaging.outbox`). A recovery that parks is no other. Without a mark in the database whatever sends settles
 its history in 6 only, never in 4, and so does every recovery: after a crash it is done again, not forgotten.
 
-All of this is decided here, for plain functions and for coroutines (`retrykit.messaging.async_delivery`), whose
+All of this is decided here, for plain functions and for coroutines (`retrykit.messaging.coroutines.delivery`), whose
 template runs elsewhere, and whose sends wait for 3.
 """
 
@@ -62,7 +62,7 @@ from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
-    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.coroutines.desk import Desk
     from retrykit.messaging.handler import Template
 
 _log = logging.getLogger("retrykit.messaging")

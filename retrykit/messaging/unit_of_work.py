@@ -18,8 +18,8 @@ from retrykit.errors import CommitInDoubtError
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, ConnectionLostError
 
 if TYPE_CHECKING:
+    from retrykit.messaging.coroutines.desk import Desk
     from retrykit.messaging.delivery import Delivery
-    from retrykit.messaging.desk import Desk
 
 Transaction = Callable[[], AbstractContextManager[Any] | AbstractAsyncContextManager[Any]]
 

@@ -11,7 +11,7 @@ from retrykit.clock import Clock, SystemClock
 from retrykit.messaging.delays import PutOffError
 
 if TYPE_CHECKING:
-    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.coroutines.desk import Desk
 
 
 def _never(_seconds: float) -> bool:

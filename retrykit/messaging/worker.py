@@ -35,7 +35,7 @@ from retrykit.template import RetryTemplate
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
     from retrykit.message import Message
-    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.coroutines.desk import Desk
 
 MISCONFIGURED: Final = (
     NoStableIdError,

@@ -21,7 +21,7 @@ import attrs
 from retrykit.messaging.errors import CutShortError
 
 if TYPE_CHECKING:
-    from retrykit.messaging.loop import HandlerLoop
+    from retrykit.messaging.coroutines.loop import HandlerLoop
 
 T = TypeVar("T")
 

@@ -2,9 +2,9 @@
 
 Transactions and prefetch belong to a connection, so a worker has one, and a thread. Engines, pools and clients belong
 to an event loop, so all coroutines of a container (or of a group of them) run on one. The two meet at a *desk*
-(`retrykit.messaging.desk`): the worker hands its delivery to the loop and waits there for errands, which are the calls
-that its delivery makes to the broker. So the loop never waits for a broker, and a session is used by its own worker
-alone.
+(`retrykit.messaging.coroutines.desk`): the worker hands its delivery to the loop and waits there for errands, which are
+the calls that its delivery makes to the broker. So the loop never waits for a broker, and a session is used by its own
+worker alone.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from contextlib import suppress
 from functools import partial
 from typing import Any, Final
 
-from retrykit.messaging.desk import Desk, Outcome, finished
+from retrykit.messaging.coroutines.desk import Desk, Outcome, finished
+from retrykit.messaging.coroutines.lifespans import Lifespans
+from retrykit.messaging.coroutines.spare_threads import SpareThreads
 from retrykit.messaging.errors import LoopEndedError
-from retrykit.messaging.lifespans import Lifespans
 from retrykit.messaging.lifetime import Lifespan
-from retrykit.messaging.spare_threads import SpareThreads
 
 Told = Callable[[BaseException], None]
 

@@ -8,7 +8,7 @@ from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from retrykit.messaging.desk import Desk
+    from retrykit.messaging.coroutines.desk import Desk
     from retrykit.messaging.lifetime import Lifespan
 
 _log = logging.getLogger("retrykit.messaging")
