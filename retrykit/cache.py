@@ -144,7 +144,11 @@ class MapRetryContextCache:
     )
     tombstones: int | None = attrs.field(default=None, validator=whole(0, optional=True), kw_only=True, repr=False)
     tombstone_time_to_live: float | None = attrs.field(
-        default=WEEK, converter=as_seconds_or_none, validator=more_than(0), kw_only=True, repr=False
+        default=WEEK,
+        converter=as_seconds_or_none,
+        validator=more_than(0, optional=True),
+        kw_only=True,
+        repr=False,
     )
     _entries: dict[str, StoredContext] = attrs.field(init=False, factory=dict, repr=lambda entries: str(len(entries)))
     # Completion marks and the states of circuits: kept apart, because they take no place from histories and are never

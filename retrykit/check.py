@@ -83,10 +83,12 @@ def at_least(bound: float) -> Validator:
     return check
 
 
-def more_than(bound: float) -> Validator:
-    """An attrs validator: a finite number above `bound`; None is let through where the default is None."""
+def more_than(bound: float, *, optional: bool = False) -> Validator:
+    """An attrs validator: a finite number above `bound`; None too if `optional`, or where the default is None."""
 
     def check(_instance: Any, field: Any, value: Any) -> None:
+        if optional and value is None:
+            return
         if _is_number(field, value) and not (is_finite(value) and value > bound):
             raise wrong_value(field.name, f"finite and more than {bound:g}", value)
 

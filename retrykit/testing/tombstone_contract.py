@@ -119,6 +119,21 @@ class TombstoneContract(ContextCacheContract):
         assert cache.expire(4e9 + 110.0) == 1
         assert cache.load("a/1") is None
 
+    def test_tombstone_without_a_time_of_its_own_stays(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, time_to_live=10, tombstone_time_to_live=None)
+        saved(cache, "a/1", {"retry_count": 2, "last_failed_at": 1.0})
+        assert cache.expire(4e9) == 1
+        assert cache.expire(9e9) == 0
+        assert found(cache, "a/1").snapshot["evicted"]["by"] == "time_to_live"
+
+    def test_veto_that_had_to_be_evicted_is_still_found(self, tmp_path: Path) -> None:
+        cache: Any = self._evicting(tmp_path, capacity=1)
+        for key in ("a/1", "a/2"):
+            saved(cache, key, {"retry_count": 1, "veto": f"{key} is poison"})
+        assert found(cache, "a/1").snapshot["veto"] == "a/1 is poison"
+        if hasattr(cache, "vetoed"):
+            assert sorted(cache.vetoed(["a/1", "a/2", "a/3"])) == ["a/1", "a/2"]
+
     def test_full_cache_that_rejects_keeps_a_tombstone_for_which_it_has_no_room(self, tmp_path: Path) -> None:
         cache = self._evicting(tmp_path, capacity=1, on_full="reject", time_to_live=10)
         saved(cache, "a/1", {"retry_count": 3, "last_failed_at": 4e9})
