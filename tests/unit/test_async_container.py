@@ -19,7 +19,8 @@ import pytest
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, desk, loop, park
+from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, park
+from retrykit.messaging.coroutines import desk, loop
 from retrykit.messaging.errors import LoopEndedError
 from retrykit.messaging.memory import MemoryBroker
 from tests import waiting

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from retrykit.messaging import spare_threads
+from retrykit.messaging.coroutines import spare_threads
 from retrykit.messaging.coroutines.spare_threads import SpareThreads
 
 PATIENCE = 20.0
