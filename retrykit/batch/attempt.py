@@ -154,7 +154,7 @@ class Attempt:
     def committed(self) -> None:
         """The call is over, and has settled its items."""
         self.loud()
-        self.course.counts.spend("transaction", perf_counter() - self._mark)
+        self._spend("transaction")
 
     # -- one attempt
 

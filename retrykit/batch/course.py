@@ -236,7 +236,9 @@ class Course:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
         found = False
         while True:
-            goal, condemned = self._goal(chunk, end), len(chunk.condemned)
+            goal, condemned = end, len(chunk.condemned)
+            if condemned and self.step.none_closes_chunk:
+                goal = self._goal(chunk, end)
             attempt = Attempt(self, chunk, goal, whole=whole)
             error = yield from self._execute(attempt)
             if error is None:
@@ -260,8 +262,6 @@ class Course:
 
     def _goal(self, chunk: Chunk, end: int) -> int:
         """How far the next transaction may go: a recovery that may close the chunk has one for itself."""
-        if not (self.step.none_closes_chunk and chunk.condemned):
-            return end
         live = chunk.live(end)
         if len(live) != 1:
             return end
@@ -272,7 +272,8 @@ class Course:
         try:
             tally = yield attempt.execute
             attempt.committed()
-            self._note(attempt)
+            if attempt.failures:
+                self._note(attempt)
         except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
             where = attempt.where
             attempt.note_failed_commit()
@@ -299,9 +300,8 @@ class Course:
         return error
 
     def _note(self, attempt: Attempt) -> None:
-        if attempt.failures:
-            self.counts.rollbacks += attempt.failures
-            self.counts.retries += max(0, attempt.tries - 1)
+        self.counts.rollbacks += attempt.failures
+        self.counts.retries += max(0, attempt.tries - 1) if attempt.failures else 0
 
     def _happened_after_all(self, attempt: Attempt) -> Work[Tally | None]:
         """The tally, if the last commit only seemed to fail."""

@@ -43,7 +43,7 @@ def _called(work: Work[T], fault: BaseException | None) -> T:
                 _refuse(answer)
             call = work.send(answer)
     except StopIteration as over:
-        if getgeneratorstate(work) != GEN_CLOSED:
+        if work.gi_frame is not None:  # type: ignore[attr-defined] # it is one of `Work`'s, which are generators
             raise
         return over.value  # type: ignore[no-any-return]
     finally:
