@@ -15,6 +15,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from retrykit.cache import canonical_key
 from tests.fault.store_consumer import MANY, effects, fate, parked
 from tests.fault.stores import SCALE, SEED, SERVERS, STORES, Fleet, Nursery, Place, dealt, victim
 
@@ -89,6 +90,23 @@ def test_every_failure_of_four_processes_of_eight_threads_at_many_keys_is_counte
     assert ledger.violations([], limit_of=lambda _: MANY) == []
     assert ledger.faults() == []
     assert place.failures() == dict.fromkeys(CROWD, 2)
+
+
+def test_no_failure_is_forgotten_while_four_processes_push_each_others_histories_out(place, fleet):
+    few = CROWD[:120]
+    options = {"capacity": 20, "on_full": "evict_oldest", "tombstones": 2 * len(few)}
+    for hands in dealt(few, copies=2):
+        fleet.start(hands, **COUNTED | {"deliveries": 1, "options": options})
+    ledger = fleet.finish()
+    assert ledger.violations([], limit_of=lambda _: MANY) == []
+    assert ledger.faults() == []
+    with contextlib.closing(place.cache()) as cache:
+        found = {key: cache.load(canonical_key("orders", key)).snapshot for key in few}
+        histories = len(list(cache.items()))
+    assert {key: facts["retry_count"] for key, facts in found.items()} == dict.fromkeys(few, 2)
+    assert sum("evicted" in facts for facts in found.values()) >= len(few) - histories
+    # A process beyond the first may have some more (a hundredth, and never less than one).
+    assert histories <= 20 + 4
 
 
 def test_the_limit_holds_and_recovery_happens_once_while_all_are_at_one_key(place, fleet):
