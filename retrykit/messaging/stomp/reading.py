@@ -18,15 +18,16 @@ OWN_SECONDS: Final = 0.05
 
 
 class Reading:
-    """One connection, read by one thread at a time. `news` is told of what comes; its lock is the only one."""
+    """One connection, read by one thread at a time. `news` is told of what comes, under the one `lock`."""
 
     def __init__(self, read: Callable[[float | None], bool], look: float) -> None:
         """`read` waits for so many seconds (None: without end), tells of what came, and says whether that was more than
         a sign of life. When nobody has read for `look` seconds, the thread that stands by takes its turn.
         """
-        lock = threading.RLock()
-        self.news = threading.Condition(lock)
-        self._duty = threading.Condition(lock)
+        # Taken by itself: a `with` of a condition costs several calls, and there are some for each message.
+        self.lock = threading.RLock()
+        self.news = threading.Condition(self.lock)
+        self._duty = threading.Condition(self.lock)
         self._read = read
         self._look = look
         self._turns = 0
@@ -41,7 +42,7 @@ class Reading:
         """
         now = time.monotonic()
         limit, own = None if timeout is None else now + timeout, now + OWN_SECONDS
-        with self.news:
+        with self.lock:
             while not ready() and not self._over:
                 now = time.monotonic()
                 left = None if limit is None else max(0.0, limit - now)
@@ -54,13 +55,13 @@ class Reading:
 
     def look(self) -> None:
         """Read what has come already."""
-        with self.news:
+        with self.lock:
             if not self._reads and not self._over:
                 self._take_turn(0.0)
 
     def stand_by(self) -> None:
         """The thread of the connection: until the connection ends."""
-        with self.news:
+        with self.lock:
             while not self._over:
                 turns = self._turns
                 if self._reads or not self._rests:
@@ -75,18 +76,18 @@ class Reading:
 
     def end(self) -> None:
         """The connection has ended: nobody reads any more."""
-        with self.news:
+        with self.lock:
             self._over = True
             self.news.notify_all()
             self._duty.notify_all()
 
     def _take_turn(self, seconds: float | None) -> bool:
         self._reads, self._turns = True, self._turns + 1
-        self.news.release()
+        self.lock.release()
         try:
             return self._read(seconds)
         finally:
-            self.news.acquire()
+            self.lock.acquire()
             self._reads = False
             if self._rests:
                 # What came may be for somebody else, who may want to read on.

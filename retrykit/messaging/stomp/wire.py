@@ -61,16 +61,17 @@ class Wire:
         self._closed = False
         self._connection = Connection(broker, call, self)
         self._reading = self._connection.transport.reading
-        self._changed = self._reading.news
+        # Of what is below here and of whose turn it is to read.
+        self._lock = self._reading.lock
 
     # -- called by whoever reads
 
     def on_connected(self, headers: dict[str, str]) -> None:
         """Logged in: the server's name for itself is known."""
-        with self._changed:
+        with self._lock:
             self.server = headers.get("server", "")
             self._beats = headers.get("heart-beat", "0").partition(",")[0].strip() != "0"
-            self._changed.notify_all()
+            self._reading.news.notify_all()
 
     def on_message(self, frame: Frame) -> None:
         """A delivery: for the worker to look at."""
@@ -81,14 +82,14 @@ class Wire:
 
         After an ERROR it confirms nothing: RabbitMQ refuses a SUBSCRIBE, and then sends its receipt.
         """
-        with self._changed:
+        with self._lock:
             if self.lost is None:
                 self._awaited.pop(receipt, None)
 
     def on_error(self, headers: dict[str, str], body: bytes) -> None:
         """The broker refused something: after that nothing on this connection can be relied on."""
         message = headers.get("message", "")
-        with self._changed:
+        with self._lock:
             if not message.startswith(self.not_refusals):
                 self._refused = self._refused or self._meant(headers.get("receipt-id"))
             self.answer = self.answer or whole_text(message, body)
@@ -112,7 +113,7 @@ class Wire:
 
     def _server_lost(self, reason: str) -> None:
         """The server is gone, or might as well be: the next connection tries another one first."""
-        with self._changed:
+        with self._lock:
             news = self.lost is None and self.server is not None and not self._leaving
         self.lose(reason)
         if news:
@@ -123,9 +124,9 @@ class Wire:
 
         Closes nothing: this may be the thread that reads.
         """
-        with self._changed:
+        with self._lock:
             self.lost = self.lost or reason
-            self._changed.notify_all()
+            self._reading.news.notify_all()
 
     # -- called by the session
 
@@ -178,14 +179,14 @@ class Wire:
     def put_confirmed(self, command: str, headers: Mapping[str, Any], body: bytes = b"", what: str = "") -> str:
         """Send a frame with a receipt, which `settle` waits for; `what` says what it is of the open transaction."""
         receipt = f"r-{next(self._numbers)}"
-        with self._changed:
+        with self._lock:
             self._awaited[receipt] = what
         self.put(command, {**headers, "receipt": receipt}, body)
         return receipt
 
     def forget(self, receipts: Iterable[str]) -> None:
         """Wait no more for these: what they would confirm was undone."""
-        with self._changed:
+        with self._lock:
             for receipt in receipts:
                 self._awaited.pop(receipt, None)
 
@@ -221,7 +222,7 @@ class Wire:
 
     def failure(self) -> BrokerError:
         """Why the open transaction came to nothing."""
-        with self._changed:
+        with self._lock:
             what, self._refused = self._refused, ""
         # Said once: what is tried on this connection afterwards was not refused, it never arrived.
         if not what:
@@ -236,14 +237,14 @@ class Wire:
 
     def interrupt(self) -> None:
         """End all waiting for deliveries and in pauses."""
-        with self._changed:
+        with self._lock:
             self.interrupted = True
-            self._changed.notify_all()
+            self._reading.news.notify_all()
 
     def hang_up(self) -> None:
         """Close the socket and see the thread that stands by off. Never called from it."""
         self.lose("closed")
-        with self._changed:
+        with self._lock:
             closed, self._closed = self._closed, True
         if closed:
             return
