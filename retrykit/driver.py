@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import nullcontext
+from contextvars import Token
 from inspect import isawaitable
 from math import isfinite
 from time import time
@@ -448,6 +449,7 @@ def _recover(driver: Driver) -> tuple[Exception, float] | None:
 
 def _abort(driver: Driver, error: BaseException) -> None:
     """Put things straight after a cancellation."""
+    _let_go(driver)
     flow = abort(driver, error, opened=driver.is_open())
     answer = None
     while (step := _send(flow, answer)) is not None:
@@ -455,6 +457,14 @@ def _abort(driver: Driver, error: BaseException) -> None:
             answer = _perform(driver, step)
         except BaseException as again:  # noqa: BLE001 - a second interruption must not stop the tidying up of the first, which is raised on
             answer = answer_to(driver, step, again)
+
+
+def _let_go(driver: Driver) -> None:
+    """An interruption may come between the binding of an attempt's context and the note of how to take it back."""
+    if _bound.get() is driver.binding:
+        outer = driver.context._outer
+        before = outer.old_value if type(outer) is Token else outer
+        _bound.set(None if before is Token.MISSING else before)
 
 
 def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
@@ -549,6 +559,7 @@ async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
 
 
 async def _async_abort(driver: Driver, error: BaseException) -> None:
+    _let_go(driver)
     flow = abort(driver, error, opened=driver.is_open())
     answer = None
     with _shielded():

@@ -12,7 +12,7 @@ import pytest
 
 import retrykit.batch.work
 import retrykit.driver
-from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
+from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch.work import async_drive, drive
 
 
@@ -115,6 +115,7 @@ def everywhere(call, spared):
             return number
         assert transactions.open == 0, place
         assert len(transactions.ends) <= 1, place
+        assert current_context() is None, place
     raise AssertionError("it never ended")
 
 
