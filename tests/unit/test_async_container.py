@@ -328,7 +328,8 @@ def test_loop_that_ends_by_itself_ends_containers_that_have_nothing_to_do(broker
     # The second one may have been stopped by the first before it was told.
     assert (states[0], states[2]) == ("failed", "finished")
     assert caplog.text.count("the container gives up") == states.count("failed")
-    assert not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"]
+    # Its last act is to tell the containers.
+    wait_for(lambda: not [thread for thread in threading.enumerate() if thread.name == "retrykit-loop"])
 
 
 def test_loop_whose_tasks_are_all_cancelled_ends_the_container_and_says_so(broker):
