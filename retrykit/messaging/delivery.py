@@ -86,15 +86,6 @@ class Work:
     delays: Delays = attrs.field(factory=Delays)
     pauses: Pauses | None = None
 
-    def journal_of(self, message: Message) -> Literal["redelivered", "always", "never"]:
-        """Whether the attempt is to be reserved, should the history be asked for.
-
-        A history that this process keeps for itself goes when the process goes: no crash can be found in it. So only
-        what other sessions of this process may still have in hand is reserved there, and the source flags that.
-        """
-        alone = self.journal == "redelivered" and not getattr(self.template.context_cache, "shared", True)
-        return "never" if alone and not message.redelivered else self.journal
-
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
 
@@ -210,7 +201,7 @@ class Delivery:
             key=key,
             redelivered=redelivered,
             recover_on_redelivery=False,
-            journal=self.work.journal_of(self.message),
+            journal=self.work.journal,
             fingerprint=self.message.fingerprint,
         )
 

@@ -171,30 +171,31 @@ def test_a_handled_message_is_acknowledged(broker):
     assert (counters.received, counters.acknowledged, counters.generations) == (2, 2, 1)
 
 
-class Reserving(MapRetryContextCache):
-    """A history that notes which attempts are reserved in it."""
+@plain_only
+def test_messages_of_one_id_that_nobody_flags_share_their_attempts_while_they_run():
+    # The id is their producer's, and the history this process's own.
+    busy, most, lock, enough = 0, 0, threading.Lock(), threading.Event()
 
-    def __init__(self, *, shared):
-        super().__init__()
-        self.shared = shared
-        self.reserved = []
+    def handler(message):
+        nonlocal busy, most
+        with lock:
+            busy += 1
+            most = max(most, busy)
+        enough.wait(0.2)
+        with lock:
+            busy -= 1
+        raise ConnectionError
 
-    def save(self, key, snapshot, expected):
-        self.reserved += [1 + snapshot["retry_count"]] if snapshot.get("in_flight") else []
-        return super().save(key, snapshot, expected)
-
-
-@pytest.mark.parametrize(("shared", "reserved"), [(False, [2]), (True, [1, 2])])
-def test_a_crash_that_takes_the_history_along_is_not_prepared_for(shared, reserved):
-    cache = Reserving(shared=shared)
-    # Its flag is no proof of a first delivery, so the history is asked for every time.
     with StompServer(profile="rabbitmq") as server:
-        source = StompBroker(server.url, destination="/queue/orders")
-        server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
-        handler = failing(1)
-        with container(source, handler, template=template(context_cache=cache)):
-            waiting.until(lambda: len(handler.calls) == 2 and not server.depth("/queue/orders"), PATIENCE)
-    assert cache.reserved == reserved
+        source, recovered = StompBroker(server.url, destination="/queue/orders"), []
+        recover = lambda message, _: recovered.append(message)  # noqa: E731
+        with container(source, handler, template=template(2), concurrency=4, recover=recover) as made:
+            waiting.until(lambda: made.connected == 4, PATIENCE)
+            for _ in range(4):
+                server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
+            waiting.until(lambda: recovered, PATIENCE)
+            enough.set()
+    assert most == 2
 
 
 def test_a_handler_may_take_the_context_too(broker):

@@ -82,6 +82,11 @@ def test_a_length_that_is_none_is_no_length(length):
     ]
 
 
+def test_a_frame_that_does_not_end_where_it_says_is_no_frame():
+    with pytest.raises(ValueError, match="content-length 3"):
+        read([b"MESSAGE\ncontent-length:3\n\nabcdef\0"])
+
+
 def test_a_large_frame_in_small_pieces_is_copied_once_a_piece():
     body, reader = b"x" * 4_000_000, FrameReader()
     data = b"MESSAGE\ncontent-length:%d\n\n%b\0" % (len(body), body)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from functools import partial
-from linecache import getline
 
 import pytest
 
@@ -14,6 +12,7 @@ import retrykit.batch.work
 import retrykit.driver
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch.work import async_drive, drive
+from tests.interruptions import Signal, interrupted_at
 
 
 class Transactions:
@@ -75,42 +74,13 @@ class Later:
         return self.plain.__exit__(*error)
 
 
-class Signal(BaseException):
-    """What a signal handler raises."""
-
-
-def interrupted_at(number, call, spared=(), module=retrykit.driver):
-    """Call it, and raise at that line that is executed in the module. The place, if there are as many."""
-    left = [number]
-
-    def trace(frame, event, _argument):
-        if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name in spared:
-            return None
-        # Of these there is a line and no instruction: nobody is interrupted there but by a tracer.
-        empty = getline(frame.f_code.co_filename, frame.f_lineno).strip() in {"try:", "while True:"}
-        if event == "line" and not empty:
-            left[0] -= 1
-            if left[0] == 0:
-                sys.settrace(None)
-                raise Signal(frame.f_lineno, frame.f_code.co_name)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except Signal as signal:
-        return signal
-    finally:
-        sys.settrace(before)
-    return None
-
-
 def everywhere(call, spared):
     """Interrupt it at each line of the driver in turn, until it ends before it is interrupted."""
     for number in range(1, 10_000):
         transactions = Transactions()
-        place = interrupted_at(number, lambda transactions=transactions: call(transactions), spared)
+        place = interrupted_at(
+            number, lambda transactions=transactions: call(transactions), spared, module=retrykit.driver
+        )
         if place is None:
             return number
         assert transactions.open == 0, place

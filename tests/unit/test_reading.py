@@ -5,11 +5,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 
+import retrykit.messaging.stomp.reading
 from retrykit.messaging.stomp.reading import OWN_SECONDS, Reading
 from tests import waiting
+from tests.interruptions import interrupted_at
 
 PATIENCE = 30.0
 LOOK = 0.02
@@ -171,3 +174,34 @@ def test_a_fault_of_the_reader_is_the_waiters_and_the_turn_is_free_again():
     reading.wait_for(lambda: False, 0)
     with pytest.raises(StopIteration):
         next(reads)
+
+
+def test_a_turn_that_was_interrupted_before_it_was_ended_is_taken_again():
+    source = Source()
+    with read_by(source, look=PATIENCE) as (reading, _):
+        with reading.lock:
+            # As a signal would leave it that comes between the note and the reading.
+            assert reading._take_turn()
+        source.come("next")
+        reading.wait_for(lambda: source.told, PATIENCE)
+        assert source.told == ["next"]
+
+
+def read_after_an_interruption(verb, number):
+    """Where it was interrupted; None if it ended before."""
+    source = Source()
+    reading = Reading(source.read, LOOK)
+    calls = {"wait_for": partial(reading.wait_for, lambda: source.told, PATIENCE), "look": reading.look}
+    source.come("one")
+    place = interrupted_at(number, calls[verb], module=retrykit.messaging.stomp.reading)
+    assert not reading.lock._is_owned(), place
+    source.come("two")
+    reading.wait_for(lambda: "two" in source.told, PATIENCE)
+    assert source.told == ["one", "two"], place
+    return place
+
+
+@pytest.mark.parametrize("verb", ["wait_for", "look"])
+def test_at_no_line_an_interruption_leaves_a_session_that_hears_nothing(verb):
+    interrupted = next(number for number in range(1, 1_000) if read_after_an_interruption(verb, number) is None)
+    assert interrupted > 5

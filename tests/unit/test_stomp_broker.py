@@ -4,13 +4,14 @@ import socket
 import ssl
 import subprocess
 import sys
-from contextlib import closing, nullcontext
+import threading
+from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
 
 from retrykit.messaging import ListenerContainer, by_content, by_header
-from retrykit.messaging.errors import BrokerRefusedError, BrokerUnavailableError
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
 from retrykit.messaging.stomp.frames import Frame
@@ -188,6 +189,76 @@ def test_a_broker_that_refused_a_frame_and_hung_up_is_heard_before_the_next_is_g
         wire.put("COMMIT", {})
         with pytest.raises(BrokerRefusedError, match="no such exchange"):
             raise wire.failure()
+
+
+@contextmanager
+def answering(*frames):
+    """The port of a server that answers whatever it is told first with these."""
+
+    def serve():
+        live, _ = listening.accept()
+        with live:
+            live.recv(65_536)
+            live.sendall(b"".join(frames))
+            while live.recv(65_536):
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield listening.getsockname()[1]
+        thread.join(10)
+
+
+@pytest.mark.parametrize(
+    ("frames", "words"),
+    [
+        ([b"CONNECTED\nheart-beat:often\n\n\0"], "makes no sense: ValueError"),
+        ([b"CONNECTED\ncontent-length:1\n\nabc\0"], "makes no sense: .*content-length 1"),
+    ],
+)
+def test_what_makes_no_sense_ends_the_connection_and_is_its_reason(frames, words, caplog):
+    with answering(*frames) as port, pytest.raises(BrokerUnavailableError, match=words):
+        StompBroker(f"stomp://127.0.0.1:{port}", destination="/queue/a").connect()
+    assert "makes no sense" in caplog.text
+
+
+def test_the_reason_is_known_when_a_connection_that_was_lost_ends_a_wait():
+    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
+    transport = wire._connection.transport
+    # As if another thread had begun to close it, and got no further.
+    transport.notified_on_disconnect = True
+    transport.disconnect_socket()
+    assert wire.lost is not None
+    assert not wire.pause(10)
+
+
+def test_a_session_may_be_closed_by_another_thread_while_its_worker_looks():
+    with StompServer(profile="rabbitmq") as server:
+        for _ in range(20):
+            session = StompBroker(server.url, destination="/queue/a").connect()
+            faults = []
+
+            def work(session=session, faults=faults):
+                try:
+                    while True:
+                        session.flush()
+                except BrokerError:
+                    return
+                except RuntimeError as fault:
+                    faults.append(fault)
+
+            worker = threading.Thread(target=work)
+            worker.start()
+            session.close()
+            worker.join(10)
+            assert not worker.is_alive()
+            assert not faults
+
+
+def test_the_shortest_heart_beat_is_one():
+    broker = StompBroker("stomp://127.0.0.1:1", destination="/queue/a", heart_beat=0.0001)
+    assert Wire(broker, Call(Address("127.0.0.1", 1)))._connection.heartbeats == (1, 1)
 
 
 def test_frames_that_belong_together_go_out_in_one_piece(monkeypatch):

@@ -74,7 +74,10 @@ class FrameReader:
         self._data += data
 
     def next(self) -> Frame | None:
-        """The next frame, `HEART_BEAT` for any number of them, or None: more has to come."""
+        """The next frame, `HEART_BEAT` for any number of them, or None: more has to come.
+
+        `ValueError` where no frame can be made out; nothing that follows can be, then.
+        """
         if self._at == len(self._data):
             return None
         if self._head is None:
@@ -119,7 +122,11 @@ class FrameReader:
         length = headers.get(_LENGTH)
         if length is not None and len(length) < _DIGITS and length.strip().isdecimal():
             end = body + int(length)
-            return end if end < len(self._data) else None
+            if end >= len(self._data):
+                return None
+            if self._data[end] != 0:
+                raise ValueError(f"a frame does not end where its content-length {length} says")
+            return end
         end = self._data.find(0, max(body, self._searched))
         self._searched = len(self._data)
         return None if end < 0 else end

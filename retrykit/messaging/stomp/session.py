@@ -24,9 +24,9 @@ from retrykit.messaging.errors import (
     NotSupportedError,
 )
 from retrykit.messaging.headers import check_headers, number_in
-from retrykit.messaging.identity import bounded, by_content, by_header
+from retrykit.messaging.identity import bounded, by_content, identified_by
 from retrykit.messaging.kept import Kept
-from retrykit.messaging.recoverers import COPY_OF, ID
+from retrykit.messaging.recoverers import COPY_OF, ID, SENT_BACK
 from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
 from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
@@ -184,15 +184,19 @@ class StompSession:
 
     def _identified(self, headers: Mapping[str, str], body: bytes, destination: str) -> str:
         """By what the message is known at its next delivery."""
-        identify = self._broker.identify or self._profile.identify
-        stable = identify(headers, body)
-        if not stable or not isinstance(stable, str):
-            remedy = f"it has no header {identify}" if isinstance(identify, by_header) else f"{identify!r} found none"
-            if stable is not None and not isinstance(stable, str):
-                remedy = f"{identify!r} gave {stable!r:.80}, which is no str"
-            remedy = self._profile.remedy if self._broker.identify is None else remedy
-            raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy)
-        return bounded(stable)
+        facts = {"destination": destination, "broker": self._broker.name}
+        if self._broker.identify is None:
+            stable = self._profile.identify(headers, body)
+            if not stable:
+                raise NoStableIdError(**facts, remedy=self._profile.remedy)
+            return bounded(stable)
+        try:
+            stable = identified_by(self._broker.identify, headers, body)
+        except ValueError as error:
+            raise NoStableIdError(**facts, remedy=str(error)) from error.__cause__
+        # An operator has sent it back: it is not the one that these consumers have parked.
+        again = headers.get(SENT_BACK)
+        return bounded(f"{stable}~{again}" if again else stable)
 
     def _destination(self, headers: Mapping[str, str]) -> str:
         subscribed = self._broker.destination

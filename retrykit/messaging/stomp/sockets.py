@@ -99,16 +99,16 @@ class PlainSocket:
         self.sendall = live.sendall
         self.shutdown = live.shutdown
         self.close = live.close
-        # Made once: it is asked for each message.
-        self._poll = _poll_of(live)
+        # Made once: they are asked for each message. Two, since whoever looks and whoever waits may be two threads.
+        self._wait, self._look = _poll_of(live), _poll_of(live)
 
     def has_come(self) -> bool:
-        """Whether there is something to read, the end included."""
-        return bool(self._poll(0))
+        """Whether there is something to read, the end included. The worker's to ask."""
+        return bool(self._look(0))
 
     def receive(self, size: int, seconds: float | None = None) -> bytes | None:
         """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""
-        if seconds is not None and not self._poll(seconds):
+        if seconds is not None and not self._wait(seconds):
             return None
         data = self._socket.recv(size)
         _acknowledge_at_once(self._socket)

@@ -12,9 +12,11 @@ circles until a heart-beat is missed.
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
 import ssl
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 import attrs
@@ -40,12 +42,13 @@ except ModuleNotFoundError as missing:
         raise
     raise ImportError('STOMP brokers need stomp.py: pip install "retrykit[stomp]"', name="stomp") from missing
 
+_log = logging.getLogger("retrykit.messaging")
+
 __all__ = ["Call", "Connection", "Hears", "StompException"]
 
 _CHUNK: Final = 65_536
-# A part of so many heart-beats may pass before somebody reads.
-_LOOKS_A_BEAT: Final = 4
-_LOOK_SECONDS: Final = 0.25
+# So long a connection may go unread while a message is handled; or for a quarter of a heart-beat.
+_UNREAD_SECONDS: Final = 0.25
 
 
 @attrs.frozen
@@ -94,28 +97,23 @@ class _Rare(ConnectionListener):  # type: ignore[misc] # stomp.py has no types
         """Refused."""
         self._whom.on_error(frame.headers, frame.body if isinstance(frame.body, bytes) else b"")
 
-    def on_disconnected(self) -> None:
-        """Closed."""
-        self._whom.on_disconnected()
-
 
 class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
     """stomp.py's transport over a socket of our own, read frame by frame."""
 
-    def __init__(self, broker: StompSettings, call: Call, whom: Hears) -> None:
+    def __init__(self, broker: StompSettings, call: Call, whom: Hears, beat: Callable[[], None]) -> None:
         super().__init__([(call.address.host, call.address.port)], auto_decode=False)
         self._broker = broker
         self._call = call
         self._whom = whom
-        self.beat: Any = None
+        self._beat = beat
         self.socket: PlainSocket | TlsSocket | None = None
         self._frames = FrameReader()
         self._sending = threading.Lock()
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         self.silent = False
         self._ended = False
-        look = broker.heart_beat / _LOOKS_A_BEAT or _LOOK_SECONDS
-        self.reading = Reading(self.read, min(look, _LOOK_SECONDS))
+        self.reading = Reading(self.read, min(broker.heart_beat / 4, _UNREAD_SECONDS))
         self.override_threading(lambda _stomp_pys_own_loop: default_create_thread(self.reading.stand_by))
 
     def attempt_connection(self) -> None:
@@ -142,6 +140,9 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
                 return False
             if data:
                 return self._told(data)
+        except Exception as fault:  # noqa: BLE001 - whatever the other side sends ends no more than its connection
+            _log.warning("%s: what came from the server makes no sense", self._call.address.name, exc_info=fault)
+            self.failure = ConnectionError(f"what it sent makes no sense: {fault!r}")
         except BaseException:
             # What was read may be lost, and the rest would not be understood.
             self._end()
@@ -161,7 +162,7 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
 
     def _told(self, data: bytes) -> bool:
         # Within a frame no broker can beat: one that takes its time is a sign of life all the same.
-        self.beat()
+        self._beat()
         self._frames.feed(data)
         told = False
         while (frame := self._frames.next()) is not None:
@@ -206,6 +207,9 @@ class _Transport(Transport):  # type: ignore[misc] # stomp.py has no types
             live.close()
         if not self.notified_on_disconnect:
             self.notify("disconnected")
+        # Told by whoever comes here, not through stomp.py, where only the first one tells: nobody may find that there
+        # is nothing more to read before it is known that the connection is lost.
+        self._whom.on_disconnected()
         self.reading.end()
 
 
@@ -213,8 +217,9 @@ class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py h
     """STOMP 1.2 over that transport."""
 
     def __init__(self, broker: StompSettings, call: Call, whom: Hears) -> None:
-        beat = int(broker.heart_beat * 1000)
-        transport = _Transport(broker, call, whom)
+        # 0 would mean: none.
+        beat = max(1, int(broker.heart_beat * 1000))
+        transport = _Transport(broker, call, whom, self.on_heartbeat)
         BaseConnection.__init__(self, transport)
         Protocol12.__init__(
             self,
@@ -224,7 +229,6 @@ class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py h
             # A broker that beats only if the last interval was silent is up to two intervals late, in good health.
             heart_beat_receive_scale=2.5,
         )
-        transport.beat = self.on_heartbeat
         self.set_listener("retrykit", _Rare(whom))
 
     def login(self, call: Call) -> None:

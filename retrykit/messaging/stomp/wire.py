@@ -156,11 +156,14 @@ class Wire:
             return
         self._leaving = command == "DISCONNECT"
         _log.debug("%s: sending %s %s", self.name, command, headers)
-        self._outgoing.append(encoded(command, headers, body))
-        if more:
-            return
-        data = b"".join(self._outgoing)
-        self._outgoing.clear()
+        frame = encoded(command, headers, body)
+        with self._lock:
+            # Whoever closes the session may be another thread.
+            self._outgoing.append(frame)
+            if more:
+                return
+            outgoing, self._outgoing = self._outgoing, []
+        data = b"".join(outgoing)
         try:
             # Not by stomp.py's own `send_frame`: each call of it is a system call, and takes as long as the handler's
             # whole way through the template.
@@ -236,7 +239,7 @@ class Wire:
         return not (self.interrupted or self.lost)
 
     def interrupt(self) -> None:
-        """End all waiting for deliveries and in pauses."""
+        """End all waiting for deliveries and in pauses, within `reading.OWN_SECONDS`."""
         with self._lock:
             self.interrupted = True
             self._reading.news.notify_all()
