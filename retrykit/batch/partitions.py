@@ -73,12 +73,13 @@ def run_partitions(
     as long as the call. One that failed is not started again by this call, nor one that failed elsewhere at `since`
     (epoch seconds, by the clock of the store; default: now) or later. While others run what is left it is looked at
     every `poll` seconds: should they die, it is taken over. `JobError` if the job was begun with another number of
-    parts, or undivided.
+    parts, or undivided. `ValueError` if a parameter is named "partition".
 
     `again`: when each partition is finished they all begin anew, in this number of parts. If some are not, those are
     run, and nothing else: so of several processes that say it one begins, and the others take part. One that says it
     when all is finished begins once more. An instant in place of True prevents that: they begin anew only if they were
-    begun before it, by the clock of the store; `JobError` if a run that was begun before it is not finished yet.
+    begun before it, by the clock of the store; `JobError` if a run that was begun before it is not finished yet, or if
+    it is in the future. `JobError` too if the job was begun in another number of parts and is not finished.
     """
     worker = Worker(make, parts, dict(parameters or {}), again=again, since=since)
     if not worker.asynchronous:
@@ -133,6 +134,8 @@ class Worker:
             raise wrong_type("make", "callable as make(part, parts)", make)
         if not isinstance(again, bool | datetime):
             raise wrong_type("again", "a bool or a datetime", again)
+        if "partition" in parameters:
+            raise wrong_value("parameters", 'without "partition", which says of each job which one it is', parameters)
         if isinstance(again, datetime) and again.tzinfo is None:
             raise wrong_value("again", "an instant with its time zone", again)
         self.make = make

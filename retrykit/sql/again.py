@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -10,8 +9,8 @@ import attrs
 from sqlalchemy import Connection, select, update
 
 from retrykit.errors import JobError
-from retrykit.sql.divisions import divided_otherwise, in_words, partition, parts_of
-from retrykit.sql.job_rows import begun_anew, check_free, instance_of, instant_of
+from retrykit.sql.divisions import begun_otherwise, in_words, let_one_begin, partition, parts_in
+from retrykit.sql.job_rows import begun_anew, instance_of, instant_of, supersede
 from retrykit.sql.tables import rk_job
 
 _c = rk_job.c
@@ -31,45 +30,47 @@ class Again:
 
     def look(self, connection: Connection) -> Begun | None:
         """What keeps them from beginning anew, as they stand; None if nothing does. `JobError` as `begin`."""
-        return None if self._otherwise(connection) else self._answer(self._rows(connection, locked=False))
+        return None if self._otherwise(connection, locked=False) else self._answer(self._rows(connection, locked=False))
 
     def begin(self, connection: Connection, now: float) -> Begun:
         """Let all partitions begin anew, if each is finished, and those of another number of them with them.
 
-        `JobRunningError` while somebody runs one of another number; `JobError` if a run that was begun before `before`
-        is not finished, or one in another number was begun since.
+        `JobRunningError` while somebody runs one of another number; `JobError` if those are not all finished, or were
+        begun since `before`, or if a run that was begun before that is not finished.
         """
-        # Under the locks of all rows, taken in one order: of several that come at once the second sees what the first
-        # has begun. Those of another number come first: who has waited for these looks at ours after that.
-        locked = [self._locked(connection, number) for number in self._otherwise(connection)]
-        others = [row for row in locked if row.status != "new"]
+        # One after the other, and under the locks of all rows, taken in one order: of several that come at once the
+        # second sees what the first has begun. Those of another number come first: who has waited for these looks at
+        # ours after that.
+        let_one_begin(connection)
+        others = self._otherwise(connection, locked=True)
         rows = self._rows(connection, locked=True)
         answer = None if others else self._answer(rows)
         if answer is not None:
             return answer
         for row in others:
-            check_free(row, now, again=True)
             self._check_begun(row)
-        for row in others + [row for row in rows if row is not None and row.status == "finished"]:
-            connection.execute(update(rk_job).where(_c.id == row.id).values(begun_anew(row, now)))
+        supersede(connection, others, now)
+        for row in rows:
+            if row is not None and row.status == "finished":
+                connection.execute(update(rk_job).where(_c.id == row.id).values(begun_anew(row, now)))
         return "begun"
 
-    def _otherwise(self, connection: Connection) -> list[int]:
+    def _otherwise(self, connection: Connection, *, locked: bool) -> list[Any]:
         ours = partition(self.parameters, 1, self.parts)
-        return [number for number, _ in divided_otherwise(connection, self.name, ours)]
-
-    @staticmethod
-    def _locked(connection: Connection, number: int) -> Any:
-        return connection.execute(select(rk_job).where(_c.id == number).with_for_update()).one()
+        return begun_otherwise(connection, self.name, ours, locked=locked)
 
     def _rows(self, connection: Connection, *, locked: bool) -> list[Any]:
         """The row of each partition; None for one that was never begun."""
-        return [self._row(connection, part, locked=locked) for part in range(1, self.parts + 1)]
-
-    def _row(self, connection: Connection, part: int, *, locked: bool) -> Any:
-        instance = instance_of(self.name, partition(self.parameters, part, self.parts))
-        query = select(rk_job).where(_c.instance == instance)
-        return connection.execute(query.with_for_update() if locked else query).first()
+        instances = [
+            instance_of(self.name, partition(self.parameters, part, self.parts)) for part in range(1, self.parts + 1)
+        ]
+        query = select(rk_job)
+        if locked:
+            query = query.with_for_update()
+            return [connection.execute(query.where(_c.instance == one)).first() for one in instances]
+        # In one statement: else some would be from before another one lets them begin, and others from after it.
+        found = {row.instance: row for row in connection.execute(query.where(_c.instance.in_(instances)))}
+        return [found.get(one) for one in instances]
 
     def _answer(self, rows: list[Any]) -> Begun | None:
         begun = [row for row in rows if row is not None and row.status != "new"]
@@ -88,5 +89,5 @@ class Again:
 
     def _check_begun(self, row: Any) -> None:
         if self.before is not None and row.started_at >= self.before:
-            theirs = in_words(parts_of(json.loads(row.parameters)))
+            theirs = in_words(parts_in(row))
             raise JobError(f"the job {row.name} was begun {theirs} at {instant_of(row.started_at)} (number {row.id})")

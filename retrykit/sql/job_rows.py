@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -15,7 +15,7 @@ from retrykit.check import wrong_value
 from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
 from retrykit.owner import begin, end, is_running
 from retrykit.sql.dialects import Database
-from retrykit.sql.divisions import check_division, partitions_of
+from retrykit.sql.divisions import begun_otherwise, check_division, check_finished, let_one_begin, partitions_of
 from retrykit.sql.parked import park_in
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.rows import rows_for, storable
@@ -71,12 +71,14 @@ class JobRows:
 
     def claim(self, connection: Connection, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
         """Take the job, made if it is not there: `JobFinishedError`, `JobRunningError` if it is not free, `JobError` if
-        it was begun in another number of partitions.
+        it was begun in another number of partitions; `again`, if it is not finished in that.
         """
         now = self.clock.now()
         instance = instance_of(name, parameters)
-        row = connection.execute(select(rk_job).where(_c.instance == instance).with_for_update()).first()
-        if (row is None or row.status == "new") and not again:
+        row = _locked(connection, instance)
+        if _is_new(row) and again:
+            supersede(connection, begun_otherwise(connection, name, parameters, locked=True), now)
+        elif _is_new(row):
             check_division(connection, name, parameters)
         if row is None:
             row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
@@ -196,6 +198,10 @@ class JobRows:
             return 1
         if found.id == claim.id or found.status == "finished":
             return 0
+        if found.status in {"failed", "stopped"}:
+            # Its own reason stays. That it is not started again by those who run the others follows from the time.
+            connection.execute(update(rk_job).where(_c.id == found.id).values(updated_at=now))
+            return 0
         # Under another fence its runner cannot commit any more.
         values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
         connection.execute(update(rk_job).where(_c.id == found.id).values(values))
@@ -210,6 +216,33 @@ def _lost(connection: Connection, claim: Claim) -> JobLostError:
     reason = f"was stopped: {row.reason}" if row is not None and status == "stopped" else told.get(status)
     reason = reason or "was claimed by somebody else"
     return JobLostError(name=claim.name, id=claim.id, fence=claim.fence, reason=reason, status=status)
+
+
+def _is_new(row: Any) -> bool:
+    return row is None or row.status == "new"
+
+
+def _locked(connection: Connection, instance: str) -> Any:
+    """The row of a job under its lock, if there is one. Who finds that it is to begin is the only one at that."""
+    query = select(rk_job).where(_c.instance == instance)
+    begun = not _is_new(connection.execute(query).first())
+    row = connection.execute(query.with_for_update()).first() if begun else None
+    if begun and not _is_new(row):
+        return row
+    # Not before it is known to be needed: the row of one that runs may be locked for long, and all would wait for it.
+    let_one_begin(connection)
+    return connection.execute(query.with_for_update()).first()
+
+
+def supersede(connection: Connection, rows: Sequence[Any], now: float) -> None:
+    """Let jobs of another number of partitions begin anew, so that they count no more. `JobRunningError` while somebody
+    runs one, `JobError` if not all of their partitions are finished.
+    """
+    for row in rows:
+        check_free(row, now, again=True)
+    check_finished(rows)
+    for row in rows:
+        connection.execute(update(rk_job).where(_c.id == row.id).values(begun_anew(row, now)))
 
 
 def instance_of(name: str, parameters: Mapping[str, Any]) -> str:

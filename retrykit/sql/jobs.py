@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from datetime import datetime
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 from weakref import WeakKeyDictionary
 
 import attrs
@@ -18,13 +18,13 @@ from sqlalchemy import Connection, Engine, select
 from sqlalchemy.exc import IntegrityError
 
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
-from retrykit.errors import JobLostError
+from retrykit.errors import JobError, JobLostError
 from retrykit.lease import hold
 from retrykit.owner import end
 from retrykit.sql.again import Again, Begun
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import Database, database_of
-from retrykit.sql.divisions import divided_otherwise, partition
+from retrykit.sql.divisions import begun_otherwise, partition, parts_in
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
 from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of
@@ -39,6 +39,9 @@ T = TypeVar("T")
 
 _log = logging.getLogger("retrykit.sql")
 _c = rk_job.c
+
+_AHEAD: Final = 1.0
+"""Seconds; the server's clock is known by estimate."""
 
 
 @attrs.frozen(eq=False)
@@ -131,7 +134,7 @@ class SqlJobStore:
         """Take a job: nobody else runs it until it is released, or this process is dead, or silent for a lease.
 
         `JobFinishedError` for one that is finished, unless it is to run `again` from the beginning; `JobRunningError`;
-        `JobError` for one that was begun in another number of partitions.
+        `JobError` for one that was begun in another number of partitions; `again`, if it is not finished.
         """
         claim = self._claim(name, parameters, again=again)
         claim.until_released = self._hold(claim)
@@ -228,10 +231,13 @@ class SqlJobStore:
 
         "begun"; "joined": some are not finished, and nothing is changed; "done": they were begun at `before` or later.
         Jobs of the same input in another number of partitions begin anew too, which is to say that they count no more;
-        `JobRunningError` if somebody runs one of them. `JobError` if a run that was begun before `before` is not
-        finished.
+        `JobRunningError` if somebody runs one of them, `JobError` if they are not all finished. `JobError` if a run
+        that was begun before `before` is not finished, and for a `before` in the future, by the clock of the store.
         """
         instant = None if before is None else before.timestamp()
+        self._open()
+        if instant is not None and instant > self._rows.clock.now() + _AHEAD:
+            raise JobError(f"before: {before} is in the future: whoever comes until then would begin {name} anew")
         again = Again(name=name, parameters=parameters, parts=parts, before=instant)
         # Who takes part in a run need not wait for those who write.
         answer = self._look(again.look)
@@ -244,7 +250,8 @@ class SqlJobStore:
         """The numbers of the jobs that were begun with the same input in another number of partitions than these
         parameters say, each with that number; None: undivided.
         """
-        return self._look(lambda connection: divided_otherwise(connection, name, parameters))
+        rows = self._look(lambda connection: begun_otherwise(connection, name, parameters, locked=False))
+        return [(row.id, parts_in(row)) for row in rows]
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""

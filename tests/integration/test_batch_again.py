@@ -142,6 +142,37 @@ def test_another_number_of_partitions_begins_once_too(engine):
     assert times(engine) == {2}
 
 
+def test_another_number_of_partitions_does_not_begin_before_the_run_is_at_its_end(engine):
+    run_partitions(steps(engine, fails={2}), PARTS)
+    before = list(stored_jobs(engine))
+    refused = r"the job load was begun in 3 partitions \(number \d+\), and is not finished \(2 of 3 partitions are\)"
+    for run in (
+        lambda: run_partitions(steps(engine), 2, again=True),
+        lambda: run_partitions(steps(engine), 2, again=datetime.fromtimestamp(SqlJobStore(engine).now(), UTC)),
+        lambda: steps(engine)(1, 1).run(again=True),
+    ):
+        with pytest.raises(JobError, match=refused):
+            run()
+    assert list(stored_jobs(engine)) == before
+    assert run_partitions(steps(engine), PARTS).finished
+    assert times(engine) == {1}
+    # At its end it may begin anew in whatever number, undivided too; but in one.
+    assert steps(engine)(1, 1).run(again=True).status == "finished"
+    assert times(engine) == {2}
+    with pytest.raises(JobError, match="begun without partitions"):
+        run_partitions(steps(engine), PARTS)
+    assert run_partitions(steps(engine), 2, again=True).finished
+    assert times(engine) == {3}
+
+
+def test_an_instant_in_the_future_is_refused_before_anything_begins(engine):
+    run_partitions(steps(engine), PARTS)
+    later = datetime.fromtimestamp(SqlJobStore(engine).now(), UTC) + timedelta(minutes=1)
+    with pytest.raises(JobError, match=r"before: .* is in the future"):
+        run_partitions(steps(engine), PARTS, again=later)
+    assert times(engine) == {1}
+
+
 @pytest.mark.parametrize("again", ["yes", 1, datetime(2026, 11, 22)])  # noqa: DTZ001 - that is refused
 def test_what_says_neither_whether_nor_since_when_is_refused(again):
     with pytest.raises((TypeError, ValueError), match=r"^again: "):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 
 import attrs
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, insert, select
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, select
 from sqlalchemy.orm import sessionmaker
 
 from retrykit import RetryTemplate, SimpleRetryPolicy
@@ -102,7 +103,9 @@ def test_workers_share_the_partitions_and_each_runs_once(url, engine):
     assert all(division.finished for division in found)
 
 
-@pytest.mark.parametrize("parameters", [{}, {"day": "50%_\\ é", "a": [1]}])
+@pytest.mark.parametrize(
+    "parameters", [{}, {"day": "50%_\\ é", "a": [1]}, {"day": "2026/11/12", "a": {"partition": "1/1"}}]
+)
 def test_another_number_of_partitions_is_refused_before_anything_is_written_again(engine, parameters):
     run_partitions(steps(engine), 3, parameters)
     run_partitions(steps(engine), 2, parameters | {"of": "another input"})
@@ -118,6 +121,41 @@ def test_another_number_of_partitions_is_refused_before_anything_is_written_agai
     assert run_partitions(steps(engine), 2, parameters).finished
     with pytest.raises(JobError, match=r"in 2 partitions .*is not run in 3"):
         run_partitions(steps(engine), 3, parameters)
+
+
+def test_of_two_numbers_of_partitions_that_begin_at_the_same_moment_one_runs(url, engine):
+    both, found = threading.Barrier(2), []
+
+    def begin(parameters):
+        own = engine_of(url)
+        jobs = SqlJobStore(own)
+        jobs.now()
+
+        @event.listens_for(own, "commit")
+        def wait_for_the_other(_):
+            # In vain, if that one may not look before this one has committed.
+            with suppress(threading.BrokenBarrierError):
+                both.wait(0.3)
+
+        try:
+            found.append(jobs.claim("load", parameters))
+        except JobError as error:
+            found.append(str(error))
+        own.dispose()
+
+    threads = [threading.Thread(target=begin, args=({"partition": f"1/{parts}"},)) for parts in (2, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    (refused,) = [one for one in found if isinstance(one, str)]
+    assert "the job load was begun in" in refused
+    (claim,) = [one for one in found if not isinstance(one, str)]
+    assert [job.id for job in stored_jobs(engine)] == [claim.id]
+    SqlJobStore(engine).abandon(claim)
+    # Nothing stands in the way of the one that has begun.
+    assert run_partitions(steps(engine), int(claim.parameters["partition"][2:])).finished
+    assert written(engine) == list(ITEMS)
 
 
 def test_a_job_that_was_begun_undivided_is_not_divided_later(engine):
@@ -201,6 +239,30 @@ def test_the_whole_job_is_stopped_for_a_reason_also_what_was_not_begun(engine):
     assert written(engine) == list(ITEMS)
 
 
+def test_stopping_the_whole_job_leaves_the_reasons_of_those_that_have_ended(engine):
+    def process(item):
+        if item % 4 == 1:
+            raise OSError("no line")
+        if item == 2:
+            stop("wrong file", job=True)
+        return item
+
+    assert run_partitions(steps(engine, process=process), 4).failures[2] == "OSError: no line"
+    assert states(engine)["2/4"] == ("failed", "OSError: no line")
+    assert states(engine)["4/4"] == ("stopped", "wrong file")
+    # Nor is one that has failed before started again by those who run the others.
+    begun = SqlJobStore(engine).now()
+    jobs = SqlJobStore(engine)
+    claim = jobs.claim("load", {"partition": "3/4"})
+    assert jobs.stop_others(claim, "another file") == 0
+    jobs.release(claim, status="stopped", reason="another file", counts={})
+    assert run_partitions(steps(engine), 4, since=begun).failures == {
+        2: "OSError: no line",
+        3: "stopped: another file",
+        4: "stopped: wrong file",
+    }
+
+
 def test_a_running_partition_of_a_stopped_job_commits_nothing_more_and_says_why(engine, caplog):
     jobs = SqlJobStore(engine)
     other = jobs.claim("load", {"partition": "1/2"})
@@ -244,6 +306,11 @@ def test_a_worker_whose_partition_is_stopped_or_taken_says_so(engine, caplog):
 def test_a_bad_number_of_parts_is_refused(parts):
     with pytest.raises(ValueError, match=r"^parts: "):
         run_partitions(lambda *_: None, parts)
+
+
+def test_a_parameter_that_would_be_overwritten_is_refused():
+    with pytest.raises(ValueError, match=r'^parameters: must be without "partition", .* not'):
+        run_partitions(lambda *_: None, 2, {"partition": "north"})
 
 
 def test_what_makes_no_step_with_a_store_is_refused():
