@@ -63,6 +63,8 @@ def is_for_its_kind(step: Any, field: Any, jobs: Any) -> None:
 
 def check_together(step: Any) -> None:
     """What each is in order, and makes no sense together: `ValueError`."""
+    if step.transaction is None and getattr(step.writer, "needs_transaction", False):
+        raise wrong_value("transaction", f"such as engine.begin, for {step.writer!r}", None)
     if step.skip.skip_crashes:
         _check_crashes(step)
     if not step.no_rollback_for:

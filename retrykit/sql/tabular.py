@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from sqlalchemy import Connection, Engine, Select, Table, insert
+from sqlalchemy import Connection, Engine, Row, Select, Table, insert
 from sqlalchemy.orm import Session
 
-from retrykit.check import wrong_type, wrong_value
+from retrykit.check import shown, wrong_type, wrong_value
 from retrykit.sql.sqlite import reading
 from retrykit.sql.transaction import is_asynchronous
 
@@ -21,6 +21,8 @@ class SqlCursorReader:
     texts). Each page is read on a connection of its own, behind the key that was read last, and in the order of the
     key; nothing is held open between pages, so a writer may change the same table. Rows that appear behind the
     position while it is read are read too; those before it are not.
+
+    `ValueError` for a key that is NULL, before the first row is given, and for one that comes twice, when it comes.
     """
 
     def __init__(self, engine: Engine, select: Select[Any], *, key: str, page: int = 1_000) -> None:
@@ -45,51 +47,85 @@ class SqlCursorReader:
 
     def read_from(self, position: Any) -> Iterator[tuple[Any, Any]]:
         """Each row (its columns are attributes) with its key."""
+        rows = self._page_behind(position, first=True)
         while True:
-            query = self._select if position is None else self._select.where(self._column > position)
-            with self._engine.connect() as connection:
-                # One more than wanted shows whether the page ends between two rows with the same key.
-                rows = connection.execute(query.limit(self._page + 1)).all()
             for row in rows:
                 before, position = position, getattr(row, self._key)
                 if position is None or position == before:
-                    raise wrong_value(f"key {self._key!r}", "unique and not null", position)
+                    raise self._wrong(position)
                 if row is not rows[-1] or len(rows) <= self._page:
                     yield row, position
             if len(rows) <= self._page:
                 return
             position = before
+            rows = self._page_behind(position)
+
+    def _page_behind(self, position: Any, *, first: bool = False) -> Sequence[Row[Any]]:
+        """One row more than wanted: it shows whether the page ends between two rows with the same key."""
+        query = self._select if position is None else self._select.where(self._column > position)
+        with self._engine.connect() as connection:
+            rows = connection.execute(query.limit(self._page + 1)).all()
+            if first and (position is not None or len(rows) > self._page):
+                self._refuse_nulls(connection)
+        return rows
+
+    def _refuse_nulls(self, connection: Connection) -> None:
+        """No page behind a key has a row without one: some databases sort it last, and it would never be seen."""
+        if connection.execute(self._select.where(self._column.is_(None)).limit(1)).first() is not None:
+            raise self._wrong(None)
+
+    def _wrong(self, position: Any) -> ValueError:
+        return wrong_value(f"key {self._key!r}", "unique and not null", position)
 
 
 class SqlWriter:
     """Inserts items into a table: `ChunkStep(writer=SqlWriter(orders), …)`.
 
     Items are mappings of column names to values. Those with the same columns are inserted by one statement; where
-    neighbors have different ones another begins, so that an absent column has its default, and the order is kept. The
-    transaction is a Session or a Connection; of an AsyncSession or AsyncConnection what comes of the statement is an
-    awaitable, for an `AsyncChunkStep`.
+    neighbors have different ones another begins, so that an absent column has its default, and the order is kept. Let a
+    processor choose where items have more than the table. The transaction is a Session or a Connection; of an
+    AsyncSession or AsyncConnection what comes of the statement is an awaitable, for an `AsyncChunkStep`.
     """
+
+    needs_transaction = True
+    """Said to the step: without one it is refused when it is made."""
 
     def __init__(self, table: Table) -> None:
         if not isinstance(table, Table):
             raise wrong_type("table", "a sqlalchemy Table", table)
         self.table = table
         self._insert = insert(table)
+        self._columns = frozenset(table.c.keys())
 
     def __repr__(self) -> str:
         return f"SqlWriter({self.table.name!r})"
 
     def __call__(self, transaction: Session | Connection, items: Sequence[Mapping[str, Any]]) -> Any:
-        """Insert them. `TypeError` for an item that is no mapping."""
+        """Insert them. `TypeError` for an item that is no mapping, `ValueError` for one with a name that is no column
+        of the table: then none is inserted.
+        """
+        if not hasattr(transaction, "execute"):
+            raise wrong_type("transaction", "a Session or a Connection", transaction)
         if _are_alike(items):
+            self._check(items[0])
             return transaction.execute(self._insert, items)
         # One statement would take the columns of the first, and leave out what the others have besides.
         runs = [list(run) for _, run in groupby(items, key=_keys)]
+        for run in runs:
+            self._check(run[0])
         if is_asynchronous(transaction):
             return self._insert_later(transaction, runs)
         for run in runs:
             transaction.execute(self._insert, run)
         return None
+
+    def _check(self, item: Mapping[str, Any]) -> None:
+        """A statement leaves out what it has no column for, and says nothing."""
+        if self._columns.issuperset(item.keys()):
+            return
+        unknown = [name for name in item.keys() if name not in self._columns]  # noqa: SIM118 - as in `_keys`
+        known, table = shown(self.table.c.keys()), self.table.name
+        raise wrong_value("items", f"mappings of columns of {table!r} ({known}), which has no {shown(unknown)}", item)
 
     async def _insert_later(self, transaction: Any, runs: list[list[Mapping[str, Any]]]) -> None:
         for run in runs:

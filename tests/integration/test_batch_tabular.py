@@ -3,9 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import Column, Integer, MetaData, String, Table, create_engine, delete, insert, literal, select
+from sqlalchemy import (
+    Column,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    case,
+    create_engine,
+    delete,
+    event,
+    insert,
+    literal,
+    select,
+)
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -60,6 +74,23 @@ def test_a_key_that_is_not_unique_or_null_is_an_error_and_no_loss(engine, positi
     for query in (twice, null) if position is None else (twice,):
         with pytest.raises(ValueError, match="key 'key': must be unique and not null"):
             list(SqlCursorReader(engine, query, key="key", page=page).read_from(position))
+
+
+@pytest.mark.parametrize("position", [None, 3])
+@pytest.mark.parametrize("page", [1, 5, 24])
+def test_a_null_among_the_keys_is_an_error_before_the_first_row_wherever_the_database_sorts_it(engine, page, position):
+    last = select(case((source.c.id != 48, source.c.id)).label("key"), source.c.name)
+    with pytest.raises(ValueError, match="key 'key': must be unique and not null, not None"):
+        next(SqlCursorReader(engine, last, key="key", page=page).read_from(position))
+
+
+def test_rows_that_fit_into_a_page_are_not_asked_for_nulls(engine):
+    asked = []
+    event.listen(engine, "before_cursor_execute", lambda *arguments: asked.append(arguments[2]))
+    list(SqlCursorReader(engine, select(source), key="id", page=25).read_from(None))
+    assert len(asked) == 1
+    list(SqlCursorReader(engine, select(source), key="id", page=10).read_from(None))
+    assert len(asked) == 1 + 3 + 1
 
 
 def test_a_step_may_delete_what_it_reads_and_write_elsewhere_in_one_transaction(engine):
@@ -158,6 +189,53 @@ def test_an_item_that_is_no_mapping_is_at_fault(engine):
     (skipped,) = report.skipped
     assert (report.counts.written, skipped.item) == (2, 5)
     assert str(skipped.error).startswith("items: ")
+
+
+@pytest.mark.parametrize("items", [[{"ID": 0}], [{"id": 1}, {"id": 2, "zz": 3}], [{"zz": 1, "id": 2}, {"id": 3}]])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_name_that_is_no_column_is_refused_and_nothing_is_inserted(engine, asynchronous, items):
+    (unknown,) = {name for item in items for name in item} - {"id"}
+    message = (
+        rf"^items: must be mappings of columns of 'work' \(\['id'\]\), which has no \['{unknown}'\], not {{.*{unknown}"
+    )
+    with engine.begin() as connection:
+        given = SimpleNamespace(sync_connection=connection, execute=connection.execute) if asynchronous else connection
+        with pytest.raises(ValueError, match=message):
+            SqlWriter(target)(given, items)
+        assert connection.scalars(select(target.c.id)).all() == []
+
+
+def test_an_item_with_a_name_that_is_no_column_is_found_and_skipped_as_any_other(engine):
+    items = [{"id": number} | ({"Id": number} if number == 7 else {}) for number in range(20)]
+    report = ChunkStep(
+        name="copy",
+        reader=items,
+        writer=SqlWriter(target),
+        transaction=engine.begin,
+        skip=SkipPolicy(skip_for=ValueError),
+    ).run()
+    assert [skipped.number for skipped in report.skipped] == [8]
+    with engine.connect() as connection:
+        assert connection.scalars(select(target.c.id)).all() == [number for number in range(20) if number != 7]
+
+
+def test_columns_are_named_by_their_keys_and_rows_as_mappings_will_do(engine):
+    table = Table("work", MetaData(), Column("id", Integer, primary_key=True, autoincrement=False, key="number"))
+    with engine.begin() as connection:
+        numbers = connection.execute(select(source.c.id.label("number"))).mappings().all()
+        SqlWriter(table)(connection, numbers)
+        assert connection.scalars(select(target.c.id)).all() == list(range(0, 50, 2))
+        with pytest.raises(ValueError, match=r"has no \['id'\]"):
+            SqlWriter(table)(connection, [{"id": 1}])
+
+
+def test_a_writer_without_a_transaction_is_refused_when_the_step_is_made():
+    with pytest.raises(
+        ValueError, match=r"^transaction: must be such as engine.begin, for SqlWriter\('work'\), not None"
+    ):
+        ChunkStep(name="copy", reader=[], writer=SqlWriter(target))
+    with pytest.raises(TypeError, match=r"^transaction: must be a Session or a Connection, not NoneType"):
+        SqlWriter(target)(None, [{"id": 1}])
 
 
 def test_the_writer_wants_a_table():
