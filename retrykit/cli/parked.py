@@ -208,8 +208,9 @@ def requeue(
 
     From a queue: it is sent and taken out in one transaction. RabbitMQ has none for both: there the same holds as for a
     table, and a copy that is sent twice has one id. It goes out as a new message, which no history and no completion
-    mark is known of; only where consumers know messages by a header of their own (`identify=`), --store or --contexts
-    must say where those are to be forgotten.
+    mark is known of. Consumers that know messages by a header of their own or by content (`identify=`) tell it from
+    the parked one by the header retrykit-sent-back. Where --store or --contexts has its history, that is forgotten
+    instead, and the message keeps the id that it had.
     """
     place = _queue(broker_url, destination, limit=limit, declare=declare)
     meant: dict[str, Any] = {"ids": ids, "which": Which(**where), "everything": everything, "to": to, "yes": yes}

@@ -146,10 +146,9 @@ def requeue_messages(
 
 
 def _send_back(hands: Hands, one: InHand, to: str | None, store: Store | None) -> None:
-    if store is not None and one.item.key is not None:
-        # First: the copy may be delivered the moment it is sent.
-        store.histories.forget(one.item.key)
-    hands.send_back(one, to)
+    # First: the copy may be delivered the moment it is sent.
+    forgotten = store is not None and one.item.key is not None and store.histories.forget(one.item.key)
+    hands.send_back(one, to, forgotten=forgotten)
 
 
 def discard_messages(

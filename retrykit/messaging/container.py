@@ -20,7 +20,7 @@ from retrykit.messaging.delivery import Delivery, Work
 from retrykit.messaging.errors import BrokerUnavailableError, CutShortError, LoopEndedError
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
-from retrykit.messaging.logs import ATTRIBUTE
+from retrykit.messaging.logs import ATTRIBUTE, in_detail
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer
@@ -310,7 +310,7 @@ class ListenerContainer(Lifetime):
         # Several workers may have the same one.
         if not known:
             # What is to be changed is said in a sentence; where in here it was noticed helps nobody.
-            traceback = None if isinstance(error, MISCONFIGURED) else error
+            traceback = in_detail(error.__cause__) if isinstance(error, MISCONFIGURED) else error
             name, facts = self.template.name, {"name": self.template.name, "error": type_name(type(error))}
             _log.critical("%s: the container gives up: %s", name, error, exc_info=traceback, extra={ATTRIBUTE: facts})
             self._ending.fail(error)

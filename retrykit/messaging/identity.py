@@ -13,6 +13,7 @@ from typing import Any, Final
 import attrs
 
 from retrykit.check import wrong_type, wrong_value
+from retrykit.failure import message_of
 
 Identify = Callable[[Mapping[str, str], bytes], str | None]
 """Headers and body of a delivery: the id of its message, or None (or "") when it has none."""
@@ -79,6 +80,20 @@ class by_content:  # noqa: N801 - reads as a phrase: `identify=by_content()`
             _add(digest, b"" if value is None else b"=" + value.encode("utf-8", "surrogatepass"))
         _add(digest, body)
         return f"content:{digest.hexdigest()}"
+
+
+def identified_by(identify: Identify, headers: Mapping[str, str], body: bytes) -> str:
+    """The id that `identify` finds. `ValueError` says why there is none; its cause is what `identify` raised."""
+    try:
+        stable: object = identify(headers, body)
+    except Exception as error:
+        raise ValueError(f"identify= ({identify!r}) raised {type(error).__name__}: {message_of(error)}") from error
+    if stable is not None and not isinstance(stable, str):
+        raise ValueError(f"identify= ({identify!r}) gave {stable!r:.80}, which is no str")
+    if not stable:
+        is_named = isinstance(identify, by_header)
+        raise ValueError(f"it has no header {identify}" if is_named else f"identify= ({identify!r}) found none")
+    return stable
 
 
 def bounded(stable: str) -> str:

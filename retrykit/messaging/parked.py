@@ -107,12 +107,13 @@ class Hands:
     profile: Profile
     found: Sequence[InHand]
 
-    def send_back(self, one: InHand, to: str | None = None) -> None:
+    def send_back(self, one: InHand, to: str | None = None, *, forgotten: bool = False) -> None:
         """Send a message to where it came from, or elsewhere, and take it out.
 
         `retrykit-id` says what its id was. It is a new message for its consumers: where the id is not the broker's, it
         gets one that follows from the old one and the time of its last failure, so that a copy that is sent twice is
-        known for one.
+        known for one. Consumers that know messages by something else (`identify`) tell it by `retrykit-sent-back` from
+        the one that was parked, whose history or mark they would find; unless that is `forgotten`.
 
         Whatever is raised, it is still parked; after `CommitInDoubtError` it may have been sent as well, or, where the
         broker does both in one step, be gone. `ValueError` without a destination.
@@ -120,7 +121,10 @@ class Hands:
         destination = to or one.item.destination
         if not destination:
             raise wrong_value("to", f"given: message {one.item.id!r} does not say where it came from", to)
-        self.session.send(destination, one.item.payload, self._headers(one.item))
+        before = one.deliveries[0].headers.get(header.SENT_BACK)
+        again = before if forgotten else _next_id(one.item)
+        told = {header.SENT_BACK: again} if again else {}
+        self.session.send(destination, one.item.payload, self._headers(one.item) | told)
         self.drop(one)
 
     def drop(self, one: InHand) -> None:

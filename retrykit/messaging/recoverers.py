@@ -40,6 +40,9 @@ DESTINATION: Final = "retrykit-destination"
 """Where the original came from, and where it is sent back to."""
 OTHER_HEADERS: Final = "retrykit-other-headers"
 """A JSON object of the original's headers that do not travel as headers."""
+SENT_BACK: Final = "retrykit-sent-back"
+"""In a message that an operator has sent back: what tells it from the one that was parked, to consumers that know
+messages by what both of them have."""
 COPY_OF: Final = "retrykit-copy-of"
 """In a copy that waits at the broker for the next attempt: which message it stands for."""
 
@@ -126,6 +129,8 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
         """The settlement; nothing is sent yet."""
         reason = _reason(context)
         ours = _identity(message) | _history(context) | _others(message, self.headers) | {REASON: reason}
+        if SENT_BACK in message.headers:
+            ours[SENT_BACK] = message.headers[SENT_BACK]
         return Park(self.destination, headers=_travelling(message, self.headers) | ours, reason=reason)
 
 

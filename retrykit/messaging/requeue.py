@@ -19,7 +19,7 @@ from retrykit.check import wrong_value
 from retrykit.errors import RetryError
 from retrykit.histories import Histories
 from retrykit.messaging.broker import Session
-from retrykit.messaging.recoverers import DESTINATION, ID, may_travel, stable_id
+from retrykit.messaging.recoverers import DESTINATION, ID, SENT_BACK, may_travel, stable_id
 from retrykit.sql.parked import ParkedItem, remove_parked_in
 
 if TYPE_CHECKING:
@@ -83,5 +83,10 @@ def headers_of(item: ParkedItem) -> dict[str, str]:
     }
     if item.content_type is not None:
         headers.setdefault("content-type", item.content_type)
-    ours = {ID: stable_id(item.headers, item.message_id), DESTINATION: item.destination}
+    # Its history was forgotten under the key that it had: that is the key it is to have again.
+    ours = {
+        ID: stable_id(item.headers, item.message_id),
+        DESTINATION: item.destination,
+        SENT_BACK: item.headers.get(SENT_BACK),
+    }
     return headers | {name: value for name, value in ours.items() if value}

@@ -317,11 +317,13 @@ def test_item_without_a_destination_goes_where_it_is_told(run, cache, server):
 
 
 def test_copy_of_a_copy_has_the_id_of_the_first(cache):
-    item = parked_item(cache.engine, park(cache, headers={"retrykit-id": "first"}))
+    item = parked_item(cache.engine, park(cache, headers={"retrykit-id": "first", "retrykit-sent-back": "a1"}))
     assert headers_of(item) == {
         "content-type": "application/json",
         "retrykit-id": "first",
         "retrykit-destination": QUEUE,
+        # Its consumer knew it by both.
+        "retrykit-sent-back": "a1",
     }
 
 

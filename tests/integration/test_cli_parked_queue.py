@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.cli.commands import retrykit
-from retrykit.messaging import ListenerContainer, park
+from retrykit.messaging import ListenerContainer, by_content, by_header, park
 from retrykit.messaging.parked import browse, taken
 from retrykit.messaging.stomp import StompBroker
 from retrykit.sql import SqlRetryContextCache
@@ -33,16 +33,16 @@ def parked(server, queue, *arguments, status=0, store=None):
     return found
 
 
-def consume(server, queue, bodies, *, poisoned=True, cache=None, name="orders", **headers):
+def consume(server, queue, bodies, *, poisoned=True, cache=None, name="orders", identify=None, **headers):
     """Send messages, and consume until each is handled or parked: their bodies, with the number of the attempt."""
     with closing(StompBroker(server.url).connect(consume=False)) as session:
         for body in bodies:
             session.send(queue, body, {"content-type": "application/json", "x-tenant": "7", **headers})
         session.commit()
-    return handled(server, queue, len(bodies), poisoned=poisoned, cache=cache, name=name)
+    return handled(server, queue, len(bodies), poisoned=poisoned, cache=cache, name=name, identify=identify)
 
 
-def handled(server, queue, count, *, poisoned=False, cache=None, name="orders"):
+def handled(server, queue, count, *, poisoned=False, cache=None, name="orders", identify=None):
     seen = []
 
     def handler(message, context):
@@ -52,12 +52,11 @@ def handled(server, queue, count, *, poisoned=False, cache=None, name="orders"):
 
     given = {} if cache is None else {"context_cache": cache, "remember_completed": 3600}
     template = RetryTemplate(name=name, retry_policy=SimpleRetryPolicy(max_attempts=2), **given)
-    container = ListenerContainer(
-        StompBroker(server.url, destination=queue), handler, template=template, recover=park(f"{queue}.parked")
-    )
+    broker = StompBroker(server.url, destination=queue, identify=identify)
+    container = ListenerContainer(broker, handler, template=template, recover=park(f"{queue}.parked"))
     with container:
         deadline = time.monotonic() + PATIENCE
-        while container.counters.parked + container.counters.acknowledged < count:
+        while container.counters.parked + container.counters.acknowledged + container.counters.duplicates < count:
             assert time.monotonic() < deadline, container.counters
             container.wait(0.01)
     return seen
@@ -213,6 +212,54 @@ def test_poison_is_parked_sent_back_and_counted_anew_although_it_is_remembered_a
         parked(server, queue, "requeue", "--all", "--yes", *of(1))
         assert handled(server, queue, 1, cache=cache) == [(b"7", 1)]
         assert is_empty(server, f"{queue}.parked")
+
+
+KNOWN = pytest.mark.parametrize(
+    "identify", [by_header("retrykit-id", "message-id"), by_content()], ids=["by header", "by content"]
+)
+
+
+@KNOWN
+def test_what_goes_back_is_no_duplicate_of_what_was_parked_whatever_it_is_known_by(server, queue, tmp_path, identify):
+    with SqlRetryContextCache(f"sqlite:///{tmp_path}/orders.db") as cache:
+        known = {"cache": cache, "identify": identify}
+        assert consume(server, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == [(b"7", 1), (b"7", 2)]
+        parked(server, queue, "requeue", "--all", "--yes", *of(1))
+        assert handled(server, queue, 1, **known, poisoned=True) == [(b"7", 1), (b"7", 2)]
+        parked(server, queue, "requeue", "--all", "--yes", *of(1))
+        assert handled(server, queue, 1, **known) == [(b"7", 1)]
+        # The mark of the first one stands: what its producer sends again was parked.
+        assert consume(server, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == []
+
+
+@KNOWN
+def test_what_was_forgotten_goes_back_under_the_id_that_it_had(embedded, queue, tmp_path, identify):
+    store = f"sqlite:///{tmp_path}/orders.db"
+    with SqlRetryContextCache(store) as cache:
+        known = {"cache": cache, "identify": identify}
+        assert consume(embedded, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == [(b"7", 1), (b"7", 2)]
+        parked(embedded, queue, "requeue", "--all", "--yes", *of(1), store=store)
+        assert handled(embedded, queue, 1, **known) == [(b"7", 1)]
+        assert consume(embedded, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == []
+
+
+def test_what_went_back_once_without_being_forgotten_is_forgotten_by_the_id_that_it_has_now(embedded, queue, tmp_path):
+    store, identify = f"sqlite:///{tmp_path}/orders.db", by_header("retrykit-id")
+    with SqlRetryContextCache(store) as cache:
+        known = {"cache": cache, "identify": identify}
+        consume(embedded, queue, [b"7"], **known, **{"retrykit-id": "o-7"})
+        parked(embedded, queue, "requeue", "--all", "--yes", *of(1))
+        handled(embedded, queue, 1, **known, poisoned=True)
+        parked(embedded, queue, "requeue", "--all", "--yes", *of(1), store=store)
+        assert handled(embedded, queue, 1, **known) == [(b"7", 1)]
+
+
+def test_what_is_to_be_forgotten_where_it_is_not_is_no_duplicate_either(embedded, queue, tmp_path):
+    other, identify = f"sqlite:///{tmp_path}/other.db", by_header("retrykit-id")
+    with SqlRetryContextCache(other), SqlRetryContextCache(f"sqlite:///{tmp_path}/orders.db") as cache:
+        consume(embedded, queue, [b"7"], cache=cache, identify=identify, **{"retrykit-id": "o-7"})
+        parked(embedded, queue, "requeue", "--all", "--yes", *of(1), store=other)
+        assert handled(embedded, queue, 1, cache=cache, identify=identify) == [(b"7", 1)]
 
 
 def test_history_of_a_message_is_forgotten_where_it_is_said_to_be(server, queue, tmp_path):

@@ -379,6 +379,16 @@ def test_what_identify_finds_no_id_for_is_refused_by_its_name(embedded_rabbit, q
         session.receive(PATIENCE)
 
 
+def test_an_identify_that_raises_stops_the_container_which_says_that_it_was_that(embedded, queue):
+    send_plainly(embedded, queue, b"1")
+    broker = StompBroker(embedded.url, destination=queue, identify=lambda headers, _body: headers["order"])
+    made = ListenerContainer(broker, print, template=RetryTemplate(name="orders"), reconnect=QUICK)
+    with pytest.raises(NoStableIdError, match=r"identify= \(<function .* raised KeyError: 'order'") as caught:
+        made.run(grace=PATIENCE)
+    assert isinstance(caught.value.__cause__, KeyError)
+    assert (made.counters.generations, embedded.depth(queue)) == (1, 1)
+
+
 def test_without_one_transaction_for_both_a_copy_may_come_twice_under_one_id(tmp_path, embedded_rabbit, queue):
     job = Job(tmp_path, embedded_rabbit, queue)
     job.publish([7])
