@@ -184,7 +184,9 @@ class MapRetryContextCache:
         return _empty, (capacity, others | {"tombstone_time_to_live": lasts})
 
     def _home_of(self, key: str) -> dict[str, StoredContext]:
-        return next((home for home in (self._entries, self._marks, self._graves) if key in home), self._entries)
+        if key in self._marks:
+            return self._marks
+        return self._graves if key in self._graves else self._entries
 
     def load(self, key: str) -> StoredContext | None:
         """What is stored under the key, or None."""
@@ -295,13 +297,17 @@ class MapRetryContextCache:
     def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
         until = snapshot.get("expires_at")
         if until is None and self.time_to_live is not None and not snapshot.get("veto"):
-            touched = snapshot.get("last_failed_at") or snapshot.get("started_at")
+            touched = _touched_at(snapshot)
             until = None if touched is None else touched + self.time_to_live
         return until is not None and until <= now
 
     def _is_worn(self, tombstone: Mapping[str, Any], now: float) -> bool:
         lasts = self.tombstone_time_to_live
         return lasts is not None and float(tombstone["evicted"]["at"]) + lasts <= now
+
+
+def _touched_at(snapshot: Mapping[str, Any]) -> float | None:
+    return snapshot.get("last_failed_at") or snapshot.get("started_at")
 
 
 _WHOLE: Final = frozenset({str, int, float, bool, type(None)})
@@ -313,9 +319,11 @@ def copied(value: Any) -> Any:
     # Most parts are no containers: asking each whether it is a Mapping costs more than all the rest.
     if kind in _WHOLE:
         return value
+    if kind is list or kind is tuple:
+        return [part if part.__class__ in _WHOLE else copied(part) for part in value]
     if kind is dict or isinstance(value, Mapping):
-        return {name: copied(part) for name, part in value.items()}
-    return [copied(part) for part in value] if isinstance(value, list | tuple) else value
+        return {name: part if part.__class__ in _WHOLE else copied(part) for name, part in value.items()}
+    return copied(list(value)) if isinstance(value, list | tuple) else value
 
 
 def _empty(capacity: int, others: Mapping[str, Any]) -> MapRetryContextCache:

@@ -231,10 +231,8 @@ class History:
     def to_json(self, name: str, key: Any) -> dict[str, Any]:
         """The snapshot that caches store. Empty facts are left out."""
         facts: dict[str, Any] = {"format": FORMAT, "name": name, "key": key, "retry_count": self.failures}
-        for fact in _PLAIN:
-            value = getattr(self, fact)
-            if value:
-                facts[fact] = value
+        # What is a default of the class has nothing to tell.
+        facts |= {fact: value for fact, value in self.__dict__.items() if value and fact in _PLAIN}
         if self.last_error is not None:
             facts["last_error"] = error_to_json(stored(self.last_error))
         if self.errors:
@@ -288,23 +286,25 @@ def _eviction(facts: Mapping[str, Any]) -> Eviction:
     return Eviction.from_json(facts["evicted"], facts["retry_count"])
 
 
-_PLAIN: Final = (
-    "crashes",
-    "fence",
-    "started_at",
-    "first_failed_at",
-    "last_failed_at",
-    "not_before",
-    "last_delay",
-    "veto",
-    "veto_until",
-    "fingerprint",
-    "exhausted",
-    "recovered",
-    "recovery_failures",
-    "reason",
-    "completed_at",
-    "expires_at",
+_PLAIN: Final = dict.fromkeys(
+    (
+        "crashes",
+        "fence",
+        "started_at",
+        "first_failed_at",
+        "last_failed_at",
+        "not_before",
+        "last_delay",
+        "veto",
+        "veto_until",
+        "fingerprint",
+        "exhausted",
+        "recovered",
+        "recovery_failures",
+        "reason",
+        "completed_at",
+        "expires_at",
+    )
 )
 
 

@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import attrs
 
-from retrykit.errors import BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
+from retrykit.errors import AttemptsInFlightError, BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
 from retrykit.histories import AsyncHistories, Histories
 from retrykit.message import (
     SETTLEMENTS,
@@ -52,6 +52,7 @@ from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
+from retrykit.messaging.in_hand import InHand, in_hand_of
 from retrykit.messaging.logs import decision_facts, in_detail
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
@@ -85,6 +86,11 @@ class Work:
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
     pauses: Pauses | None = None
+    in_hand: InHand | None = attrs.field(init=False)
+
+    @in_hand.default
+    def _in_hand(self) -> InHand | None:
+        return in_hand_of(self.template.context_cache) if self.journal == "redelivered" else None
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -95,7 +101,20 @@ class Work:
         if message.key is None:
             remedy = "its session must give every message a key"
             raise NoStableIdError(destination=message.destination, remedy=remedy)
-        delivery = self.deliveries(self, session, message)
+        name = self.template.name
+        if self.in_hand is None or self.in_hand.take((name, message.key)):
+            try:
+                self._take_on(self.deliveries(self, session, message))
+            finally:
+                if self.in_hand is not None:
+                    self.in_hand.leave((name, message.key))
+            return
+        self.tally.add(received=1, redelivered=int(message.redelivered))
+        facts: Any = {"name": name, "key": message.key, "running": 1, "reason": "1 running"}
+        self.deliveries(self, session, message).give_back(AttemptsInFlightError(**facts))
+
+    def _take_on(self, delivery: Delivery) -> None:
+        session, message = delivery.session, delivery.message
         try:
             delivery.run()
         except MisusedError as misused:
@@ -201,7 +220,8 @@ class Delivery:
             key=key,
             redelivered=redelivered,
             recover_on_redelivery=False,
-            journal=self.work.journal,
+            # Unless it is flagged: what brings a message again may have ended the worker that had it.
+            journal="never" if self.work.in_hand is not None and not redelivered else self.work.journal,
             fingerprint=self.message.fingerprint,
         )
 

@@ -32,6 +32,7 @@ from retrykit.messaging import (
     park,
     republish,
 )
+from retrykit.messaging.in_hand import in_hand_of
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.stomp import StompBroker
@@ -172,7 +173,7 @@ def test_a_handled_message_is_acknowledged(broker):
 
 
 @plain_only
-def test_messages_of_one_id_that_nobody_flags_share_their_attempts_while_they_run():
+def test_messages_of_one_id_that_nobody_flags_wait_for_each_other():
     # The id is their producer's, and the history this process's own.
     busy, most, lock, enough = 0, 0, threading.Lock(), threading.Event()
 
@@ -195,7 +196,58 @@ def test_messages_of_one_id_that_nobody_flags_share_their_attempts_while_they_ru
                 server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
             waiting.until(lambda: recovered, PATIENCE)
             enough.set()
-    assert most == 2
+    assert most == 1
+
+
+def test_a_message_that_comes_again_while_it_is_handled_uses_up_no_more_than_its_attempts():
+    calls, recovered = [], []
+
+    def handler(message):
+        calls.append(message.redelivered)
+        if len(calls) == 1:
+            server.drop_connections()
+            waiting.until(lambda: made.counters.withheld, PATIENCE)
+        raise ConnectionError
+
+    with StompServer(profile="rabbitmq") as server:
+        source = StompBroker(server.url, destination="/queue/orders")
+        server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
+        recover = lambda message, _: recovered.append(message)  # noqa: E731
+        with container(source, handler, template=template(2), concurrency=3, recover=recover) as made:
+            waiting.until(lambda: recovered, PATIENCE)
+    assert len(calls) == 2
+
+
+def test_a_history_that_others_share_has_every_attempt_of_an_unknown_delivery_reserved():
+    class Noting(MapRetryContextCache):
+        shared = True
+
+        def save(self, key, snapshot, expected):
+            reserved.extend([1 + snapshot["retry_count"]] if snapshot.get("in_flight") else [])
+            return super().save(key, snapshot, expected)
+
+    reserved, handler = [], failing(1)
+    with StompServer(profile="rabbitmq") as server:
+        source = StompBroker(server.url, destination="/queue/orders")
+        server.publish("/queue/orders", b"x", {"amqp-message-id": "o-1"})
+        with container(source, handler, template=template(context_cache=Noting())):
+            waiting.until(lambda: len(handler.calls) == 2 and not server.depth("/queue/orders"), PATIENCE)
+    assert reserved == [1, 2]
+
+
+@plain_only
+def test_messages_in_hand_are_told_apart_by_the_history_they_are_in():
+    class Shared(MapRetryContextCache):
+        shared = True
+
+    one, other, shared = MapRetryContextCache(), MapRetryContextCache(), Shared()
+    assert in_hand_of(one) is in_hand_of(one)
+    assert in_hand_of(one) is not in_hand_of(other)
+    assert in_hand_of(shared) is None
+    assert in_hand_of(one).take("k")
+    assert not in_hand_of(one).take("k")
+    in_hand_of(one).leave("k")
+    assert in_hand_of(one).take("k")
 
 
 def test_a_handler_may_take_the_context_too(broker):
