@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +16,7 @@ import click
 from retrykit.batch import AsyncChunkStep, ChunkStep, Report
 from retrykit.batch.report import Status
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, calls, interruptible
+from retrykit.cli.calls import Do, Interruption, calls, interruptible
 from retrykit.cli.divided import Options, run_divided
 from retrykit.cli.jobs import brief
 from retrykit.cli.logs import log_options, set_up
@@ -33,6 +33,8 @@ _log = logging.getLogger("retrykit.batch")
 
 MAX_WORKERS: Final = 256
 INTERRUPTED: Final = 128 + signal.SIGINT
+LEAVING: Final = 10.0
+"""Seconds that a process which another one has started has for leaving in good order."""
 
 
 def _as_parameters(_context: Any, _option: Any, given: Sequence[str]) -> dict[str, str]:
@@ -85,7 +87,6 @@ def batch() -> None:
     help="With --partitions: run in N processes.",
 )
 @click.option("--since", type=float, hidden=True)
-@click.option("--tells", is_flag=True, hidden=True)
 @click.option(
     "--plot",
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
@@ -122,8 +123,8 @@ def run(**options: Any) -> None:
     if asked.plot is not None and not asked.plot.absolute().parent.is_dir():
         raise click.BadParameter(f"there is no folder {safe(str(asked.plot.parent))!r}", param_hint="--plot")
     set_up(asked.log_level.lower(), asked.log_format)
-    with _told(), interruptible():
-        finished = _run_one(asked) if asked.partitions is None else run_divided(asked, asked.partitions)
+    with _told(), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
+        finished = _run_one(asked, interruption) if asked.partitions is None else run_divided(asked, asked.partitions)
     sys.exit(0 if finished else 1)
 
 
@@ -149,12 +150,20 @@ def _told() -> Iterator[None]:
         sys.exit(1)
 
 
-def _run_one(asked: Options) -> bool:
+def _run_one(asked: Options, interruption: Interruption) -> bool:
     step = step_of(asked.target, asked.parameters)
     series = Series()
     with calls(asynchronous=step.asynchronous) as do, progress(step) as show:
-        report, error = _end_of(step, asked, do, (show, series))
+
+        def hear(report: Report) -> None:
+            interruption.check()
+            show(report)
+            series.add(_point(report))
+
+        report, error, earlier = _end_of(step, asked, do, hear)
     if report is not None:
+        series.begin(Point(0.0, earlier.get("read", 0), earlier.get("rollbacks", 0)))
+        series.end(_point(report))
         draw(asked.plot, _title(report), series.points)
         _say(asked, report)
     if error is not None:
@@ -163,16 +172,14 @@ def _run_one(asked: Options) -> bool:
 
 
 def _end_of(
-    step: ChunkStep | AsyncChunkStep, asked: Options, do: Do, heard: tuple[Callable[[Report], None], Series]
-) -> tuple[Report | None, BaseException | None]:
-    """What the job has come to, whatever ended it; None for one that was not begun."""
-    show, series = heard
+    step: ChunkStep | AsyncChunkStep, asked: Options, do: Do, heard: Callable[[Report], None]
+) -> tuple[Report | None, BaseException | None, Mapping[str, Any]]:
+    """What the job has come to, whatever ended it (None if it was not begun), and its counts before."""
     told = step.on_progress
     perform: Any = async_drive if step.asynchronous else drive
 
     def hear(report: Report) -> Any:
-        show(report)
-        series.add(_point(report))
+        heard(report)
         return None if told is None else told(report)
 
     course = attrs.evolve(step, on_progress=hear).course(asked.parameters, perform)
@@ -183,11 +190,7 @@ def _end_of(
         error = ended
         if step.jobs is None or course.claim is not None:
             report = course.report(*_status_of(ended))
-    if report is not None:
-        earlier = {} if course.claim is None else course.claim.counts
-        series.begin(Point(0.0, earlier.get("read", 0), earlier.get("rollbacks", 0)))
-        series.end(_point(report))
-    return report, error
+    return report, error, {} if course.claim is None else course.claim.counts
 
 
 def _status_of(error: BaseException) -> tuple[Status, str]:

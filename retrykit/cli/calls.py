@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from inspect import isawaitable
+from math import inf
 from types import FrameType
 from typing import Any, Final
 
@@ -15,19 +17,47 @@ Do = Callable[[Callable[[], Any]], Any]
 SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
+class Interruption:
+    """The handler of both signals: `KeyboardInterrupt`, with the signal's name.
+
+    `window`: so many seconds after the first one others say the same, and interrupt nothing: a process that another one
+    has started hears Ctrl-C from the terminal, and then from that one. Whoever hears it is about to leave.
+    """
+
+    def __init__(self, window: float = 0.0) -> None:
+        self.window = window
+        self.heard: str | None = None
+        self._since = -inf
+
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        """Interrupt."""
+        if self.is_new(number):
+            raise KeyboardInterrupt(self.heard)
+
+    def is_new(self, number: int) -> bool:
+        """Whether the signal is to interrupt anything."""
+        now = time.monotonic()
+        if now - self._since < self.window:
+            return False
+        self._since, self.heard = now, signal.Signals(number).name
+        return True
+
+    def check(self) -> None:
+        """Interrupt, if a signal was heard: what it had interrupted may have taken it for a failure of its own."""
+        if self.heard is not None:
+            raise KeyboardInterrupt(self.heard)
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible(window: float = 0.0) -> Iterator[Interruption]:
     """SIGTERM does what Ctrl-C does, and both say who they are; one that is ignored stays so."""
-
-    def interrupt(number: int, _frame: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
+    interruption = Interruption(window)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     heard = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
     for number in heard:
-        signal.signal(number, interrupt)
+        signal.signal(number, interruption)
     try:
-        yield
+        yield interruption
     finally:
         for number in heard:
             signal.signal(number, before[number])
@@ -72,7 +102,10 @@ def _cancelled_by_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task[An
             signal.signal(number, before[number])
 
     def cancel(number: signal.Signals) -> None:
-        # A second one does not wait any more.
+        # A second one does not wait any more, unless it says the same.
+        handler = before[number]
+        if isinstance(handler, Interruption):
+            handler.is_new(number)
         put_back()
         if task is not None:
             task.cancel(number.name)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -19,12 +19,13 @@ from typing import IO, Any, Final, Literal
 import attrs
 import click
 
-from retrykit.batch import Division, Report
+from retrykit.batch import AsyncChunkStep, ChunkStep, Division, Report
 from retrykit.batch.partitions import Worker
 from retrykit.batch.work import async_drive, drive
 from retrykit.cli.calls import Do, calls
 from retrykit.cli.jobs import brief
 from retrykit.cli.plot import Point, Series, draw, spread
+from retrykit.cli.progress import progress_of_parts
 from retrykit.cli.screen import say_json
 from retrykit.cli.steps import made_by
 from retrykit.cli.words import safe
@@ -33,11 +34,13 @@ from retrykit.clock import SYSTEM_CLOCK
 _log = logging.getLogger("retrykit.batch")
 
 POLL: Final = 1.0
+MARK: Final = b"\x1eretrykit "
+"""What an increment begins with, and no line that an application prints."""
 
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """What was asked for. `since`, `tells`: of a process that another one has started, which it tells of its work."""
+    """What was asked for. `since`: of a process that another one has started, which it tells of its work."""
 
     target: str
     parameters: Mapping[str, str]
@@ -46,25 +49,28 @@ class Options:
     partitions: int | None
     workers: int
     since: float | None
-    tells: bool
     plot: Path | None
     as_json: bool
     log_level: str
     log_format: Literal["text", "json"]
+
+    @property
+    def is_for_another(self) -> bool:
+        """Whether another process of the command has started this one."""
+        return self.since is not None
 
     def command(self, since: float) -> Sequence[str]:
         """The arguments of an interpreter for another worker."""
         named = [part for name, value in self.parameters.items() for part in ("--param", f"{name}={value}")]
         logs = ("--log-level", self.log_level, "--log-format", self.log_format)
         divided = ("--partitions", str(self.partitions), "--since", repr(since))
-        tells = () if self.plot is None else ("--tells",)
-        return (sys.executable, "-m", "retrykit.cli", "batch", "run", self.target, *named, *divided, *logs, *tells)
+        return (sys.executable, "-m", "retrykit.cli", "batch", "run", self.target, *named, *divided, *logs)
 
 
 def run_divided(asked: Options, parts: int) -> bool:
     """Run the partitions, here and in other processes of this command; whether all are finished."""
     make, gathered = made_by(asked.target, asked.parameters), Gathered()
-    watch = Increments(ToTheParent() if asked.tells else gathered.add) if asked.tells or asked.plot else None
+    watch = Increments(ToTheParent() if asked.is_for_another else gathered.add)
     again = asked.again_since or asked.again
     worker = Worker(make, parts, asked.parameters, again=again, since=asked.since, watch=watch)
     with calls(asynchronous=bool(worker.asynchronous)) as do:
@@ -92,15 +98,22 @@ class _Running:
         pause = partial(SYSTEM_CLOCK.async_sleep if asynchronous else SYSTEM_CLOCK.sleep, POLL)
         self.do(lambda: perform(worker.begin()))
         assert worker.since is not None  # noqa: S101 - it has begun
-        with _others(self.asked, worker.since, self.gathered):
+        if self.asked.is_for_another:
+            return self.do(lambda: perform(worker.share(pause)))  # type: ignore[no-any-return]
+        with (
+            progress_of_parts(worker.step(1).name) as self.gathered.show,
+            _others(self.asked, worker.since, self.gathered),
+        ):
             return self.do(lambda: perform(worker.share(pause)))  # type: ignore[no-any-return]
 
     def tell(self, failures: Mapping[int, str]) -> None:
         """What has become of each partition, here and elsewhere; one that another process has started says nothing."""
-        asked, name = self.asked, self.worker.step(1).name
-        if asked.since is not None:
+        asked = self.asked
+        if asked.is_for_another:
             return
-        rows = [self._row(part, failures.get(part)) for part in range(1, self.worker.parts + 1)]
+        step = self.worker.step(1)
+        name = step.name
+        rows = [self._row(step, part, failures.get(part)) for part in range(1, self.worker.parts + 1)]
         finished = sum(row["status"] == "finished" for row in rows)
         draw(asked.plot, f"{name}: {finished} of {len(rows)} partitions are finished", *self.gathered.lines())
         if asked.as_json:
@@ -109,8 +122,7 @@ class _Running:
         for row in rows:
             click.echo(_shown(row))
 
-    def _row(self, part: int, failure: str | None) -> dict[str, Any]:
-        step = self.worker.step(part)
+    def _row(self, step: ChunkStep | AsyncChunkStep, part: int, failure: str | None) -> dict[str, Any]:
         parameters = step.jobs.partition(self.asked.parameters, part, self.worker.parts)
         job = self.do(lambda: step.jobs.state(step.name, parameters))
         facts: dict[str, Any] = {"partition": parameters["partition"], "status": "new", "reason": failure, "counts": {}}
@@ -130,36 +142,70 @@ def _shown(row: Mapping[str, Any]) -> str:
 @contextmanager
 def _others(asked: Options, since: float, gathered: Gathered) -> Iterator[None]:
     """The other workers; ended when this one is."""
-    with ExitStack() as ends:
-        started = []
+    started: list[_Other] = []
+    try:
         for _ in range(asked.workers - 1):
-            started.append(_Other(asked.command(since), gathered if asked.plot is not None else None))
-            ends.callback(started[-1].end)
+            started.append(_Other(asked.command(since), gathered))  # noqa: PERF401 - those there are have to be ended
         yield
         for other in started:
-            status = other.process.wait()
-            if status < 0:
-                _log.warning("process %d has died of signal %d: others run what it ran", other.process.pid, -status)
+            other.wait()
+    finally:
+        for other in started:
+            other.terminate()
+        for other in started:
+            other.end()
 
 
 class _Other:
     """Another process of this very command. `gathered`: where to put what it tells of its work."""
 
-    def __init__(self, command: Sequence[str], gathered: Gathered | None) -> None:
-        heard = subprocess.DEVNULL if gathered is None else subprocess.PIPE
-        self.process = subprocess.Popen(command, stdout=heard)  # noqa: S603 - our own
-        self._listening: threading.Thread | None = None
-        if gathered is not None:
-            self._listening = threading.Thread(target=gathered.listen, args=(self.process.stdout,), daemon=True)
-            self._listening.start()
+    def __init__(self, command: Sequence[str], gathered: Gathered) -> None:
+        above = subprocess.PIPE if sys.stderr.isatty() else None
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=above)  # noqa: S603 - our own
+        self._told_to_end = False
+        self._watching = _begun(self._watch)
+        self._listening = [_begun(gathered.listen, self.process.stdout)]
+        if self.process.stderr is not None:
+            # A terminal shows a bar: what is logged there is to stand above it.
+            self._listening.append(_begun(_say_all, self.process.stderr))
+
+    def _watch(self) -> None:
+        status = self.process.wait()
+        if status < 0 and not self._told_to_end:
+            _log.warning("process %d has died of signal %d: others run what it ran", self.process.pid, -status)
+
+    def wait(self) -> None:
+        """Until it has ended."""
+        self._watching.join()
+
+    def terminate(self) -> None:
+        """Have it end, if it has not."""
+        if self._watching.is_alive():
+            self._told_to_end = True
+            self.process.terminate()
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.terminate()
-            self.process.wait()
-        if self._listening is not None:
+        """Wait for its end, and for what it has told."""
+        self.wait()
+        for thread in self._listening:
             # What the application has started may hold the pipe open: nobody waits for that.
-            self._listening.join(1.0)
+            thread.join(1.0)
+
+
+def _begun(work: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=work, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
+def _say_all(pipe: IO[bytes]) -> None:
+    for line in pipe:
+        _say(line)
+
+
+def _say(line: bytes) -> None:
+    """What another process prints; not where the report goes."""
+    sys.stderr.write(line.decode(errors="backslashreplace"))
 
 
 # -- what the processes tell
@@ -195,7 +241,7 @@ class ToTheParent:
             return
         try:
             # Past the buffer: nothing is left in it that cannot be written at the end.
-            os.write(sys.stdout.fileno(), json.dumps([part, items, failures]).encode() + b"\n")
+            os.write(sys.stdout.fileno(), MARK + json.dumps([part, items, failures]).encode() + b"\n")
         except OSError:
             # The process that draws has died. The work goes on.
             self._heard = False
@@ -209,6 +255,8 @@ class Gathered:
         self._began = time.monotonic()
         self._all = _Line(Series([Point(0.0, 0, 0)]))
         self._parts: dict[int, _Line] = {}
+        self.show: Callable[[int, int], None] = lambda _items, _failures: None
+        """Who is told of the whole."""
 
     def add(self, part: int, items: int, failures: int) -> None:
         """So much has come to a partition."""
@@ -216,14 +264,15 @@ class Gathered:
             seconds = time.monotonic() - self._began
             for line in (self._all, self._parts.setdefault(part, _Line())):
                 line.add(seconds, items, failures)
+            self.show(self._all.items, self._all.failures)
 
     def listen(self, pipe: IO[bytes]) -> None:
-        """Add what another process writes, until it has ended. Its application may write there too."""
+        """Add what another process tells, until it has ended. What its application prints goes to standard error."""
         for line in pipe:
-            try:
-                part, items, failures = map(int, json.loads(line))
-            except (ValueError, TypeError):
+            if not line.startswith(MARK):
+                _say(line)
                 continue
+            part, items, failures = json.loads(line.removeprefix(MARK))
             self.add(part, items, failures)
 
     def lines(self) -> tuple[Sequence[Point], Mapping[int, Sequence[Point]]]:

@@ -17,39 +17,67 @@ _log = logging.getLogger("retrykit.batch")
 EVERY: Final = 10.0
 
 
+Bar = Callable[[int, str], None]
+"""Shows so many items, and a few words behind the name."""
+
+
 @contextmanager
 def progress(step: ChunkStep | AsyncChunkStep) -> Iterator[Callable[[Report], None]]:
     """Something to tell how far it is. What is logged stands above the bar."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Logged()
-        return
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with through(console), Progress(*columns, console=console, transient=True) as bar:
-        total = len(step.reader) if isinstance(step.reader, Sized) else None
-        task = bar.add_task(safe(step.name), total=total)
+    with _bar(step.name, len(step.reader) if isinstance(step.reader, Sized) else None) as bar:
+        logged = _Logged()
 
         def show(report: Report) -> None:
-            skipped = f", {report.counts.all_skipped:,} skipped" if report.counts.all_skipped else ""
-            bar.update(task, completed=report.counts.read, description=f"{safe(step.name)}{skipped}")
+            counts = report.counts
+            if bar is not None:
+                bar(counts.read, f", {counts.all_skipped:,} skipped" if counts.all_skipped else "")
+            elif logged.is_due():
+                facts = (report.name, counts.read, counts.written, counts.all_skipped, counts.rollbacks)
+                _log.info("%s: %d read, %d written, %d skipped, %d rolled back", *facts)
 
         yield show
 
 
+@contextmanager
+def progress_of_parts(name: str) -> Iterator[Callable[[int, int], None]]:
+    """Something to tell what all processes have come to: items, and attempts that were rolled back."""
+    with _bar(name, None) as bar:
+        logged = _Logged()
+
+        def show(items: int, failures: int) -> None:
+            if bar is not None:
+                bar(items, f", {failures:,} rolled back" if failures else "")
+            elif logged.is_due():
+                _log.info("%s: %d read here, %d rolled back", name, items, failures)
+
+        yield show
+
+
+@contextmanager
+def _bar(name: str, total: int | None) -> Iterator[Bar | None]:
+    """None where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with through(console), Progress(*columns, console=console, transient=True) as shown:
+        task = shown.add_task(safe(name), total=total)
+        yield lambda items, words: shown.update(task, completed=items, description=f"{safe(name)}{words}")
+
+
 class _Logged:
-    """Progress in the log, every ten seconds."""
+    """Whether it is time for a line in the log: every ten seconds."""
 
     def __init__(self) -> None:
         self._due = time.monotonic() + EVERY
 
-    def __call__(self, report: Report) -> None:
+    def is_due(self) -> bool:
         if time.monotonic() < self._due:
-            return
+            return False
         self._due = time.monotonic() + EVERY
-        counts = report.counts
-        facts = (report.name, counts.read, counts.written, counts.all_skipped, counts.rollbacks)
-        _log.info("%s: %d read, %d written, %d skipped, %d rolled back", *facts)
+        return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -23,11 +24,12 @@ from rich.progress import Progress
 from sqlalchemy import text
 
 from retrykit.batch import Counts, Report
+from retrykit.cli.calls import calls, interruptible
 from retrykit.cli.commands import retrykit
-from retrykit.cli.divided import Gathered, Increments, ToTheParent
+from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, run_divided
 from retrykit.cli.logs import through
 from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
-from retrykit.cli.progress import progress
+from retrykit.cli.progress import progress, progress_of_parts
 from retrykit.cli.steps import made_by, step_of
 from retrykit.cli.target import LoadingError, TargetError
 from retrykit.sql import sqlite_engine, stored_jobs
@@ -77,6 +79,18 @@ step = step_for(range(40))
 unskipped = step_for(range(40), skip=SkipPolicy())
 hanging = step_for([1, 2, 3, 4, 5, "hang"])
 number = 7
+
+
+def swallow(item):
+    if item == 2:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except KeyboardInterrupt:
+            pass
+    return item
+
+
+swallowing = step_for(range(10), processor=swallow)
 
 
 def make():
@@ -130,6 +144,41 @@ def make_part(part, parts):
     return step_for([item for item in range(100) if item % parts == part - 1], processor=kill_once)
 
 
+class Leaving:
+    def __init__(self, part):
+        self.part = part
+
+    def __iter__(self):
+        Path(f"hangs{self.part}").touch()
+        try:
+            time.sleep(60)
+        finally:
+            time.sleep(0.3)
+        yield 1
+
+
+def make_leaving_part(part, parts):
+    return step_for(Leaving(part))
+
+
+class Gated:
+    def __init__(self, part):
+        self.part = part
+
+    def __iter__(self):
+        if self.part == 2 and "--since" in __import__("sys").argv:
+            os.kill(os.getpid(), signal.SIGKILL)
+        deadline = time.monotonic() + 60
+        while self.part == 1 and not Path("gate").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        yield self.part
+
+
+def make_gated_part(part, parts):
+    return step_for(Gated(part))
+
+
 def make_failing_part(part, parts):
     return step_for([13] if part == 2 else [part], skip=SkipPolicy())
 
@@ -161,11 +210,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-def started(folder, *arguments):
+def started(folder, *arguments, **options):
     command = [sys.executable, "-m", "retrykit.cli", "batch", "run", *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
 
 
@@ -280,6 +329,66 @@ def test_sigterm_stops_an_asynchronous_job_at_an_await(folder, divided):
         assert lines[1] == "2/2 new 0 read 0 written 0 skipped"
     assert "stopped" in lines[0 if divided else 1]
     assert picture_of((folder / "run.svg").read_text()).find("{*}polyline").get("points")
+
+
+def test_ctrl_c_of_a_terminal_reaches_all_processes_and_leaves_no_partition_running(folder):
+    process = started(folder, "shop:make_leaving_part", "--partitions", "3", "--workers", "2", start_new_session=True)
+    until(lambda: len(list(folder.glob("hangs*"))) == 2, PATIENCE)
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert [(job.status, job.reason) for job in jobs(folder)] == [("stopped", "KeyboardInterrupt: SIGINT")] * 2
+    assert "Exception ignored" not in err
+
+
+def test_that_a_worker_has_died_is_said_when_it_dies(folder):
+    process = started(folder, "shop:make_gated_part", "--partitions", "2", "--workers", "2")
+    line = ""
+    while "has died of signal 9: others run what it ran" not in line:
+        line = process.stderr.readline()
+        assert line, "it has ended before"
+    (folder / "gate").touch()
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0
+    assert written(folder) == [1, 2]
+
+
+def test_a_signal_that_says_the_same_again_interrupts_nothing_while_a_worker_leaves():
+    with interruptible(window=60) as interruption:
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        # What took the first one for a failure of its own goes on, until it is asked.
+        with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+            interruption.check()
+    with interruptible() as interruption:
+        interruption.check()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with pytest.raises(KeyboardInterrupt, match=number.name):
+                signal.raise_signal(number)
+
+
+def test_a_coroutine_that_is_cancelled_by_a_signal_is_left_in_peace_by_the_next_one():
+    async def leave():
+        signal.raise_signal(signal.SIGINT)
+        try:
+            await asyncio.sleep(60)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            await asyncio.sleep(0)
+            left.append(True)
+
+    left = []
+    with interruptible(window=60), calls(asynchronous=True) as do, pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        do(leave)
+    assert left == [True]
+
+
+def test_a_signal_that_was_taken_for_a_failure_stops_the_job_after_its_transaction(folder):
+    out, err = run(folder, "shop:swallowing", status=130)
+    assert "stopped: KeyboardInterrupt: SIGTERM" in out
+    assert "what was committed stays" in err
+    assert written(folder) == [0, 1, 2, 3, 4]
 
 
 def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_others(folder):
@@ -421,6 +530,33 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_the_log_elsewhere(hurried,
         assert capsys.readouterr().err == ""
 
 
+def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
+    module, monkeypatch = hurried
+    monkeypatch.setenv("NO_COLOR", "1")
+    asked = Options(
+        target=f"{module}:make_part_of",
+        parameters={"last": "30"},
+        again=False,
+        again_since=None,
+        partitions=2,
+        workers=1,
+        since=None,
+        plot=None,
+        as_json=False,
+        log_level="info",
+        log_format="text",
+    )
+    with caplog.at_level("INFO", "retrykit.batch"):
+        assert run_divided(asked, 2)
+    lines = [message for message in caplog.messages if message.startswith("load: ")]
+    assert lines[0] == "load: 5 read here, 0 rolled back"
+    assert lines[-1] == "load: 30 read here, 1 rolled back"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress_of_parts("load") as show:
+        show(1_200, 3)
+    assert re.search(r"load, 3 rolled back.*1200/\?", capsys.readouterr().err, re.DOTALL)
+
+
 def test_what_is_logged_stands_on_lines_of_its_own_above_the_bar():
     shown = io.StringIO()
     console, handler = Console(file=shown, force_terminal=True, width=40), logging.StreamHandler()
@@ -506,14 +642,18 @@ def test_of_a_partition_that_was_begun_elsewhere_only_what_is_done_here_is_told(
     assert told == [(7, 10, 0), (7, 10, 1), (7, 5, 0)]
 
 
-def test_what_processes_write_is_gathered_and_what_else_they_print_is_left_out(tmp_path):
-    (tmp_path / "pipe").write_bytes(b'[1, 10, 0]\nhello\n{"a": 1}\n[1, 2]\n["x", 1, 2]\n[2, 5, 1]\n')
-    gathered = Gathered()
+def test_what_processes_tell_is_gathered_and_what_they_print_goes_to_standard_error(tmp_path, capsys):
+    told = b"".join(MARK + line for line in (b"[1, 10, 0]\n", b"[1, 5, 0]\n", b"[2, 5, 1]\n"))
+    (tmp_path / "pipe").write_bytes(b"[1, 10, 0]\nhello\n" + told)
+    gathered, shown = Gathered(), []
+    gathered.show = lambda *facts: shown.append(facts)
     with (tmp_path / "pipe").open("rb") as pipe:
         gathered.listen(pipe)
     points, parts = gathered.lines()
-    assert (points[-1].items, points[-1].failures) == (15, 1)
-    assert {part: line[-1].items for part, line in parts.items()} == {1: 10, 2: 5}
+    assert (points[-1].items, points[-1].failures) == (20, 1)
+    assert {part: line[-1].items for part, line in parts.items()} == {1: 15, 2: 5}
+    assert shown == [(10, 0), (15, 0), (20, 1)]
+    assert capsys.readouterr() == ("", "[1, 10, 0]\nhello\n")
 
 
 def test_a_process_whose_parent_has_died_goes_on(monkeypatch):
