@@ -10,6 +10,7 @@ from typing import Any
 
 from retrykit.context import RetryContext
 from retrykit.errors import RetryError
+from retrykit.failure import StoredError
 from retrykit.owner import begin
 from retrykit.state import RetryState
 from retrykit.steps import Raise, Step
@@ -100,6 +101,9 @@ class Call:
     content: str | None = None
     """The fingerprint of this item, once it was made."""
     made_out: bool = False
+    deaths: tuple[tuple[str, int, StoredError], ...] = ()
+    """What was found never to have ended, and is to be told when it is counted: what it was, of which number, by whom.
+    """
     collision: str | None = None
     """The fingerprint of the other item that this key stands for."""
     blind: bool = False

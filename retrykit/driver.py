@@ -30,6 +30,7 @@ from retrykit.steps import (
     RECOVER,
     RETURN,
     VALUE,
+    Died,
     Give,
     Load,
     Notify,
@@ -309,12 +310,13 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Take: lambda _, step: step.budget.take(),
     Give: lambda _, step: step.budget.deposit(),
     Report: lambda driver, step: log_fault(driver, step.what, step.fault),
+    Died: lambda driver, step: log_death(driver.context, step),
 }
 
 # Steps whose failure is a failure of the attempt; of all others the fault itself is the answer.
 _ATTEMPTED = (BEGIN, COMMIT)
 # Steps whose fault nobody asks for: it is logged, and the answer is None.
-_TOLD = (Notify, RollBack, Give, Report)
+_TOLD = (Notify, RollBack, Give, Report, Died)
 
 
 def answer_to(driver: Driver, step: Any, fault: BaseException) -> Any:
@@ -362,6 +364,20 @@ def log_lost_lease(call: Call) -> None:
         call.context.attempt,
         call.flight,
     )
+
+
+_DEATHS = {
+    "attempt": "%s key=%r attempt %d failed: %s: %s; %s",
+    "recovery": "%s key=%r attempt %d was the last one, and the recovery after it failed: %s: %s; %s",
+}
+
+
+def log_death(context: RetryContext, step: Died) -> None:
+    """As `LoggingListener` words a failure: this one was nobody's to report when it happened."""
+    import logging
+
+    facts = (context.name, context.key, step.attempt, step.error.type, step.error, step.decision)
+    logging.getLogger("retrykit").warning(_DEATHS[step.what], *facts)
 
 
 def without_frame(error: BaseException) -> BaseException:

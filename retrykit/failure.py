@@ -95,9 +95,9 @@ class StoredError(Exception):
         )
 
     @classmethod
-    def of_crash(cls, fence: int, owner: str) -> StoredError:
-        """What is known of an attempt that was started and never ended: who made it."""
-        return cls("retrykit.Crash", f"attempt with fence {fence} never ended; it was made by {owner}", crash=True)
+    def of_crash(cls, fence: int, owner: str, what: str = "attempt") -> StoredError:
+        """What is known of an attempt (or recovery) that was started and never ended: who made it."""
+        return cls("retrykit.Crash", f"{what} with fence {fence} never ended; it was made by {owner}", crash=True)
 
 
 Faded = tuple[type[BaseException], str, BaseException | None]

@@ -10,7 +10,7 @@ from retrykit.call import Call, Flow
 from retrykit.context import first_fence
 from retrykit.history import FORMAT, Flight
 from retrykit.key import lease_key
-from retrykit.memory import begun, history_of, is_known, journals, keep_veto, make_out, take_over
+from retrykit.memory import begun, history_of, is_known, journals, keep_veto, make_out, take_over, tell_deaths
 from retrykit.steps import HOLD, NOW, Load, Remove, Report, Save, Step
 
 
@@ -21,6 +21,7 @@ def reserve(call: Call) -> Flow:
     history = call.context._history
     if history is not None and not call.blind:
         history.fence += 1 if history.fence else 0
+        yield from tell_deaths(call)
     return True
 
 
@@ -46,6 +47,8 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
         yield Report("journal", saved)
         return True
     call.version, call.seen, call.recent, history.own_veto = saved, True, False, None
+    if call.deaths:
+        yield from tell_deaths(call)
     if call.plan.renews:
         call.reporting, call.believed_until, call.lease_version = False, now + call.plan.lease, None
         yield HOLD

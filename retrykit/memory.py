@@ -13,13 +13,13 @@ from typing import Any
 from retrykit.cache import StoredContext
 from retrykit.call import Call, Flow
 from retrykit.context import RetryContext, first_fence
-from retrykit.decision import count, decide, pay
+from retrykit.decision import count, decide, pay, standing_decision
 from retrykit.errors import InconsistentKeyError
 from retrykit.failure import StoredError, message_of
 from retrykit.history import Flight, History
 from retrykit.key import lease_key
 from retrykit.state import KEEP_VETO
-from retrykit.steps import NOW, Load, Probe, Recent, Report, Save
+from retrykit.steps import NOW, Died, Load, Probe, Recent, Report, Save
 
 # -- recalling
 
@@ -38,7 +38,7 @@ def recall(call: Call, *, again: bool = False) -> Flow:
         yield Report("load", history)
         return
     mine = context._history
-    call.version = None if stored is None else stored.version
+    call.version, call.deaths = None if stored is None else stored.version, ()
     if history is not None:
         yield from _read(call, history)
     elif again:
@@ -183,11 +183,22 @@ def forget_own_flights(call: Call, history: History) -> None:
 def _crashed(call: Call, history: History, flight: Flight, now: float) -> None:
     """An attempt that never ended is a failed attempt; a recovery that never ended is a failed recovery."""
     history.land(flight.fence)
+    what = "recovery" if flight.recovery else "attempt"
+    error = StoredError.of_crash(flight.fence, flight.owner, what)
     if flight.recovery:
         history.recovery_failures += 1
-        return
-    history.crashes += 1
-    count(call, StoredError.of_crash(flight.fence, flight.owner), now)
+    else:
+        history.crashes += 1
+        count(call, error, now)
+    call.deaths += ((what, history.failures, error),)
+
+
+def tell_deaths(call: Call) -> Flow:
+    """Say what never ended, once it is counted, or goes on to count: nobody was there to report it."""
+    deaths, call.deaths = call.deaths, ()
+    decision = standing_decision(call) if deaths else None
+    for what, attempt, error in deaths:
+        yield Died(what, attempt, error, decision)
 
 
 def take_over(call: Call, stored: Any) -> bool:

@@ -21,6 +21,7 @@ what came of it.
 | `Take(budget)` | take a token | True or False |
 | `Give(budget)` | deposit | None |
 | `Report(what, fault)` | log a fault that nobody else will hear of | None |
+| `Died(what, attempt, error, decision)` | log that an attempt (or the recovery after it) never ended | None |
 
 The last step is the outcome: `RETURN` (the value of the last attempt or recovery), `ANSWER_NOTHING` (a duplicate:
 None), or `Raise(error)`.
@@ -175,6 +176,18 @@ class Report(Step):
     def __init__(self, what: str, fault: BaseException) -> None:
         self.what = what
         self.fault = fault
+
+
+class Died(Step):
+    """Log that an attempt, or the recovery after it, never ended: who made it cannot. `decision` is what follows."""
+
+    __slots__ = ("attempt", "decision", "error", "what")
+
+    def __init__(self, what: str, attempt: int, error: Any, decision: Any) -> None:
+        self.what = what
+        self.attempt = attempt
+        self.error = error
+        self.decision = decision
 
 
 class Raise(Step):

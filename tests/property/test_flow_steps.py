@@ -29,6 +29,7 @@ from retrykit.steps import (
     NOW,
     RECOVER,
     RETURN,
+    Died,
     Load,
     Notify,
     Pause,
@@ -247,6 +248,10 @@ class Interpreter:
     def on_report(self, step: Any) -> None:
         return None
 
+    def on_died(self, step: Any) -> None:
+        assert not self.is_open
+        assert step.what == "recovery" or step.attempt <= self.call.context.retry_count
+
 
 @st.composite
 def calls(draw: Any) -> Any:
@@ -330,7 +335,7 @@ def test_every_step_is_named_in_the_table_of_steps():
 
     for step in (ATTEMPT, RECOVER, BEGIN, COMMIT, JOIN, NOW):
         assert f"`{step.name}`" in retrykit.steps.__doc__
-    for kind in (Load, Save, Remove, Probe, Pause, Notify, Take, Report, RollBack):
+    for kind in (Load, Save, Remove, Probe, Pause, Notify, Take, Report, Died, RollBack):
         assert f"`{kind.__name__}(" in retrykit.steps.__doc__
 
 

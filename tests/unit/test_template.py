@@ -38,6 +38,7 @@ from retrykit import (
 from retrykit.context import _bound
 from retrykit.errors import AttemptsInFlightError, CommitInDoubtError
 from retrykit.failure import StoredError
+from retrykit.messaging.logs import facts_of
 from retrykit.owner import begin
 from retrykit.template import short_cut
 from tests.doubles import (
@@ -877,6 +878,71 @@ def test_an_attempt_that_never_ended_counts_as_a_crash(way):
     history = template.context_cache.load("retry/m-1").snapshot
     assert (history["retry_count"], history["crashes"]) == (2, 1)
     assert history["errors"][0]["type"] == "retrykit.Crash"
+
+
+def told_of_deaths(caplog):
+    return [record for record in caplog.records if "retrykit.Crash" in record.getMessage()]
+
+
+@pytest.mark.parametrize("journal", ["redelivered", "never"])
+def test_a_crash_is_told_when_it_is_counted(way, caplog, journal):
+    template = way.kind(retry_policy=SimpleRetryPolicy(3))
+    leave_running(template.context_cache, owner="elsewhere/1/2/3")
+    assert deliver(way, template, Fails(ERROR), redelivered=True, journal=journal) is ERROR
+    assert deliver(way, template, Fails(), redelivered=True) == "done"
+    (line,) = told_of_deaths(caplog)
+    assert (line.name, line.levelname) == ("retrykit", "WARNING")
+    assert line.getMessage() == (
+        "retry key='m-1' attempt 1 failed: retrykit.Crash: attempt with fence 1 never ended; it was made by "
+        "elsewhere/1/2/3; retry at once (SimpleRetryPolicy: attempt 1 of 3 failed)"
+    )
+    assert facts_of(line) == {
+        "name": "retry",
+        "key": "m-1",
+        "attempt": 1,
+        "retry": True,
+        "delay": 0.0,
+        "reason": "SimpleRetryPolicy: attempt 1 of 3 failed",
+        "error": "retrykit.Crash",
+    }
+
+
+def test_a_crash_that_was_the_last_attempt_is_told_before_the_recovery(way, caplog):
+    template = way.kind(retry_policy=SimpleRetryPolicy(2))
+    leave_running(template.context_cache, owner="elsewhere/1/2/3", count=2)
+    told = deliver(way, template, Fails(), lambda _: list(told_of_deaths(caplog)), redelivered=True)
+    facts = [facts_of(line) for line in told]
+    assert [(fact["attempt"], fact["retry"]) for fact in facts] == [(1, False), (2, False)]
+
+
+def test_a_recovery_that_never_ended_is_told(way, caplog):
+    template = way.kind(retry_policy=SimpleRetryPolicy(1))
+    leave_running(template.context_cache, owner="elsewhere/1/2/3", recovery=True, failures=1)
+    assert deliver(way, template, Fails(), lambda _: "parked", redelivered=True) == "parked"
+    (line,) = told_of_deaths(caplog)
+    assert "attempt 1 was the last one, and the recovery after it failed: retrykit.Crash: recovery" in line.getMessage()
+    assert (facts_of(line)["error"], facts_of(line)["retry"]) == ("retrykit.Crash", False)
+
+
+def test_a_crash_that_somebody_else_has_counted_meanwhile_is_told_by_them_alone(caplog):
+    class Overtaken(MapRetryContextCache):
+        """The first to store anything is overtaken by another one."""
+
+        other = False
+
+        def save(self, key, snapshot, expected):
+            other, self.other = self.other, False
+            if other:
+                assert template.execute(Fails(), state=state) == "done"
+            return super().save(key, snapshot, expected)
+
+    state = RetryState(key="m-1", redelivered=True)
+    cache = Overtaken()
+    leave_running(cache, owner="elsewhere/1/2/3")
+    template = RetryTemplate(context_cache=cache, retry_policy=SimpleRetryPolicy(3))
+    cache.other = True
+    assert template.execute(Fails(), state=state) == "done"
+    assert len(told_of_deaths(caplog)) == 1
 
 
 def leave_running(cache, owner, *, until=EPOCH + 9e9, recovery=False, failures=0, count=1):
