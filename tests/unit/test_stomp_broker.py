@@ -5,6 +5,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
 
@@ -254,6 +255,15 @@ def test_a_session_may_be_closed_by_another_thread_while_its_worker_looks():
             worker.join(10)
             assert not worker.is_alive()
             assert not faults
+
+
+def test_a_server_that_hangs_once_it_has_let_us_in_is_given_no_more_time_than_later():
+    with answering(b"CONNECTED\nheart-beat:60000,60000\n\n\0") as port:
+        session = StompBroker(f"stomp://127.0.0.1:{port}", heart_beat=60).connect(consume=False)
+        connection = session._wire._connection
+        assert connection.receive_sleep == 150
+        assert connection.received_heartbeat <= time.monotonic()
+        session.close(wait=False)
 
 
 def test_the_shortest_heart_beat_is_one():

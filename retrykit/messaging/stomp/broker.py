@@ -49,7 +49,10 @@ class StompBroker(StompSettings):
     one session at a time can be open, and a name is for one topic and selector: with others, what it kept is deleted.
     `subscribe` are further headers of the SUBSCRIBE frame.
 
-    Timeouts are in seconds.
+    Times are in seconds. `heart_beat` is how often either side says that it is there; a server that is silent for two
+    and a half of them is given up, and another connection is made. `connect_timeout` bounds connecting, TLS and login,
+    each; `send_timeout` a write that the server does not take; `receipt_timeout` the wait for a confirmation, after
+    which the connection is given up and what it was to confirm is in doubt.
     """
 
     def __attrs_post_init__(self) -> None:

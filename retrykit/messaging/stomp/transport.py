@@ -16,6 +16,7 @@ import logging
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
@@ -230,6 +231,12 @@ class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py h
             heart_beat_receive_scale=2.5,
         )
         self.set_listener("retrykit", _Rare(whom))
+
+    def on_connected(self, frame: Any) -> None:
+        """Expect heart-beats from now on: stomp.py gives a server that hangs at once twice the time."""
+        super().on_connected(frame)
+        if self.received_heartbeat is not None:
+            self.received_heartbeat = time.monotonic()
 
     def login(self, call: Call) -> None:
         """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
