@@ -121,8 +121,10 @@ class Work:
             session.rollback(message)
             self.tally.add(withheld=1)
             raise TransactionMisuseError(str(misused)) from None
-        except CommitInDoubtError:
+        except CommitInDoubtError as doubt:
             self.tally.add(in_doubt=1)
+            text = "message %r: its commit was not confirmed, so nothing is counted; it comes again, or is done: %s"
+            _log.warning(text, message.key, doubt.__cause__ or doubt, extra=delivery.named())
             raise
         except BaseException as error:
             delivery.give_back(error)
@@ -177,6 +179,7 @@ class Delivery:
             self.session.send(outgoing.destination, outgoing.body, outgoing.headers)
         self.session.commit(self.message)
         self.work.tally.add(duplicates=1)
+        _log.info("message %r is acknowledged unread: it was completed before", self.message.key, extra=self.named())
         if unsent:
             _log.warning("message %r: sent again what its process may not have sent: %d", self.message.key, len(unsent))
             template = self.work.template
@@ -242,6 +245,9 @@ class Delivery:
     def _opened(self, context: RetryContext) -> Message:
         """The message as a handler gets it: it can send until `_close`, and nothing of an earlier attempt is sent."""
         self.context, self._sender = context, (sender := object())
+        if _log.isEnabledFor(logging.DEBUG):
+            what = "the recovery after attempt" if self.recovering else "attempt"
+            _log.debug("message %r: %s %d begins", self.message.key, what, context.attempt, extra=self.named())
         if self.sent:
             self.sent = 0
             context.outbox.clear()
@@ -339,6 +345,8 @@ class Delivery:
                 tally.add(acknowledged=1)
                 if self.recovering:
                     _log.warning("message %r was recovered: no further attempt", key, extra=self.facts())
+                elif _log.isEnabledFor(logging.DEBUG):
+                    _log.debug("message %r is handled, and acknowledged", key, extra=self.named())
 
     def _parked(self, place: str, known_as: int | str | None, reason: str) -> None:
         """Count it, and tell by what `retrykit parked` knows it."""
@@ -367,6 +375,10 @@ class Delivery:
             then = waits(where, None if self.context is None else self.context.not_before)
             text, facts = "message %r: an attempt has failed: %r (%s); %s", self.facts(error)
             _log.info(text, self.message.key, error, why, then, exc_info=in_detail(error), extra=facts)
+
+    def named(self) -> dict[str, Any]:
+        """As `facts`, of what is no verdict on an attempt."""
+        return {"retrykit": decision_facts(self.work.template.name, self.key, None, None)}
 
     def facts(self, error: BaseException | None = None) -> dict[str, Any]:
         """What a log record of this delivery carries besides its text, for logs that are read by programs."""

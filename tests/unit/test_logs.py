@@ -7,7 +7,16 @@ import logging
 
 import pytest
 
-from retrykit import FixedBackOffPolicy, LoggingListener, RetryState, RetryTemplate, SimpleRetryPolicy
+from retrykit import (
+    AsyncRetryTemplate,
+    FixedBackOffPolicy,
+    LoggingListener,
+    MapRetryContextCache,
+    RetryState,
+    RetryTemplate,
+    SimpleRetryPolicy,
+)
+from retrykit.key import canonical_key, key_to_json
 from retrykit.messaging import ListenerContainer, Park, Parked, discard, park, republish
 from retrykit.messaging.logs import JsonLines
 from retrykit.messaging.memory import MemoryBroker
@@ -111,6 +120,83 @@ def test_whoever_debugs_is_shown_where_a_recovery_failed(broker, lines, caplog):
     withheld = next(line for line in lines() if "is withheld" in line["message"])
     assert "KeyError: 'shelf'" in withheld["traceback"]
     assert ", in unable" in withheld["traceback"]
+
+
+# -- what only the log tells
+
+
+async def handle_later(_message):
+    pass
+
+
+KINDS = pytest.mark.parametrize(
+    ("kind", "handler"),
+    [(RetryTemplate, lambda _message: None), (AsyncRetryTemplate, handle_later)],
+    ids=["sync", "async"],
+)
+
+
+def consume_again(broker, kind, handler, **options):
+    template = kind(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=2), **options)
+    with ListenerContainer(broker, handler, template=template, recover=park("/queue/parked")):
+        assert broker.wait_until_empty(PATIENCE)
+
+
+@KINDS
+def test_a_duplicate_that_is_acknowledged_unread_is_told(broker, lines, kind, handler):
+    cache = MapRetryContextCache()
+    for _ in range(2):
+        broker.publish("x", id="o-1")
+        consume_again(broker, kind, handler, context_cache=cache, remember_completed=60)
+    (line,) = [line for line in lines() if "unread" in line["message"]]
+    assert (line["level"], line["name"], line["key"]) == ("INFO", "orders", [ORDERS, "o-1"])
+
+
+@KINDS
+def test_a_commit_in_doubt_is_told_with_its_message(broker, lines, kind, handler):
+    broker.publish("x", id="o-1")
+    broker.doubt_next_commit("done")
+    consume_again(broker, kind, handler)
+    (line,) = [line for line in lines() if "so nothing is counted" in line["message"]]
+    assert (line["level"], line["name"], line["key"]) == ("WARNING", "orders", [ORDERS, "o-1"])
+
+
+@KINDS
+def test_whoever_debugs_can_follow_a_message(lines, caplog, kind, handler):
+    caplog.set_level(logging.DEBUG, "retrykit.messaging")
+    broker = MemoryBroker(ORDERS)
+    broker.publish("x", id="o-1")
+    consume_again(broker, kind, handler)
+    told = [line["message"] for line in lines() if line.get("key") == [ORDERS, "o-1"]]
+    assert told == [
+        f"message ({ORDERS!r}, 'o-1'){did}" for did in (": attempt 1 begins", " is handled, and acknowledged")
+    ]
+
+
+class Shared(MapRetryContextCache):
+    shared = True
+
+
+@KINDS
+def test_a_message_that_killed_its_process_is_told_when_it_comes_again(broker, lines, kind, handler):
+    cache, key = Shared(), (ORDERS, "o-1")
+    flight = {"fence": 1, "owner": "elsewhere/1/2/3", "since": 0.0, "until": 1.0}
+    facts = {"format": 1, "name": "orders", "key": key_to_json(key), "retry_count": 0, "in_flight": [flight]}
+    cache.save(canonical_key("orders", key), facts, None)
+    broker.publish("x", id="o-1")
+    consume_again(broker, kind, handler, context_cache=cache, remember_completed=60)
+    (line,) = [line for line in lines() if "attempt" in line]
+    assert {name: line[name] for name in VERDICT} == {
+        "name": "orders",
+        "key": [ORDERS, "o-1"],
+        "attempt": 1,
+        "retry": True,
+        "delay": 0.0,
+        "reason": "SimpleRetryPolicy: attempt 1 of 2 failed",
+        "error": "retrykit.Crash",
+    }
+    assert line["level"] == "WARNING"
+    assert "never ended; it was made by elsewhere/1/2/3" in line["message"]
 
 
 def test_the_lines_of_a_logging_listener_have_the_facts_too(lines):

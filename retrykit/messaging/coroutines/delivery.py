@@ -49,7 +49,7 @@ class AsyncDelivery(Delivery):
     async def recovery(self, context: RetryContext) -> Any:
         """As `Delivery.recovery`, awaited."""
         try:
-            message, recover = self._opened(context), self._recoverer()
+            recover, message = self._recoverer(), self._opened(context)
             with self._desk.hearing():
                 result = await finished(recover(message, context))
             return self._obey(result, context, "recover")
