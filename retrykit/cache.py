@@ -54,7 +54,8 @@ class RetryContextCache(Protocol):
     history that is gone is not taken for one that somebody settled. `open_keys(prefix, limit)`, where a store has it,
     gives the keys of its histories, completion marks left out, or None when there are more. `vetoed(keys)`, where a
     store has it, gives those of so many keys that have a veto, with what is stored of them, in one round trip; without
-    it each is loaded. `shared` is false for a cache of one process only.
+    it each is loaded. `evicted(prefix, after)`, where a store leaves tombstones, gives these as `items` gives all
+    others. `shared` is false for a cache of one process only.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -219,8 +220,8 @@ class MapRetryContextCache:
             return
         # The time is that of the snapshot: its template's clock, not this machine's. Looking at all is not done for
         # each.
-        now = snapshot.get("last_failed_at") or snapshot.get("started_at") or 0.0
-        if self.time_to_live is not None and now >= self._look_again:
+        now = _touched_at(snapshot)
+        if self.time_to_live is not None and now is not None and now >= self._look_again:
             self._look_again = now + self.time_to_live / 100
             self._drop_over(now)
         if len(self._entries) < self.capacity:
@@ -231,10 +232,12 @@ class MapRetryContextCache:
         free = (one for one, stored in self._entries.items() if not stored.snapshot.get("veto"))
         self._bury(next(free, next(iter(self._entries))), now, "capacity")
 
-    def _bury(self, key: str, now: float, by: Bound) -> None:
+    def _bury(self, key: str, now: float | None, by: Bound) -> None:
         """Drop a history. Its tombstone has its version: it says nothing that whoever knows that does not know."""
         stored = self._entries.pop(key)
-        self._graves[key] = StoredContext(entombed(stored.snapshot, now, by), stored.version)
+        # Of who is vetoed before he was ever tried no time is known: then it is the time of what goes.
+        at = now or _touched_at(stored.snapshot) or time.time()
+        self._graves[key] = StoredContext(entombed(stored.snapshot, at, by), stored.version)
         most = self.capacity if self.tombstones is None else self.tombstones
         while len(self._graves) > most:
             del self._graves[next(iter(self._graves))]
@@ -258,9 +261,19 @@ class MapRetryContextCache:
                 if key.startswith(prefix) and (after is None or key > after)
             )
         for key in keys:
-            stored = self.load(key)
+            # Not what was buried in between.
+            with self._lock:
+                stored = self._entries.get(key) or self._marks.get(key)
             if stored is not None:
-                yield key, stored
+                yield key, StoredContext(copied(stored.snapshot), stored.version)
+
+    def evicted(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """The tombstones whose keys begin with the prefix, in order; only those behind `after`, if it is given."""
+        with self._lock:
+            wanted = (key for key in self._graves if key.startswith(prefix) and (after is None or key > after))
+            found = [(key, self._graves[key]) for key in sorted(wanted)]
+        for key, stored in found:
+            yield key, StoredContext(copied(stored.snapshot), stored.version)
 
     def open_keys(self, prefix: str, limit: int) -> list[str] | None:
         """The keys of histories and tombstones that begin with the prefix; None when there are more than `limit`."""

@@ -28,18 +28,13 @@ def allowed(call: Call, context: Any) -> RetryDecision:
     if history is None:
         return decision
     if history.evicted is not None:
-        decision = attrs.evolve(decision, reason=_counted_on(history, decision.reason))
+        # Not all that was counted can be looked at any more.
+        decision = attrs.evolve(decision, reason=history.evicted.told_in(decision.reason))
     if history.veto is None:
         return decision
     return RetryDecision(
         False, 0.0, ("vetoed: {}", history.veto), (decision,), None, decision.recoverable or decision.retry
     )
-
-
-def _counted_on(history: History, reason: str) -> str:
-    """The reason, with the word that not all that was counted can be looked at any more."""
-    words = f" ({history.evicted})"
-    return reason if reason.endswith(words) else reason + words
 
 
 def undecided(what: str, fault: Exception) -> RetryDecision:
@@ -118,7 +113,7 @@ def standing_decision(call: Call) -> RetryDecision:
     decision = allowed(call, Branch(context, "", paid=True)) if call.plan.budgets else allowed(call, context)
     if not history.exhausted or history.veto is not None:
         return decision
-    reason = history.reason if history.evicted is None else _counted_on(history, history.reason)
+    reason = history.reason if history.evicted is None else history.evicted.told_in(history.reason)
     return RetryDecision(False, 0.0, reason, (decision,), None, decision.recoverable)
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import attrs
 
 from retrykit.tombstone import Bound
 from retrykit.value import Value
+
+_TOLD: Final = re.compile(r" \(\d+ failures? counted before its history was evicted at [^()]*\)")
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -39,6 +42,10 @@ class Eviction(Value):
     def to_json(self) -> dict[str, Any]:
         """The JSON form: the fields by name, `at` in seconds since the epoch."""
         return {"at": self.at.timestamp(), "by": self.by, "failures": self.failures}
+
+    def told_in(self, reason: str) -> str:
+        """The reason of a decision, with the word of this eviction in place of that of any before."""
+        return f"{_TOLD.sub('', reason)} ({self})"
 
     def __str__(self) -> str:
         failures = "1 failure" if self.failures == 1 else f"{self.failures} failures"

@@ -1,8 +1,9 @@
 """A tombstone: what is left of a history that a bound of its store has dropped, so that its count goes on.
 
-It is the same snapshot without what only people read and users keep: the list of errors, the traceback and causes of
-the last one, the attributes. Count, times, fence, veto and running attempts stay, so whoever finds it under the key
-goes on with it as with any history, and no policy allows more attempts than it would have.
+It is the same snapshot without what only people read and users keep: the list of errors, the traceback of the last one,
+the words of its causes, the attributes. Count, times, fence, veto, running attempts and the classes of the last error
+and of each of its causes stay, so whoever finds it under the key goes on with it as with any history, and the policies
+allow neither more attempts than they would have, nor fewer. (A predicate of the user's that reads what falls away may.)
 
 Stores that cannot take JSON apart cut its text: `cuttable` puts what falls away at the end, behind `CUT`.
 """
@@ -17,14 +18,14 @@ from retrykit.check import seconds, wrong_type, wrong_value
 Bound = Literal["capacity", "time_to_live"]
 
 WEEK: Final = 7 * 86_400.0
-CUT: Final = ",\n"
-"""Where a text may be cut. It is white space to JSON, and nowhere else in a text that an encoder wrote in one line."""
+CUT: Final = ",\n\t\n"
+"""Where a text may be cut. To JSON it is a comma; no encoder writes it, nor does anybody who makes a text readable."""
 CLOSING: Final = "}}"
 """What a text that was cut lacks: the end of the last error, and of the snapshot."""
 
 _FALLS: Final = frozenset({"errors", "attributes", "outbox"})
 _FALLS_OF_ERROR: Final = frozenset({"traceback", "cause"})
-_MAX_MESSAGE: Final = 200
+_STAYS_OF_CAUSE: Final = ("type", "classes", "crash")
 
 
 def checked_tombstones(tombstones: Any, tombstone_time_to_live: Any) -> dict[str, Any]:
@@ -45,25 +46,34 @@ def entombed(snapshot: Mapping[str, Any], at: float, by: Bound) -> dict[str, Any
     kept = {fact: value for fact, value in snapshot.items() if fact not in _FALLS}
     error = kept.get("last_error")
     if isinstance(error, Mapping):
-        kept["last_error"] = {field: value for field, value in error.items() if not _falls(field, value)}
+        kept["last_error"] = _short(error)
     return {**kept, "evicted": {"at": at, "by": by}}
 
 
-def _falls(field: str, value: Any) -> bool:
-    return field in _FALLS_OF_ERROR or (field == "message" and len(str(value)) > _MAX_MESSAGE)
+def _short(error: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: value for field, value in error.items() if field not in _FALLS_OF_ERROR} | _causes(error)
+
+
+def _causes(error: Mapping[str, Any]) -> dict[str, Any]:
+    """The chain of causes, as far as policies classify by it."""
+    cause = error.get("cause")
+    if not isinstance(cause, Mapping):
+        return {}
+    return {"cause": {field: cause[field] for field in _STAYS_OF_CAUSE if field in cause} | _causes(cause)}
 
 
 def cuttable(snapshot: Mapping[str, Any], encode: Callable[[Any], str]) -> str:
     """The snapshot as JSON text of two lines, of which the first, with `CLOSING` for what follows it, is its tombstone.
 
-    Of one line, where there is little that could fall away. `encode` gives compact JSON without line breaks.
+    Of one line, where there is little that could fall away. `encode` gives compact JSON without line breaks. The causes
+    stand there twice, first as they stay: of two facts with one name the last is read.
     """
     error = snapshot.get("last_error")
     if not isinstance(error, Mapping):
         return encode(snapshot)
     stays = {fact: value for fact, value in snapshot.items() if fact not in _FALLS and fact != "last_error"}
-    short = {field: value for field, value in error.items() if not _falls(field, value)}
-    rest = {field: value for field, value in error.items() if field not in short}
+    short = _short(error)
+    rest = {field: value for field, value in error.items() if field not in short or short[field] != value}
     if not (stays and short and rest):
         return encode(snapshot)
     falls = {fact: value for fact, value in snapshot.items() if fact in _FALLS}

@@ -25,8 +25,7 @@ from retrykit.redis.client import (
     say_what_settings_mean,
     worded,
 )
-from retrykit.redis.requests import MOMENT, OnFull, Request, checked_requests
-from retrykit.redis.scripts import CHUNK
+from retrykit.redis.requests import MOMENT, PAGE_SIZE, OnFull, Request, checked_requests
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.tombstone import WEEK
 
@@ -159,12 +158,22 @@ class RedisRetryContextCache:
 
         Without `now`: by the server's clock, or the one that was given. `limit`: at most so many.
         """
-        total = 0
-        while True:
-            dropped = self._send(self._requests.expire(now, None if limit is None else limit - total))
+        total, goes_on = 0, True
+        while goes_on:
+            dropped, goes_on = self._send(self._requests.expire(now, None if limit is None else limit - total))
             total += dropped
-            if dropped < CHUNK or total == limit:
-                return total
+        return total
+
+    def evicted(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """The tombstones, in the order of their keys, only those behind `after` if it is given; in pages of 500."""
+        cursor, keys = b"0", set[str]()
+        while True:
+            cursor, found = self._send(self._requests.graves(prefix, cursor))
+            keys.update(found)
+            if cursor == b"0":
+                break
+        for page in _pages_of(keys, after):
+            yield from self._send(self._requests.evicted(page))
 
     def open_keys(self, prefix: str, limit: int) -> list[str] | None:
         """The keys of histories and tombstones that begin with the prefix, not of completion marks; None: too many.
@@ -174,7 +183,10 @@ class RedisRetryContextCache:
         return self._send(self._requests.open_keys(prefix, limit))
 
     def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
-        """Those of the keys that have a veto, with what is stored: one round trip, however many they are."""
+        """Those of the keys that have a veto, with what is stored: one round trip, however many they are.
+
+        Those that cannot be read are left out, and logged.
+        """
         return self._send(self._requests.vetoed(keys)) if keys else {}
 
     def open(self) -> None:
@@ -305,12 +317,25 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
 
     async def expire(self, now: float | None = None, limit: int | None = None) -> int:  # type: ignore[override] # as in `load`
         """As `RedisRetryContextCache.expire`."""
-        total = 0
-        while True:
-            dropped = await self._send(self._requests.expire(now, None if limit is None else limit - total))
+        total, goes_on = 0, True
+        while goes_on:
+            dropped, goes_on = await self._send(self._requests.expire(now, None if limit is None else limit - total))
             total += dropped
-            if dropped < CHUNK or total == limit:
-                return total
+        return total
+
+    async def evicted(  # type: ignore[override] # as in `load`
+        self, prefix: str = "", after: str | None = None
+    ) -> AsyncIterator[tuple[str, StoredContext]]:
+        """As `RedisRetryContextCache.evicted`."""
+        cursor, keys = b"0", set[str]()
+        while True:
+            cursor, found = await self._send(self._requests.graves(prefix, cursor))
+            keys.update(found)
+            if cursor == b"0":
+                break
+        for page in _pages_of(keys, after):
+            for item in await self._send(self._requests.evicted(page)):
+                yield item
 
     async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override] # as in `load`
         """As `RedisRetryContextCache.open_keys`."""
@@ -385,6 +410,11 @@ class AsyncRedisRetryContextCache(RedisRetryContextCache):
             say_what_settings_mean(error, self._address)
         else:
             say_what_settings_mean(settings, self._address)
+
+
+def _pages_of(keys: Collection[str], after: str | None) -> Iterator[list[str]]:
+    wanted = sorted(key for key in keys if after is None or key > after)
+    return (wanted[first : first + PAGE_SIZE] for first in range(0, len(wanted), PAGE_SIZE))
 
 
 def _restored(kind: type[RedisRetryContextCache], url: str, options: dict[str, Any]) -> RedisRetryContextCache:

@@ -19,7 +19,7 @@ from retrykit.cache import StoredContext
 from retrykit.check import is_finite, seconds, wrong_type, wrong_value
 from retrykit.clock import Clock
 from retrykit.errors import CacheCapacityError, CodecError
-from retrykit.redis.scripts import CHUNK, EXPIRE, LOAD, OPEN, PAGE, REMOVE, SAVE, VETOED, Script
+from retrykit.redis.scripts import CHUNK, EVICTED, EXPIRE, GRAVES, LOAD, OPEN, PAGE, REMOVE, SAVE, VETOED, Script
 from retrykit.tombstone import checked_tombstones, cuttable
 from retrykit.value import Value
 
@@ -144,7 +144,7 @@ class Requests(Value):
 
     def save(self, key: str, snapshot: Mapping[str, Any], expected: int | None) -> Request[int | None]:
         """Compare and set; the new version, or None for the one who lost."""
-        version = _random()
+        version, sweeps = _random(), next(self._saves) % SWEEP_EVERY == 0
 
         def read(answer: Any) -> int | None:
             return version if self._is_saved(key, answer) else None
@@ -158,9 +158,9 @@ class Requests(Value):
             self._until(snapshot),
             LAST if snapshot.get("veto") else b"0",
             b"" if self.capacity is None else self.capacity,
-            b"0" if next(self._saves) % SWEEP_EVERY else SWEEP,
+            SWEEP if sweeps else b"0",
             self._given(),
-            *self._burials(bounded=self.forgets),
+            *self._burials(bounded=self.forgets or sweeps),
         )
         writer = self._writers.take()
         return Request("save", key, SAVE, (6, *keys, writer, *values), read, writer)
@@ -181,27 +181,50 @@ class Requests(Value):
         values = (first, b"(" + begin + b"\xff", PAGE_SIZE)
         return Request("items", prefix, PAGE, (4, *self._indexes, *values), _page)
 
-    def expire(self, now: float | None, limit: int | None) -> Request[int]:
-        """Drop some snapshots whose time is over, at most `limit`; how many."""
+    def expire(self, now: float | None, limit: int | None) -> Request[tuple[int, bool]]:
+        """Drop some snapshots whose time is over, at most `limit`, and tombstones of which there are too many.
+
+        How many were over, and whether there may be more to do.
+        """
         given = self._given() if now is None else _digits(seconds("now", now))
-        values = (CHUNK if limit is None else max(0, min(limit, CHUNK)), given, *self._burials(bounded=False))
-        return Request("expire", "", EXPIRE, (4, *self._indexes, *values), _number_of)
+        most = CHUNK if limit is None else max(0, min(limit, CHUNK))
+        values = (most, given, *self._burials(bounded=True))
+
+        def read(answer: bytes) -> tuple[int, bool]:
+            dropped = int(answer[OUTCOME:])
+            return dropped, dropped == CHUNK != limit or answer[MOMENT:OUTCOME] == b"+"
+
+        return Request("expire", "", EXPIRE, (4, *self._indexes, *values), read)
+
+    def graves(self, prefix: str, cursor: bytes) -> Request[tuple[bytes, list[str]]]:
+        """Some keys of tombstones in no order, maybe not for the first time, and where to go on (b"0": nowhere)."""
+        given = (cursor, _encoded("evicted", prefix))
+        return Request("evicted", prefix, GRAVES, (1, self._indexes[3], *given), _keys_from)
+
+    def evicted(self, keys: list[str]) -> Request[list[tuple[str, StoredContext]]]:
+        """The tombstones with these keys, as far as they still are."""
+
+        def read(answer: list[bytes]) -> list[tuple[str, StoredContext]]:
+            names = [keys[int(number) - 1] for number in answer[1::2]]
+            return [(key, _stored(key, record)) for key, record in zip(names, answer[2::2], strict=True)]
+
+        members = [_encoded("evicted", key) for key in keys]
+        return Request("evicted", "", EVICTED, (2, self._indexes[0], self._indexes[3], *members), read)
 
     def open_keys(self, prefix: str, limit: int) -> Request[list[str] | None]:
         """The keys of histories and tombstones, if there are not too many."""
         given = (_encoded("open_keys", prefix), limit)
-        _, stored, _, graves = self._indexes
-        return Request("open_keys", prefix, OPEN, (2, stored, graves, *given), _keys_of)
+        keys, stored, _, graves = self._indexes
+        return Request("open_keys", prefix, OPEN, (3, keys, stored, graves, *given), _keys_of)
 
     def vetoed(self, keys: Collection[str]) -> Request[dict[str, StoredContext]]:
-        """Those of the keys that have a veto."""
+        """Those of the keys that have a veto, as far as they can be read."""
         asked = list(keys)
 
         def read(answer: list[bytes]) -> dict[str, StoredContext]:
-            numbers, records = answer[1::2], answer[2::2]
-            names = [asked[int(number) - 1] for number in numbers]
-            found = {key: _stored(key, record) for key, record in zip(names, records, strict=True)}
-            return {key: stored for key, stored in found.items() if stored.snapshot.get("veto")}
+            names = [asked[int(number) - 1] for number in answer[1::2]]
+            found = ((key, _readable(key, record)) for key, record in zip(names, answer[2::2], strict=True))
+            return {key: stored for key, stored in found if stored is not None and stored.snapshot.get("veto")}
 
         records = [self._record("vetoed", key) for key in asked]
         return Request("vetoed", "", VETOED, (len(records), *records), read)
@@ -342,6 +365,14 @@ def _stored(key: str, record: bytes) -> StoredContext:
     return StoredContext(snapshot, version)
 
 
+def _readable(key: str, record: bytes) -> StoredContext | None:
+    try:
+        return _stored(key, record)
+    except CodecError as error:
+        logger.warning("the veto of %r cannot be read, and forbids nothing: %s", key, error)
+        return None
+
+
 def _tell_of_loss(key: str) -> None:
     logger.warning("the history of %r is gone from Redis, and nobody who uses this cache removed it", key)
 
@@ -350,8 +381,8 @@ def _is_done(answer: bytes) -> bool:
     return answer[MOMENT:] == b"+"
 
 
-def _number_of(answer: bytes) -> int:
-    return int(answer[MOMENT:])
+def _keys_from(answer: list[Any]) -> tuple[bytes, list[str]]:
+    return answer[1], [key.decode() for key in answer[2]]
 
 
 def _nothing(_answer: bytes) -> None:

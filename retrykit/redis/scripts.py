@@ -67,15 +67,19 @@ local function drop(members)
 end
 """
 
-# What is left of a record is its beginning, up to where its writer has prepared the cut (`retrykit.tombstone`).
+# What is left of a record is its beginning, up to where its writer has prepared the cut (`retrykit.tombstone`). What is
+# no object with something in it stays as it is, which nobody can read either.
 _BURY = f"""
 local function epitaph_of(text, epitaph)
+  if string.sub(text, 17) == '{{}}' then
+    return string.sub(text, 1, 17) .. string.sub(epitaph, 2)
+  end
+  if string.sub(text, 17, 17) ~= '{{' or string.sub(text, -1) ~= '}}' or not string.find(text, '"', 17, true) then
+    return text
+  end
   local cut = string.find(text, {CUT!r}, 17, true)
   if cut then
     return string.sub(text, 1, cut - 1) .. '{CLOSING[:-1]}' .. epitaph
-  end
-  if string.sub(text, 17) == '{{}}' then
-    return string.sub(text, 1, 17) .. string.sub(epitaph, 2)
   end
   return string.sub(text, 1, -2) .. epitaph
 end
@@ -134,7 +138,7 @@ _TRIM = """
 local function trim()
   local surplus = most ~= '' and redis.call('ZCARD', graves) - most or 0
   if surplus <= 0 then
-    return
+    return false
   end
   for _, name in ipairs(redis.call('ZRANGE', graves, 0, math.min(surplus, CHUNK) - 1)) do
     if redis.call('ZSCORE', keys, name) then
@@ -143,6 +147,7 @@ local function trim()
       drop({name})
     end
   end
+  return surplus > CHUNK
 end
 """
 
@@ -201,7 +206,7 @@ if redis.call('GETRANGE', record, 0, 15) ~= expected then
 end
 local at = given ~= '' and given or now
 local evicted = {}
-local is_tombstone = redis.call('ZSCORE', graves, member)
+local is_tombstone = redis.call('ZSCORE', graves, member) and not redis.call('ZSCORE', keys, member)
 if swept ~= '0' then
   sweep(at, swept)
 end
@@ -307,8 +312,45 @@ EXPIRE: Final = _script(
     _DROP,
     _BURY,
     _SWEEP,
+    _TRIM,
     """
-return now .. sweep(given ~= '' and given or now, limit)
+local dropped = sweep(given ~= '' and given or now, limit)
+return now .. (trim() and '+' or '-') .. dropped
+""",
+)
+
+# Tombstones have no index by key: all are gone through, a bit at a time, and whoever wants them in order sorts them.
+GRAVES: Final = _script(
+    "local graves = KEYS[1]\n",
+    _HEAD,
+    """
+local found = redis.call('ZSCAN', graves, ARGV[1], 'COUNT', CHUNK)
+local members = {}
+for number = 1, #found[2], 2 do
+  local name = found[2][number]
+  if string.sub(name, 1, #ARGV[2]) == ARGV[2] then
+    members[#members + 1] = name
+  end
+end
+return {now, found[1], members}
+""",
+)
+
+# Those that are no tombstones any more are left out.
+EVICTED: Final = _script(
+    "local keys, graves = unpack(KEYS)\n",
+    _HEAD,
+    """
+local found, space = {now}, string.sub(keys, 1, -5) .. 'h:'
+for number, name in ipairs(ARGV) do
+  local text = redis.call('ZSCORE', graves, name) and not redis.call('ZSCORE', keys, name) and
+    redis.call('GET', space .. name)
+  if text then
+    found[#found + 1] = tostring(number)
+    found[#found + 1] = text
+  end
+end
+return found
 """,
 )
 
@@ -330,7 +372,7 @@ return found
 
 # The indexes by time are those of histories and tombstones alone: looked through as a whole, unless that is too much.
 OPEN: Final = _script(
-    "local stored, graves = unpack(KEYS)\n",
+    "local keys, stored, graves = unpack(KEYS)\n",
     "local prefix, limit = ARGV[1], tonumber(ARGV[2])",
     _HEAD,
     """
@@ -340,7 +382,8 @@ if redis.call('ZCARD', stored) + redis.call('ZCARD', graves) > math.max(10 * lim
 end
 for _, index in ipairs({stored, graves}) do
   for _, name in ipairs(redis.call('ZRANGE', index, 0, -1)) do
-    if string.sub(name, 1, #prefix) == prefix then
+    local is_one = index == stored or not redis.call('ZSCORE', keys, name)
+    if is_one and string.sub(name, 1, #prefix) == prefix then
       found[#found + 1] = name
     end
   end

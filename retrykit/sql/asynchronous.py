@@ -76,8 +76,19 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
         self, prefix: str = "", after: str | None = None
     ) -> AsyncIterator[tuple[str, StoredContext]]:
         """Every key with its snapshot, ordered by key, as `SqlRetryContextCache.items`."""
+        async for item in self._read("items", prefix, after):
+            yield item
+
+    async def evicted(  # type: ignore[override]
+        self, prefix: str = "", after: str | None = None
+    ) -> AsyncIterator[tuple[str, StoredContext]]:
+        """The tombstones, ordered by key, as `SqlRetryContextCache.evicted`."""
+        async for item in self._read("evicted", prefix, after):
+            yield item
+
+    async def _read(self, verb: str, prefix: str, after: str | None) -> AsyncIterator[tuple[str, StoredContext]]:
         while True:
-            page = await self._run(self._page, prefix, after)
+            page = await self._run(self._page, verb, prefix, after)
             for item in page:
                 yield item
             if len(page) < PAGE:

@@ -97,17 +97,21 @@ class _Verbs(ABC):
 
         Read in pages of 500, between which nothing is held open.
         """
+        return self._pages("items", prefix, after)
+
+    def _pages(self, verb: str, prefix: str, after: str | None) -> Iterator[tuple[str, StoredContext]]:
         while True:
-            page = self._page(prefix, after)
+            page = self._page(verb, prefix, after)
             yield from page
             if len(page) < PAGE:
                 return
             after = page[-1][0]
 
-    def _page(self, prefix: str, after: str | None) -> Page:
+    def _page(self, verb: str, prefix: str, after: str | None) -> Page:
         readable(prefix)
-        with wording("items", prefix, self._url):
-            return self._perform("reading", lambda connection, _: self._rows.page(connection, prefix, after))
+        rows, evicted = self._rows, verb == "evicted"
+        with wording(verb, prefix, self._url):
+            return self._perform("reading", lambda connection, _: rows.page(connection, prefix, after, evicted=evicted))
 
     def expire(self, now: float | None = None, limit: int | None = None) -> int:
         """Drop the snapshots whose `expires_at` is `now` (epoch seconds) or earlier, 1,000 a transaction; how many.
@@ -121,7 +125,15 @@ class _Verbs(ABC):
             total += dropped
             if dropped < chunk:
                 break
+        self._trim(total)
         return total
+
+    def _trim(self, dropped: int) -> None:
+        """What was buried may be too much: that is looked at where it is no part of somebody's transaction."""
+        rows = self._rows
+        if not rows.within and (rows.pruning.buried or (dropped and not rows.tombstones)):
+            with wording("expire", "", self._url):
+                self._perform("single", lambda connection, _: rows.trim(connection))
 
     def _expire(self, now: float | None, chunk: int) -> int:
         rows = self._rows
@@ -279,10 +291,17 @@ class SqlRetryContextCache(_Verbs):
         with wording("open_keys", prefix, self._url):
             return self._perform("reading", lambda connection, _: self._rows.open_keys(connection, prefix, limit))
 
+    def evicted(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
+        """The tombstones, in the order of their keys, read as `items` are."""
+        return self._pages("evicted", prefix, after)
+
     def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:
-        """Those of the keys that have a veto, with what is stored: one statement, however many they are."""
+        """Those of the keys that have a veto, with what is stored: one statement, however many they are.
+
+        Those that cannot be read are left out, and logged.
+        """
         for key in keys:
-            readable(key)
+            checked(key)
         with wording("vetoed", "", self._url):
             return self._perform("reading", lambda connection, _: self._rows.vetoed(connection, keys)) if keys else {}
 

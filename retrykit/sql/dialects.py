@@ -43,6 +43,9 @@ from retrykit.tombstone import CLOSING, CUT
 
 _c = rk_context.c
 
+AN_OBJECT: Final = '{%"%}'
+"""What the text of a snapshot is like in which there is something: it can be shortened, or be added to."""
+
 
 @attrs.frozen(kw_only=True, eq=False)
 class Database:
@@ -223,13 +226,14 @@ _PAST: Final = (
 )
 _EXPIRE: Final = f"DELETE rk_context FROM {_PAST}"
 _BURIED: Final = (
-    " SET snapshot = CASE WHEN INSTR(snapshot, :cut) > 0 THEN "
+    " SET snapshot = CASE WHEN snapshot = '{{}}' THEN CONCAT('{{', SUBSTR(:epitaph, 2)) "
+    "WHEN snapshot NOT LIKE :an_object THEN snapshot WHEN INSTR(snapshot, :cut) > 0 THEN "
     "CONCAT(SUBSTR(snapshot, 1, INSTR(snapshot, :cut) - 1), :closing, :epitaph) "
-    "WHEN snapshot = '{{}}' THEN CONCAT('{{', SUBSTR(:epitaph, 2)) "
     "ELSE CONCAT(SUBSTR(snapshot, 1, CHAR_LENGTH(snapshot) - 1), :epitaph) END, revision = revision | 3, "
     "completed_at = :buried_at, evicted_at = :buried_at, expires_at = :buried_until"
 )
-_BURY_EXPIRED: Final = f"UPDATE {_PAST}{_BURIED}"
+_BURY_EXPIRED: Final = f"UPDATE {_PAST}{_BURIED} WHERE completed_at IS NULL"
+_SWEEP: Final = f"{_EXPIRE} WHERE completed_at IS NOT NULL"
 # What returns keys cannot pass over what is locked, so the keys are asked for before. Between the two somebody may have
 # locked or changed a row: it stays.
 _OLDEST: Final = (
@@ -244,15 +248,15 @@ _ONE: Final = (
     "STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
 )
 _TRIM: Final = (
-    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE evicted_at IS NOT NULL AND completed_at IS NOT NULL "
+    "DELETE rk_context FROM (SELECT id FROM rk_context WHERE evicted_at IS NOT NULL AND completed_at = evicted_at "
     "ORDER BY evicted_at, completed_at, id LIMIT :surplus FOR UPDATE SKIP LOCKED) AS oldest "
     "STRAIGHT_JOIN rk_context ON rk_context.id = oldest.id"
 )
 _UNDISTURBED: Final = "AND @@tx_isolation = 'READ-COMMITTED'"
 
 
-def _burying(statement: str, *conditions: str) -> Executable:
-    return text(statement.format(" ".join(conditions))).bindparams(cut=CUT, closing=CLOSING[:-1])
+def _burying(statement: str, condition: str = "") -> Executable:
+    return text(statement.format(condition)).bindparams(cut=CUT, closing=CLOSING[:-1], an_object=AN_OBJECT)
 
 
 _MEMBER: Final = "member VARCHAR(600) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin PATH '$'"
@@ -277,10 +281,10 @@ MARIADB: Final = Database(
         "oldest": text(_OLDEST.format("veto IS NULL")),
         "oldest_vetoed": text(_OLDEST.format(_ALL_VETOED)),
         "evict": text(f"DELETE rk_context FROM {_ONE}"),
-        "sweep": text(_EXPIRE.format("AND completed_at IS NOT NULL")),
-        "sweep_joined": text(_EXPIRE.format(f"AND completed_at IS NOT NULL {_UNDISTURBED}")),
-        "bury_expired": _burying(_BURY_EXPIRED, "AND completed_at IS NULL"),
-        "bury_expired_joined": _burying(_BURY_EXPIRED, "AND completed_at IS NULL", _UNDISTURBED),
+        "sweep": text(_SWEEP.format("")),
+        "sweep_joined": text(_SWEEP.format(_UNDISTURBED)),
+        "bury_expired": _burying(_BURY_EXPIRED),
+        "bury_expired_joined": _burying(_BURY_EXPIRED, _UNDISTURBED),
         "bury": _burying(f"UPDATE {_ONE}{_BURIED}"),
         "trim": text(_TRIM),
     },

@@ -31,6 +31,7 @@ class Pruning:
 
     saves: int = 0
     pruned_at: int = 0
+    trimmed_at: int = 0
     buried: int = 0
     """So many tombstones were made since somebody looked whether there are too many."""
 
@@ -64,7 +65,10 @@ class Dropping:
         return store.time() if store is not None and store.known else time.time()
 
     def expire(self, connection: Connection, now: float, chunk: int) -> int:
-        """Drop at most `chunk` snapshots whose time is over; how many. Of histories a tombstone is left."""
+        """Drop at most `chunk` snapshots whose time is over; how many. Of histories a tombstone is left.
+
+        Both statements look at those whose time was over first: what the first has left of these, the second takes.
+        """
         if self.tombstones == 0:
             dropped = self._chosen("expire").on(connection, {"now": now, "chunk": chunk}).rowcount
         else:
@@ -86,8 +90,8 @@ class Dropping:
         lasts = self.tombstone_time_to_live
         return {"buried_at": now, "buried_until": None if lasts is None else now + lasts, "epitaph": epitaph(now, by)}
 
-    def _trim(self, connection: Connection) -> None:
-        """Drop the oldest tombstones, if there are too many."""
+    def trim(self, connection: Connection) -> None:
+        """Drop the oldest tombstones, if there are too many, whoever made them."""
         self.pruning.buried = 0
         surplus = int(TOMBSTONES.on(connection, {}).first()[0]) - self.tombstones
         while surplus > 0 and self.sql.trim.on(connection, {"surplus": min(surplus, CHUNK)}).rowcount:
@@ -101,8 +105,11 @@ class Dropping:
         # In somebody's transaction it may have to be left: then it is due for the next save outside.
         if due and (self.expire(connection, self.now(), CHUNK) or not self.within):
             pruning.pruned_at = pruning.saves
-        if not self.within and pruning.buried > self.tombstones // 100:
-            self._trim(connection)
+        # What others bury without end, such as operators, is trimmed by who saves.
+        looks = pruning.buried > self.tombstones // 100 or pruning.saves - pruning.trimmed_at >= PRUNE_EVERY
+        if looks and not self.within:
+            pruning.trimmed_at = pruning.saves
+            self.trim(connection)
 
     def _make_room(self, connection: Connection) -> bool:
         """What is past its time goes first; then, if that is the rule, the oldest histories."""

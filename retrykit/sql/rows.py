@@ -30,7 +30,9 @@ from retrykit.sql.capacity import room_of
 from retrykit.sql.dialects import Database
 from retrykit.sql.dropping import Dropping, Row
 from retrykit.sql.statements import (
+    FIRST_EVICTED,
     FIRST_PAGE,
+    NEXT_EVICTED,
     NEXT_PAGE,
     OPEN,
     OPEN_KEYS,
@@ -81,9 +83,10 @@ class ContextRows(Dropping):
         self._observe(sent, row)
         return _stored(row)
 
-    def page(self, connection: Connection, prefix: str, after: str | None) -> Page:
-        """The next snapshots by key, at most `PAGE`; fewer means that these were the last."""
-        statement, start = (FIRST_PAGE, prefix) if after is None else (NEXT_PAGE, max(after, prefix))
+    def page(self, connection: Connection, prefix: str, after: str | None, *, evicted: bool = False) -> Page:
+        """The next snapshots, or tombstones, by key, at most `PAGE`; fewer means that these were the last."""
+        first, following = (FIRST_EVICTED, NEXT_EVICTED) if evicted else (FIRST_PAGE, NEXT_PAGE)
+        statement, start = (first, prefix) if after is None else (following, max(after, prefix))
         rows = statement.on(connection, {"start": start, "page": PAGE}).rows
         # Keys are ordered by code point, so those with the prefix stand together.
         wanted = itertools.takewhile(lambda row: row.context_key.startswith(prefix), rows)
@@ -99,9 +102,15 @@ class ContextRows(Dropping):
         return keys if len(keys) <= limit else None
 
     def vetoed(self, connection: Connection, keys: Collection[str]) -> dict[str, StoredContext]:
-        """Those of the keys that have a veto."""
+        """Those of the keys that have a veto, as far as they can be read."""
         rows = self.sql.vetoed.on(connection, {"the_keys": json.dumps([*dict.fromkeys(keys)])}).rows
-        return {row.context_key: _stored(row) for row in rows}
+        found = {}
+        for row in rows:
+            try:
+                found[row.context_key] = _stored(row)
+            except CodecError as error:
+                logger.warning("the veto of %r cannot be read, and forbids nothing: %s", row.context_key, error)
+        return found
 
     def _observe(self, sent: float, row: Any) -> None:
         if self.store_clock is not None:

@@ -34,7 +34,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import sqlite
 
-from retrykit.sql.dialects import Database
+from retrykit.sql.dialects import AN_OBJECT, Database
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.tables import rk_context, rk_schema
 from retrykit.tombstone import CLOSING, CUT
@@ -59,9 +59,15 @@ _expired = (
     .with_for_update(skip_locked=True)
 )
 _is_history = _c.completed_at.is_(None)
-_is_tombstone = (_c.evicted_at.is_not(None), _c.completed_at.is_not(None))
+# A process of schema version 3 that makes a history or a completion mark of a tombstone leaves its `evicted_at`.
+_is_tombstone = (_c.evicted_at.is_not(None), _c.completed_at == _c.evicted_at)
 _other = rk_context.alias("other")
 _all_vetoed = ~exists(select(_other.c.id).where(_other.c.completed_at.is_(None), _other.c.veto.is_(None)))
+
+
+def _of(chosen: Any, condition: ColumnElement[bool]) -> Select[Any]:
+    """Those of some rows: each statement looks at the same ones, however many of the other kind there are."""
+    return select(chosen.c.id).where(condition)
 
 
 def _oldest(condition: Any) -> Select[Any]:
@@ -87,10 +93,11 @@ _open_tombstones = select(_c.context_key).where(*_is_tombstone).limit(bindparam(
 _open = union_all(select(_open_histories.c.context_key), select(_open_tombstones.c.context_key)).subquery()
 _page = (
     select(_c.context_key, _c.id, _c.revision, _c.snapshot)
-    .where(or_(_c.evicted_at.is_(None), _is_history))
     .order_by(_c.context_key)
     .limit(bindparam("page", type_=Integer))
 )
+_living = _page.where(or_(_c.evicted_at.is_(None), _is_history, _c.completed_at != _c.evicted_at))
+_evicted = _page.where(*_is_tombstone)
 _counter = select(func.coalesce(func.max(rk_schema.c.value), 0)).where(rk_schema.c.name == "contexts").scalar_subquery()
 
 # SQLite's triggers keep the counter: asking for it is one look at one row, inside the INSERT itself.
@@ -116,8 +123,11 @@ OPEN_KEYS: Final = Prepared(
     .where(func.substr(_open.c.context_key, 1, bindparam("length", type_=Integer)) == bindparam("prefix", type_=String))
     .limit(bindparam("most_keys", type_=Integer))
 )
-FIRST_PAGE: Final = Prepared(_page.where(_c.context_key >= bindparam("start")))
-NEXT_PAGE: Final = Prepared(_page.where(_c.context_key > bindparam("start")))
+_from, _behind = _c.context_key >= bindparam("start"), _c.context_key > bindparam("start")
+FIRST_PAGE: Final = Prepared(_living.where(_from))
+NEXT_PAGE: Final = Prepared(_living.where(_behind))
+FIRST_EVICTED: Final = Prepared(_evicted.where(_from))
+NEXT_EVICTED: Final = Prepared(_evicted.where(_behind))
 
 # All keys are one parameter: so the statement is the same for any number of them.
 _VETOED: Final = (
@@ -176,6 +186,7 @@ def _dropping(database: Database) -> Mapping[str, Executable]:
     if database.is_chosen is None:
         return database.texts
     undisturbed = _expired if database.undisturbed is None else _expired.where(database.undisturbed)
+    past, past_undisturbed = (query.add_columns(_c.completed_at).subquery() for query in (_expired, undisturbed))
     oldest, oldest_vetoed = _oldest(_c.veto.is_(None)), _oldest(_all_vetoed)
     chosen, bury = database.is_chosen, _burying(database.finds, database.is_chosen)
 
@@ -187,10 +198,10 @@ def _dropping(database: Database) -> Mapping[str, Executable]:
         "expire_joined": delete_chosen(undisturbed),
         "oldest": delete_chosen(oldest).returning(_c.context_key),
         "oldest_vetoed": delete_chosen(oldest_vetoed).returning(_c.context_key),
-        "sweep": delete_chosen(_expired.where(~_is_history)),
-        "sweep_joined": delete_chosen(undisturbed.where(~_is_history)),
-        "bury_expired": bury(_expired.where(_is_history)),
-        "bury_expired_joined": bury(undisturbed.where(_is_history)),
+        "sweep": delete_chosen(_of(past, past.c.completed_at.is_not(None))),
+        "sweep_joined": delete_chosen(_of(past_undisturbed, past_undisturbed.c.completed_at.is_not(None))),
+        "bury_expired": bury(_of(past, past.c.completed_at.is_(None))),
+        "bury_expired_joined": bury(_of(past_undisturbed, past_undisturbed.c.completed_at.is_(None))),
         "bury_oldest": bury(oldest).returning(_c.context_key),
         "bury_oldest_vetoed": bury(oldest_vetoed).returning(_c.context_key),
         "trim": delete_chosen(_oldest_tombstones),
@@ -209,13 +220,15 @@ _oldest_tombstones = (
 def _burying(finds: str, is_chosen: Callable[[Select[Any]], ColumnElement[bool]]) -> Callable[[Select[Any]], Update]:
     """What makes tombstones of the histories that a query chooses.
 
-    Nobody reads their snapshots for that: each is cut where its writer has prepared it (`retrykit.tombstone`).
+    Nobody reads their snapshots for that: each is cut where its writer has prepared it (`retrykit.tombstone`). What is
+    no object with something in it stays as it is, which nobody can read either.
     """
     found = getattr(func, finds)(_c.snapshot, CUT)
     epitaph = bindparam("epitaph", type_=String)
     buried = case(
-        (found > 0, func.substr(_c.snapshot, 1, found - 1) + CLOSING[:-1] + epitaph),
         (_c.snapshot == "{}", "{" + func.substr(epitaph, 2)),
+        (~_c.snapshot.like(AN_OBJECT), _c.snapshot),
+        (found > 0, func.substr(_c.snapshot, 1, found - 1) + CLOSING[:-1] + epitaph),
         else_=func.substr(_c.snapshot, 1, func.length(_c.snapshot) - 1) + epitaph,
     )
     values = {

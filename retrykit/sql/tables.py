@@ -151,8 +151,8 @@ Index(
     postgresql_where=rk_context.c.completed_at.is_(None),
 )
 
-# How many tombstones there are, and which is the oldest. (A process of version 3 that makes a history of one leaves its
-# `evicted_at`: whoever looks for tombstones asks for both.)
+# How many tombstones there are, and which is the oldest. (A process of version 3 that makes a history or a completion
+# mark of one leaves its `evicted_at`. In a tombstone `completed_at` is the same.)
 Index(
     "ix_rk_context_evicted_at",
     rk_context.c.evicted_at,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Coroutine, Iterator, Mapping
 from typing import Any, Final, Self, TypeVar
 
 from retrykit.cache import AsyncRetryContextCache, StoredContext
@@ -55,16 +55,21 @@ class BlockingContextCache:
 
     def items(self, prefix: str = "", after: str | None = None) -> Iterator[tuple[str, StoredContext]]:
         """As the cache's own, one after the other."""
-        items = aiter(self.cache.items(prefix, after))
+        return self._each(self.cache.items(prefix, after))
+
+    def _each(self, found: AsyncIterator[T]) -> Iterator[T]:
+        items = aiter(found)
         nothing: Any = object()
         while (item := self.run(_next(items, nothing))) is not nothing:
             yield item
 
     def __getattr__(self, name: str) -> Any:
         # What a cache may have besides is there if the cache has it.
-        if name not in {"open_keys", "vetoed"}:
+        if name not in {"evicted", "open_keys", "vetoed"}:
             raise AttributeError(name)
         verb = getattr(self.cache, name)
+        if name == "evicted":
+            return lambda *arguments: self._each(verb(*arguments))
         return lambda *arguments: self.run(verb(*arguments))
 
     def close(self) -> None:

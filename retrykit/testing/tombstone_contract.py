@@ -35,6 +35,14 @@ class TombstoneContract(ContextCacheContract):
         assert not {"errors", "attributes"} & stone.keys()
         assert "traceback" not in stone["last_error"]
 
+    def test_tombstone_keeps_what_policies_classify_by_of_each_cause(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1)
+        saved(cache, "a/1", _HISTORY)
+        saved(cache, "a/2", {"retry_count": 1})
+        last = found(cache, "a/1").snapshot["last_error"]
+        names = {"type": _ERROR["type"], "classes": _ERROR["classes"]}
+        assert last == {**names, "message": "down", "cause": {**names, "cause": {**names, "crash": True}}}
+
     def test_tombstone_is_no_history_but_its_key_is_open(self, tmp_path: Path) -> None:
         cache: Any = self._evicting(tmp_path)
         for number in range(4):
@@ -99,6 +107,28 @@ class TombstoneContract(ContextCacheContract):
         for number in range(6):
             saved(cache, f"a/{number}", {"retry_count": 1})
         assert [number for number in range(6) if cache.load(f"a/{number}") is not None] == [3, 4, 5]
+
+    def test_expire_leaves_no_more_tombstones_than_there_may_be(self, tmp_path: Path) -> None:
+        cache: Any = self._evicting(tmp_path, capacity=20, time_to_live=10, tombstones=2)
+        for number in range(9):
+            saved(cache, f"a/{number}", {"retry_count": 1, "last_failed_at": 4e9 + number})
+        assert cache.expire(4e9 + 15.0) == 6
+        assert sum(cache.load(f"a/{number}") is not None for number in range(6)) == 2
+        assert [key for key, _ in cache.items()] == ["a/6", "a/7", "a/8"]
+
+    def test_tombstones_are_read_in_the_order_of_their_keys(self, tmp_path: Path) -> None:
+        cache: Any = self._evicting(tmp_path, capacity=1)
+        if not hasattr(cache, "evicted"):
+            return
+        for key in ("b/2", "a/3", "b/1", "b/3", "a/1", "c"):
+            saved(cache, key, {"retry_count": 1})
+        saved(cache, "mark", {"completed_at": 1.0})
+        assert [key for key, _ in cache.evicted()] == ["a/1", "a/3", "b/1", "b/2", "b/3"]
+        assert [key for key, _ in cache.evicted("b/", "b/1")] == ["b/2", "b/3"]
+        assert all(stored == found(cache, key) for key, stored in cache.evicted("a/"))
+        assert cache.remove("a/1")
+        saved(cache, "a/3", {"retry_count": 2}, found(cache, "a/3").version)
+        assert [key for key, _ in cache.evicted("a/")] == []
 
     def test_cache_that_is_told_to_leaves_no_tombstone(self, tmp_path: Path) -> None:
         cache = self._evicting(tmp_path, capacity=1, time_to_live=10, tombstones=0)
@@ -188,7 +218,7 @@ _HISTORY: dict[str, Any] = {
     "not_before": 1763700010.5,
     "exhausted": True,
     "reason": "attempt 2 of 2",
-    "last_error": {**_ERROR, "cause": _ERROR},
+    "last_error": {**_ERROR, "cause": {**_ERROR, "cause": {**_ERROR, "crash": True}}},
     "errors": [{"attempt": 1, "type": "OSError", "message": "down", "at": 1763700000.25}],
     "in_flight": [{"fence": 7, "owner": "host/boot/1", "since": 1763700000.5, "until": 1763700030.5}],
     "tallies": {"0": [2, 0.5]},

@@ -424,6 +424,89 @@ def test_what_a_process_of_the_version_before_made_a_history_again_is_one(opened
     assert cache.load("a/1") is None
 
 
+# What nobody can read stays as it is; what somebody wrote in another way than we do can still be read.
+WRITTEN_BY_OTHERS = {
+    "nothing": ("", None),
+    "no JSON": ("xx", None),
+    "one brace": ("{", None),
+    "an array": ("[]", None),
+    "nothing, spaced": ("{ }", {}),
+    "spaced": ('{ "format": 1, "retry_count": 3 }', {"format": 1, "retry_count": 3}),
+    "readable": ('{\n "retry_count": 3,\n\n "name": "o"\n}', {"retry_count": 3, "name": "o"}),
+}
+
+
+@pytest.mark.parametrize(("written", "read"), WRITTEN_BY_OTHERS.values(), ids=WRITTEN_BY_OTHERS)
+def test_snapshot_in_a_layout_of_others_is_evicted_and_as_readable_as_before(opened, written, read):
+    cache = opened(capacity=1, on_full="evict_oldest", tombstones=5)
+    cache.save("a/1", {"retry_count": 3}, None)
+    with cache.engine.begin() as connection:
+        connection.execute(update(rk_context).values(snapshot=written))
+    for number in range(2, 5):
+        assert cache.save(f"a/{number}", {"retry_count": 1}, None) is not None
+    assert keys(cache) == ["a/4"]
+    if read is None:
+        with pytest.raises(CodecError):
+            cache.load("a/1")
+    else:
+        found = dict(cache.load("a/1").snapshot)
+        assert found.pop("evicted", {"by": "capacity"})["by"] == "capacity"
+        assert found == read
+
+
+def test_one_veto_that_cannot_be_read_hides_no_other(opened, caplog):
+    cache = opened()
+    for number in range(3):
+        cache.save(f"a/{number}", {"retry_count": 1, "veto": "poison"}, None)
+    with cache.engine.begin() as connection:
+        connection.execute(update(rk_context).where(rk_context.c.context_key == "a/1").values(snapshot="xx"))
+    assert sorted(cache.vetoed(["a/0", "a/1", "a/2"])) == ["a/0", "a/2"]
+    assert "the veto of 'a/1' cannot be read, and forbids nothing" in caplog.text
+    with pytest.raises(ValueError, match="at most 600 characters, not 601"):
+        cache.vetoed(["a" * 601])
+
+
+def test_bound_of_tombstones_holds_whoever_makes_them(opened, monkeypatch):
+    monkeypatch.setattr(dropping, "PRUNE_EVERY", 40)
+    cron, worker = opened(time_to_live=10), opened(time_to_live=10, tombstones=0)
+    for number in range(30):
+        worker.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 1.0}, None)
+    assert cron.expire() == 30
+    assert len(worker.open_keys("a/", 50)) == 30
+    for number in range(10):
+        worker.save(f"b/{number}", {"completed_at": 4e9}, None)
+    assert worker.open_keys("a/", 50) == []
+
+
+def test_what_was_over_first_goes_first_whatever_it_is(opened):
+    cache = opened(time_to_live=10, tombstones=50)
+    for number in range(6):
+        cache.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 4e9 + number}, None)
+    cache.save("mark", {"completed_at": 4e9, "expires_at": 4e9 + 13.5}, None)
+    assert cache.expire(4e9 + 20.0, limit=2) == 2
+    assert cache.load("mark") is not None
+    assert [key for key, _ in cache.evicted()] == ["a/0", "a/1"]
+    assert cache.expire(4e9 + 20.0, limit=3) == 3
+    assert (cache.load("mark"), len(list(cache.evicted()))) == (None, 4)
+    assert cache.expire(4e9 + 20.0) == 2
+
+
+def test_mark_that_a_process_of_the_version_before_makes_of_a_tombstone_is_a_mark(opened):
+    cache = opened(capacity=1, on_full="evict_oldest", tombstones=1)
+    cache.save("a/1", {"retry_count": 1}, None)
+    cache.save("a/2", {"retry_count": 1}, None)
+    with cache.engine.begin() as connection:
+        revision = rows._next(cache.load("a/1").version, mark=True) % rows.REVISIONS
+        mark = {"completed_at": 1.0, "expires_at": 9e9, "snapshot": '{"completed_at":1.0}'}
+        # It knows nothing of the column that says when it was evicted.
+        done = update(rk_context).where(rk_context.c.context_key == "a/1").values(revision=revision, **mark)
+        connection.execute(done)
+    for number in range(3, 8):
+        cache.save(f"a/{number}", {"retry_count": 1}, None)
+    assert keys(cache) == ["a/1", "a/7"]
+    assert "a/1" not in [key for key, _ in cache.evicted()]
+
+
 @pytest.mark.parametrize("revision", [0, 1, 2, 3, 4, 2**24 - 6, 2**24 - 5])
 def test_revision_tells_what_a_row_is_and_grows(revision):
     version = 7 * rows.REVISIONS + revision

@@ -7,6 +7,7 @@ import threading
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from retrykit import (
     ExhaustedRetryError,
     MapRetryContextCache,
     MaxAttemptsRetryPolicy,
+    PredicateRetryPolicy,
     RetryState,
     RetryTemplate,
     SimpleRetryPolicy,
@@ -86,8 +88,12 @@ def test_bounds_that_make_sense_are_given_back_in_seconds():
 # -- the text that can be cut
 
 TEXT = st.text(max_size=300)
-ERROR = {"type": TEXT, "message": TEXT, "classes": st.lists(TEXT), "traceback": TEXT, "cause": st.just({"type": "x"})}
-ERRORS = st.fixed_dictionaries({}, optional=ERROR)
+ERROR = {"type": TEXT, "message": TEXT, "classes": st.lists(TEXT), "traceback": TEXT}
+ERRORS = st.recursive(
+    st.fixed_dictionaries({}, optional=ERROR),
+    lambda causes: st.fixed_dictionaries({"cause": causes}, optional=ERROR),
+    max_leaves=3,
+)
 SNAPSHOTS = st.fixed_dictionaries(
     {},
     optional={
@@ -134,11 +140,18 @@ def test_what_real_failures_leave_is_cut_and_much_smaller():
     assert not {"errors", "attributes"} & json.loads(left).keys()
 
 
-def test_long_message_falls_and_a_short_one_stays():
-    snapshot = {"retry_count": 1, "last_error": {"type": "T", "message": "short", "traceback": "…"}}
-    assert entombed(snapshot, 1.0, "capacity")["last_error"] == {"type": "T", "message": "short"}
-    snapshot["last_error"]["message"] = "long" * 100
-    assert entombed(snapshot, 1.0, "capacity")["last_error"] == {"type": "T"}
+def test_message_of_the_last_error_stays_and_the_words_of_its_causes_fall():
+    link = {"type": "T", "classes": ["T", "S"], "message": "long" * 100, "traceback": "…"}
+    snapshot = {"retry_count": 1, "last_error": {**link, "cause": {**link, "cause": link}}}
+    bare = {"type": "T", "classes": ["T", "S"]}
+    kept = entombed(snapshot, 1.0, "capacity")["last_error"]
+    assert kept == {**bare, "message": "long" * 100, "cause": {**bare, "cause": bare}}
+
+
+@pytest.mark.parametrize("indent", [None, 0, 1, "\t"])
+def test_nobody_who_writes_json_by_other_means_marks_where_it_may_be_cut(indent):
+    snapshot = {"retry_count": 1, "last_error": {"classes": ["a", "b"], "message": CUT}, "errors": [{}, {"a": 1}]}
+    assert CUT not in json.dumps(snapshot, indent=indent)
 
 
 # -- what a history says of it
@@ -256,6 +269,31 @@ def test_p4_veto_that_had_to_be_evicted_still_forbids():
     assert RetryContext.from_snapshot(cache.load("retry/m-1").snapshot).veto_reason == "poison"
 
 
+def wrapped(_):
+    raise RuntimeError("wrapped") from ConnectionError("down")
+
+
+@pytest.mark.parametrize(
+    ("policy", "attempts", "recovered"),
+    [
+        (SimpleRetryPolicy(4, retry_for=ConnectionError, traverse_causes=True), 4, True),
+        (SimpleRetryPolicy(4, no_retry_for=ConnectionError, traverse_causes=True), 1, True),
+        (SimpleRetryPolicy(2, not_recoverable=ConnectionError), 2, False),
+        (PredicateRetryPolicy(lambda error: error is None or "wrapped" in str(error)), 5, False),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("evicts", [True, False])
+def test_policies_decide_by_the_causes_as_they_would_without_an_eviction(policy, attempts, recovered, evicts):
+    cache, calls, parked = evicting() if evicts else MapRetryContextCache(), [], []
+    template = RetryTemplate(context_cache=cache, retry_policy=policy)
+    for _ in range(5):
+        if not parked:
+            deliver(template, lambda _: calls.append(1) or wrapped(_), recover=parked.append, redelivered=True)
+            push_out(cache)
+    assert (len(calls), bool(parked)) == (attempts, recovered)
+
+
 def test_branches_of_a_composed_policy_count_on_and_still_know_the_last_error():
     cache = evicting()
     composed = CompositeRetryPolicy(
@@ -304,7 +342,44 @@ def test_fresh_item_under_an_evicted_key_begins_anew():
     assert Histories(cache).get("retry/m-1").retry_count == 1
 
 
+@pytest.mark.parametrize("attempts", [1, 9])
+def test_reason_tells_of_the_last_eviction_only(attempts):
+    cache, clock = evicting(), ManualClock()
+    template = RetryTemplate(context_cache=cache, retry_policy=SimpleRetryPolicy(attempts), clock=clock)
+    others = attrs.evolve(template, name="others")
+    for _ in range(4):
+        error = deliver(template, recover=fail, redelivered=True)
+        deliver(others, key="other", fresh=True)
+        clock.elapsed += 60
+    why = Histories(cache).get("retry/m-1").why
+    assert "counted before its history was evicted" in why
+    assert (why.count("counted before"), str(error).count("counted before") <= 1) == (1, True)
+
+
 # -- the bounds of tombstones in memory
+
+
+def test_veto_of_an_item_that_was_never_seen_buries_no_history_at_the_beginning_of_time():
+    cache, attempts = evicting(), []
+    template = RetryTemplate(name="orders", context_cache=cache, retry_policy=SimpleRetryPolicy(5))
+    for _ in range(2):
+        deliver(template, lambda context: attempts.append(context.attempt) or fail(context))
+    Histories(cache).veto(("orders", "other"), "poison")
+    assert cache.load("orders/m-1").snapshot["evicted"]["at"] > 1.7e9
+    assert cache.expire() == 0
+    deliver(template, lambda context: attempts.append(context.attempt) or fail(context))
+    assert attempts == [1, 2, 3]
+
+
+def test_history_that_is_evicted_while_others_are_read_is_not_among_them():
+    cache = MapRetryContextCache(2, on_full="evict_oldest")
+    for key in "ab":
+        cache.save(key, {"retry_count": 1}, None)
+    items = cache.items()
+    assert next(items)[0] == "a"
+    cache.save("c", {"retry_count": 1}, None)
+    cache.save("d", {"retry_count": 1}, None)
+    assert list(items) == []
 
 
 def test_history_past_its_time_leaves_a_tombstone_that_goes_when_its_own_time_is_over():

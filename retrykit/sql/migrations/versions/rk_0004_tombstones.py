@@ -40,7 +40,7 @@ def downgrade() -> None:
     if steps.absent(4):
         return
     if steps.has_column("rk_context", "evicted_at", written=True):
-        op.execute("DELETE FROM rk_context WHERE evicted_at IS NOT NULL AND completed_at IS NOT NULL")
+        op.execute("DELETE FROM rk_context WHERE evicted_at IS NOT NULL AND completed_at = evicted_at")
         op.drop_index("ix_rk_context_evicted_at", "rk_context", if_exists=True)
         op.drop_column("rk_context", "evicted_at")
     steps.set_row("version", 3)
