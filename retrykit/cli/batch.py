@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,11 +28,12 @@ from retrykit.cli.screen import say_json
 from retrykit.cli.steps import step_of
 from retrykit.cli.target import LoadingError, TargetError
 from retrykit.cli.words import as_instant, safe
-from retrykit.errors import JobError
+from retrykit.errors import ContextCacheError, JobError, JobFinishedError
 from retrykit.failure import message_of
 
 _log = logging.getLogger("retrykit.batch")
 
+_PART: Final = re.compile(r"\d+/\d+")
 MAX_WORKERS: Final = 256
 INTERRUPTED: Final = 128 + signal.SIGINT
 LEAVING: Final = 10.0
@@ -106,9 +109,9 @@ def run(**options: Any) -> None:
     the open transaction is rolled back, and what was committed stays.
 
     With --partitions every process that runs the same command, on whatever machine, takes partitions that are free.
-    Another number of partitions is refused once a job was begun, unless it is to begin --again. Of several processes
-    that say --again the first begins, and those that come while it runs take part. One that comes when all is finished
-    begins once more: say --again-since where that can happen, with any time since the last run.
+    Another number of partitions is refused once a job was begun, unless that is finished and it is to begin --again.
+    Of several processes that say --again the first begins, and those that come while it runs take part. One that comes
+    when all is finished begins once more: say --again-since where that can happen, with any time since the last run.
 
     What a job has come to is told, and drawn, also when it has failed or was stopped.
 
@@ -120,12 +123,27 @@ def run(**options: Any) -> None:
         raise click.UsageError("--workers needs --partitions.")
     if asked.again_since is not None and (asked.partitions is None or asked.again):
         raise click.UsageError("--again-since needs --partitions, and stands in place of --again.")
-    if asked.plot is not None and not asked.plot.absolute().parent.is_dir():
-        raise click.BadParameter(f"there is no folder {safe(str(asked.plot.parent))!r}", param_hint="--plot")
+    _check(asked)
     set_up(asked.log_level.lower(), asked.log_format)
     with _told(), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
         finished = _run_one(asked, interruption) if asked.partitions is None else run_divided(asked, asked.partitions)
     sys.exit(0 if finished else 1)
+
+
+def _check(asked: Options) -> None:
+    """What is wrong with one option, however the others are."""
+    if asked.again_since is not None and asked.again_since > datetime.now(UTC):
+        words = f"{asked.again_since:%Y-%m-%dT%H:%M:%SZ} is in the future"
+        raise click.BadParameter(words, param_hint="--again-since")
+    if asked.plot is not None and not asked.plot.absolute().parent.is_dir():
+        raise click.BadParameter(f"there is no folder {safe(str(asked.plot.parent))!r}", param_hint="--plot")
+    if asked.plot is not None and asked.plot.suffix.lower() not in {"", ".svg"}:
+        words = f"{safe(asked.plot.name)!r} is to be drawn as SVG: FILE.svg"
+        raise click.BadParameter(words, param_hint="--plot")
+    part = asked.parameters.get("partition")
+    if part is not None and (asked.partitions is not None or _PART.fullmatch(part)):
+        words = "'partition' says of each job of a step in --partitions which one it is: choose another name"
+        raise click.BadParameter(words, param_hint="--param")
 
 
 @contextmanager
@@ -138,7 +156,10 @@ def _told() -> Iterator[None]:
             _log.critical("%s", error, exc_info=error.__cause__)
             sys.exit(1)
         raise click.BadParameter(str(error), param_hint="MODULE:NAME") from error
-    except JobError as error:
+    except JobFinishedError as error:
+        raise click.ClickException(safe(_finished(**vars(error)))) from error
+    except (JobError, ContextCacheError) as error:
+        _log.debug("the job has failed", exc_info=True)
         raise click.ClickException(safe(str(error))) from error
     except click.ClickException:
         raise
@@ -148,6 +169,11 @@ def _told() -> Iterator[None]:
     except Exception:  # noqa: BLE001 - whatever it is, the job has ended with it, and the log says so
         _log.critical("the job has failed", exc_info=True)
         sys.exit(1)
+
+
+def _finished(*, name: str, parameters: Any, id: int, finished_at: datetime, **_: Any) -> str:  # noqa: A002 - a fact
+    job = f"the job {name} {parameters} (number {id})"
+    return f"{job} was finished at {finished_at}: say --again to run it from the beginning"
 
 
 def _run_one(asked: Options, interruption: Interruption) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from retrykit.sql import Job
 
 FORMAT: Final = 1
+NUMBER: Final = click.IntRange(1, (1 << 63) - 1)
 _BRIEF: Final = 120
 STATUSES: Final = ("new", "running", "finished", "failed", "stopped")
 _TITLES: Final = ("id", "name", "status", "runs", "read", "written", "skipped", "changed", "parameters", "reason")
@@ -103,7 +104,7 @@ def to_json(job: Job) -> dict[str, Any]:
 
 @jobs.command()
 @database_option
-@click.argument("number", type=click.IntRange(1), metavar="ID")
+@click.argument("number", type=NUMBER, metavar="ID")
 @json_option
 def show(*, url: str, number: int, as_json: bool) -> None:
     """Show one job: counts, position, who runs it."""
@@ -149,7 +150,7 @@ def _nothing(number: int) -> click.ClickException:
 
 @jobs.command()
 @database_option
-@click.argument("number", type=click.IntRange(1), metavar="ID")
+@click.argument("number", type=NUMBER, metavar="ID")
 @yes_option
 def restart(*, url: str, number: int, yes: bool) -> None:
     """Let a job begin anew when it is started next.

@@ -64,6 +64,12 @@ def set_up(level: str, form: Literal["text", "json"]) -> None:
     if level != "debug":
         # What stomp.py has to say is in our own records.
         logging.getLogger("stomp.py").setLevel(logging.CRITICAL)
+        logging.getLogger("psycopg").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """psycopg tells of a statement that has failed, and then, as a warning, that its pipeline ends with it."""
+    return not str(record.msg).startswith("error ignored terminating")
 
 
 @contextmanager

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from functools import partial
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 from retrykit.batch import AsyncChunkStep, ChunkStep
-from retrykit.cli.target import LoadingError, TargetError, check
+from retrykit.cli.target import TargetError, check, loaded
+
+_log = logging.getLogger("retrykit.batch")
 
 KINDS = (ChunkStep, AsyncChunkStep)
+LIKE: Final = "orders:step, or shop.orders:make_step"
+_SIMILAR: Final = 0.7
 
 
 def step_of(target: str, parameters: Mapping[str, str]) -> ChunkStep | AsyncChunkStep:
@@ -24,7 +30,8 @@ def step_of(target: str, parameters: Mapping[str, str]) -> ChunkStep | AsyncChun
         return found
     if not callable(found) or isinstance(found, type):
         raise TargetError(f"{target} is a {type(found).__name__}: wanted is a ChunkStep, or a function that makes one")
-    return _checked(f"{target}()", _done(f"{target}()", partial(found, **_arguments(target, found, parameters))), KINDS)  # type: ignore[no-any-return]
+    arguments = _arguments(target, found, parameters)
+    return _checked(f"{target}()", loaded(f"{target}()", partial(found, **arguments)), KINDS)  # type: ignore[no-any-return]
 
 
 def made_by(target: str, parameters: Mapping[str, str]) -> Callable[[int, int], ChunkStep | AsyncChunkStep]:
@@ -40,7 +47,7 @@ def made_by(target: str, parameters: Mapping[str, str]) -> Callable[[int, int], 
 
     def make(part: int, parts: int) -> ChunkStep | AsyncChunkStep:
         call = f"{target}({part}, {parts})"
-        return _checked(call, _done(call, lambda: found(part, parts, **arguments)), KINDS)  # type: ignore[no-any-return]
+        return _checked(call, loaded(call, lambda: found(part, parts, **arguments)), KINDS)  # type: ignore[no-any-return]
 
     return make
 
@@ -54,6 +61,8 @@ def _arguments(target: str, function: Any, parameters: Mapping[str, str], *place
     behind = list(signature.parameters.values())[len(places) :]
     named = {one.name for one in behind if one.kind in {one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY}}
     takes_all = any(one.kind is one.VAR_KEYWORD for one in behind)
+    if not takes_all:
+        _check_names(target, named, parameters)
     arguments = {name: value for name, value in parameters.items() if takes_all or name in named}
     try:
         signature.bind(*places, **arguments)
@@ -63,23 +72,29 @@ def _arguments(target: str, function: Any, parameters: Mapping[str, str], *place
     return arguments
 
 
+def _check_names(target: str, named: Collection[str], parameters: Mapping[str, str]) -> None:
+    """A parameter that is no argument names the job, and does nothing else: so a slip would run another job, on
+    whatever the argument is without it.
+    """
+    free = [name for name in named if name not in parameters]
+    for name in parameters:
+        if name in named:
+            continue
+        for meant in get_close_matches(name, free, 1, _SIMILAR):
+            raise TargetError(f"{target} has no argument {name!r}: --param {meant}=… is perhaps what is meant")
+        if named:
+            _log.info("the parameter %r only names the job: %s has no such argument", name, target)
+
+
 def _found(target: str) -> Any:
-    module_name, name = check(target)
-    module = _done(f"module {module_name!r}", lambda: importlib.import_module(module_name))
+    module_name, name = check(target, LIKE)
+    module = loaded(f"module {module_name!r}", lambda: importlib.import_module(module_name))
     try:
         return attrgetter(name)(module)
     except AttributeError:
         there = [key for key, value in vars(module).items() if isinstance(value, KINDS)]
         has = f"it has {', '.join(there)}" if there else "there is no step in it either"
         raise TargetError(f"module {module_name!r} has no {name!r}; {has}") from None
-
-
-def _done(what: str, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except Exception as error:
-        # Its own traceback says where; whatever it is, nothing was started.
-        raise LoadingError(f"{what} could not be loaded: {error!r}") from error
 
 
 def _checked(call: str, made: Any, kinds: tuple[type, ...]) -> Any:

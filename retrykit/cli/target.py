@@ -16,6 +16,7 @@ from retrykit.errors import RetryError
 from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer
 
 KINDS: Final = (ListenerContainer, ContainerGroup, Consumers)
+LIKE: Final = "orders:container, or shop.orders:make_container"
 WANTED: Final = "a ListenerContainer, a ContainerGroup, a Consumers registry, or a function without arguments for one"
 
 
@@ -33,24 +34,24 @@ def load(target: str, *, concurrency: int | None = None) -> ListenerContainer | 
     The current directory is importable. `TargetError`, `LoadingError`.
     """
     module_name, name = check(target)
-    module = _loaded(f"module {module_name!r}", lambda: importlib.import_module(module_name))
+    module = loaded(f"module {module_name!r}", lambda: importlib.import_module(module_name))
     found = _attribute(module, name)
     if not isinstance(found, KINDS):
         _check_function(found, target)
-        found = _loaded(f"{target}()", found)
+        found = loaded(f"{target}()", found)
         _check_kind(found, f"{target}() gave")
     return _with_workers(found, target, concurrency)
 
 
-def check(target: str) -> tuple[str, str]:
-    """Module and name; `TargetError` if it is not written like that, or if there is no such module to import.
+def check(target: str, like: str = LIKE) -> tuple[str, str]:
+    """Module and name; `TargetError` if it is not written `like` that, or if there is no such module to import.
 
     Runs nothing of the module.
     """
     module, colon, name = target.partition(":")
     names = (*module.split("."), *name.split("."))
     if not colon or not all(part.isidentifier() for part in names):
-        raise TargetError(f"{target!r} is not MODULE:NAME, such as orders:container, or shop.orders:make_container")
+        raise TargetError(f"{target!r} is not MODULE:NAME, such as {like}")
     folder = str(Path.cwd())
     if folder not in sys.path:
         sys.path.insert(0, folder)
@@ -60,7 +61,8 @@ def check(target: str) -> tuple[str, str]:
     return module, name
 
 
-def _loaded(what: str, load: Callable[[], Any]) -> Any:
+def loaded(what: str, load: Callable[[], Any]) -> Any:
+    """What the call gives. `LoadingError`; `TargetError` if the module that it imports is not there."""
     try:
         return load()
     except ModuleNotFoundError as error:

@@ -257,7 +257,7 @@ def test_a_step_runs_to_its_end_and_says_what_has_come_of_it(folder):
     assert len(picture.find("{*}polyline").get("points").split()) == 9
     # The same again is refused; asked for, it begins anew.
     _, err = run(folder, "shop:make", "--param", "file=a.csv", status=1)
-    assert "was finished at" in err
+    assert re.search(r"Error: the job load .* was finished at .*: say --again to run it from the beginning", err)
     out, _ = run(folder, "shop:make", "--param", "file=a.csv", "--again", "--json")
     assert json.loads(out)["counts"]["written"] == 39
     assert len(written(folder)) == 2 * 39
@@ -422,6 +422,8 @@ def test_a_function_is_given_the_parameters_that_it_has_arguments_for(folder):
     assert written(folder) == [35, 36, 37, 38, 39]
     run(folder, "shop:make_part_of", "--param", "last=3", "--partitions", "2")
     assert written(folder) == [0, 1, 2, 35, 36, 37, 38, 39]
+    _, err = run(folder, "shop:make_of", "--param", "first=39", "--param", "day=monday", "--param", "last=40")
+    assert "the parameter 'day' only names the job: shop:make_of has no such argument" in err
     _, err = run(folder, "shop:make_of", status=2)
     assert "shop:make_of cannot be called: missing a required argument: 'first'" in err
     _, err = run(folder, "shop:make", "--partitions", "2", status=2)
@@ -486,6 +488,37 @@ def test_what_is_no_step_is_refused(module):
     assert made_by(f"{module}:make_part", {})(1, 2).name == "load"
 
 
+def test_a_slip_in_the_name_of_a_parameter_does_not_run_another_job(module, caplog):
+    with pytest.raises(TargetError, match=r"make_of has no argument 'lasst': --param last=… is perhaps what is meant"):
+        step_of(f"{module}:make_of", {"first": "1", "lasst": "5"})
+    with pytest.raises(TargetError, match="no argument 'lst'"):
+        made_by(f"{module}:make_part_of", {"lst": "5"})
+    # What is given may well have one of a similar name beside it; and a function without arguments wants none.
+    with caplog.at_level("INFO"):
+        assert step_of(f"{module}:make_of", {"first": "1", "last": "3", "last1": "5"}).reader == range(1, 3)
+        assert step_of(f"{module}:make", {"last": "1"}).name == "load"
+    assert caplog.messages == [f"the parameter 'last1' only names the job: {module}:make_of has no such argument"]
+
+
+def test_what_is_said_of_a_target_is_said_of_steps(module):
+    with pytest.raises(TargetError, match=r"such as orders:step, or shop\.orders:make_step"):
+        step_of(module, {})
+    with pytest.raises(TargetError, match=rf"there is no module '{module}.py': leave out the .py"):
+        step_of(f"{module}.py:make", {})
+
+
+def test_tables_that_are_not_as_they_should_be_are_a_line_for_people(folder):
+    run(folder, "shop:step")
+    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE rk_schema SET value = 99 WHERE name = 'version'"))
+    engine.dispose()
+    for arguments in (["shop:step", "--param", "day=2"], ["shop:make_part", "--partitions", "2"]):
+        _, err = run(folder, *arguments, status=1)
+        assert [line for line in err.splitlines() if line.startswith("Error: ") and "99" in line]
+        assert "Traceback" not in err
+
+
 def test_a_target_that_is_not_there_is_a_word_for_people(folder):
     _, err = run(folder, "shop:nobody", status=2)
     assert "it has step, unskipped, hanging" in " ".join(err.split())
@@ -500,6 +533,10 @@ def test_a_target_that_is_not_there_is_a_word_for_people(folder):
         (["--again-since", "2h"], "--again-since needs --partitions"),
         (["--again-since", "2h", "--partitions", "2", "--again"], "stands in place of --again"),
         (["--again-since", "soon", "--partitions", "2"], "'soon' is neither how long ago"),
+        (["--again-since", "9999-01-01", "--partitions", "2"], "is in the future"),
+        (["--plot", "a.png"], "'a.png' is to be drawn as SVG"),
+        (["--param", "partition=north", "--partitions", "2"], "choose another name"),
+        (["--param", "partition=1/2"], "choose another name"),
         (["--param", "a"], "'a' is not NAME=VALUE"),
         (["--partitions", "0"], "0 is not in the range"),
     ],
@@ -572,6 +609,19 @@ def test_what_is_logged_stands_on_lines_of_its_own_above_the_bar():
         logging.getLogger().removeHandler(handler)
     # The bar's line is erased, and the whole line takes its place; the bar comes below.
     assert f"\x1b[2K{line}\n" in shown.getvalue()
+
+
+def test_what_psycopg_says_of_a_pipeline_is_no_news():
+    program = """
+import logging
+from retrykit.cli.logs import set_up
+set_up("info", "text")
+log = logging.getLogger("psycopg")
+log.warning("error ignored terminating %r: %s", "a pipeline", "a failure")
+log.warning("what else there is")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert [line.partition("psycopg: ")[2] for line in done.stderr.splitlines()] == ["what else there is"]
 
 
 def test_a_series_stays_small_and_keeps_its_span():

@@ -113,6 +113,12 @@ def test_restart_lets_a_finished_job_begin_anew(run, engine, jobs):
     assert "there is no job 9" in run("restart", "9", "--yes", status=1)
 
 
+@pytest.mark.parametrize("command", [["show"], ["restart", "--yes"]])
+def test_a_number_that_no_database_can_hold_is_refused(run, command):
+    assert "is not in the range" in run(*command, "99999999999999999999", status=2)
+    assert "there is no job" in run(*command, str((1 << 63) - 1), status=1)
+
+
 def test_a_job_that_somebody_runs_is_left_alone(run, engine, jobs):
     claim = jobs.claim("busy", {})
     try:
