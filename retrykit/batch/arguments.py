@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from inspect import isasyncgenfunction, iscoroutinefunction, isgeneratorfunction
 from typing import Any
@@ -59,6 +60,14 @@ def is_for_its_kind(step: Any, field: Any, jobs: Any) -> None:
     """An attrs validator: a job store whose verbs the step can wait for."""
     if jobs is not None and iscoroutinefunction(jobs.claim) and not step.asynchronous:
         raise wrong_type(field.name, "a store of plain verbs (an asynchronous one needs an AsyncChunkStep)", jobs)
+
+
+def check_position(positions: Any) -> None:
+    """`ValueError` for positions that no job store can keep: by the first of them, before anything is written."""
+    try:
+        json.dumps(positions[0], allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise wrong_value("reader", f"one whose positions are JSON-able ({error})", positions[0]) from error
 
 
 def check_together(step: Any) -> None:

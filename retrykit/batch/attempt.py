@@ -22,18 +22,30 @@ from retrykit.context import RetryContext
 from retrykit.errors import RetryError
 from retrykit.failure import ErrorSummary, summary
 from retrykit.key import check_key
+from retrykit.policy import is_crash
 from retrykit.state import KEEP_VETO, RetryState
 
 if TYPE_CHECKING:
     from retrykit.batch.course import Course
     from retrykit.batch.limits import Refusal
 
-Where = Literal["before", "key", "begin", "process", "write", "store", "commit"]
+Where = Literal["before", "key", "begin", "process", "write", "name", "store", "commit"]
+"""What an attempt does. "name": the writer names a culprit that is none of its items."""
 
 
 def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
     """A chunk stays in hand: what fails is tried again here, after the roll-back, and not rethrown to a source."""
     return False
+
+
+def _meant(named: ItemError) -> Exception:
+    """The failure that an item was named for."""
+    return named.__cause__ if isinstance(named.__cause__, Exception) else named
+
+
+def _aside_key(key: Any) -> Any:
+    """What the mark of an item is kept under that was put aside untried. Not the item's own: a veto stays on that."""
+    return ("put aside", *key) if isinstance(key, tuple) else ("put aside", key)
 
 
 def _committing(manager: Any) -> Any:
@@ -66,6 +78,8 @@ class Attempt:
     context: RetryContext | None = None
     closes = False
     """The recovery of its last item has closed the chunk."""
+    anew: bool = False
+    """What is counted of its single item is left behind."""
     blamed: int | None = None
     """The item that the failure is of, if the processor was at it or the writer has named it."""
     _named: frozenset[int | None] = frozenset()
@@ -83,6 +97,8 @@ class Attempt:
         self.end = self.goal = end
         self.live = chunk.live(end)
         self.whole = whole
+        self.aside = chunk.aside(end) if course.step.settles_once and not self.live else None
+        """The record of the only item, if that is to be put aside without having been tried, and leaves a mark."""
 
     # -- the call of the template
 
@@ -91,12 +107,14 @@ class Attempt:
         self._mark = perf_counter()
         templates = self.step.templates
         transaction = None if self.step.transaction is None else self._begin
-        if len(self.live) == 1:
+        if len(self.live) == 1 or self.aside is not None:
             return templates.alone.execute(self, Recovery(self), state=self._state(), transaction=transaction)
         return (templates.whole if self.whole else templates.group).execute(self, transaction=transaction)
 
     def _state(self) -> RetryState | None:
-        if self.step.key is not None:
+        if self.aside is not None:
+            key = _aside_key(self.aside.key)
+        elif self.step.key is not None:
             key = self._key()
         elif self.course.careful:
             # What has no name is known by its place, for as long as it may kill.
@@ -104,10 +122,23 @@ class Attempt:
         else:
             return None
         # What a run has counted that ended in good order says nothing of what came since: a mended program, or file.
-        fresh = not (self.course.continues_a_crash or self.step.settles_once)
+        crashed = self.course.continues_a_crash
+        fresh = self.anew or not (crashed or self.step.settles_once)
         return RetryState(
-            key=key, rollback_for=_in_place, recover_on_redelivery=False, fresh=KEEP_VETO if fresh else False
+            key=key,
+            # Who has the job knows that the attempts of the runner before him can commit no more.
+            redelivered=crashed or None,
+            rollback_for=_in_place,
+            recover_on_redelivery=False,
+            fresh=KEEP_VETO if fresh else False,
         )
+
+    def begins_anew(self, error: Exception) -> bool:
+        """Whether nothing was tried because of crashes, in a step that skips no item for them: then it just goes on."""
+        if self.tries or self.anew or self.step.skip.skip_crashes or not is_crash(error):
+            return False
+        self.anew = True
+        return True
 
     def _key(self) -> Any:
         self.where = "key"
@@ -135,6 +166,9 @@ class Attempt:
         """Leave out what was forbidden since the last attempt: it may have failed, and waited, for long."""
         found = yield from vetoed(self.step, self.chunk, self.live)
         self.chunk.condemned.update(found)
+        if found and self.step.settles_once:
+            # Each of those leaves a mark: it has a transaction for itself. (The first of all is recorded in this one.)
+            self.end = self.goal = max(self.chunk.done + 1, min(found))
         self.live = self.chunk.live(self.end)
 
     def note_failed_commit(self) -> None:
@@ -142,18 +176,11 @@ class Attempt:
         if self.where == "commit":
             self.where = "before"
             self.failures += 1
-            self.loud()
             self._named |= {None}
             self.course.doubt = self.revision is not None
 
-    def loud(self) -> None:
-        """No transaction is open that a renewed lease would disturb."""
-        if self.course.claim is not None:
-            self.course.claim.quiet = False
-
     def committed(self) -> None:
         """The call is over, and has settled its items."""
-        self.loud()
         self._spend("transaction")
 
     # -- one attempt
@@ -176,7 +203,6 @@ class Attempt:
         except Exception as error:
             self.failures += 1
             self._raised = error
-            self.loud()
             self._named |= {self.blamed}
             self._spend("failed")
             raise
@@ -238,7 +264,15 @@ class Attempt:
     def _process(self) -> Work[tuple[list[Any], Sequence[int]]]:
         """What the writer is given, and of each the index of the item that it was made of."""
         self.where = "process"
-        outputs, origins = yield partial(processed_later if self.step.asynchronous else processed, self)
+        named: ItemError | None = None
+        outputs, origins = [], ()
+        try:
+            outputs, origins = yield partial(processed_later if self.step.asynchronous else processed, self)
+        except ItemError as error:
+            named = error
+        if named is not None:
+            # The processor has one item, and that is to blame in any case.
+            raise _meant(named)
         self.blamed = None
         self._spend("process")
         return outputs, origins
@@ -263,11 +297,13 @@ class Attempt:
 
     def _blame(self, named: ItemError, origins: Sequence[int]) -> None:
         """Raise the failure that the writer has named the culprit of."""
-        if named.index >= len(origins):
+        if not 0 <= named.index < len(origins):
+            # No item's fault but the writer's own: nothing is skipped for it.
+            self.where = "name"
             msg = f"ItemError({named.index}): the writer was given {len(origins)} items, counted from 0"
             raise IndexError(msg) from named
         self.blamed = origins[named.index]
-        raise named.__cause__ if isinstance(named.__cause__, Exception) else named
+        raise _meant(named)
 
     # -- without a roll-back
 
@@ -302,7 +338,7 @@ class Attempt:
         self.where = "store"
         joined = yield lambda: self.step.jobs.joined(transaction)
         if joined is not None:
-            self.course.claim.quiet = joined.snapshot
+            self.course.claim.within = joined if joined.snapshot else None
         return joined
 
     def has_happened(self, joined: Any) -> Work[bool]:
@@ -361,7 +397,7 @@ class Attempt:
 
     def is_items_fault(self, error: BaseException | None) -> bool:
         """Whether the failure may be an item's own, and such an item be skipped."""
-        if error is None or self.where in {"begin", "store"} or getattr(error, "connection_invalidated", False):
+        if error is None or self.where in {"begin", "name", "store"} or getattr(error, "connection_invalidated", False):
             return False
         if isinstance(error, RetryError) and error is not self._raised:
             # The template's own: it was interrupted, or could not record the item.

@@ -38,8 +38,9 @@ last, but searched for.
 behind it are settled as a chunk of their own.
 
 *Recovered once.* A source without positions, which is told what is settled, may not hear it, and gives items again. For
-those that are tried alone a completion mark of the template answers; so there each culprit is, named or not, and what a
-mark answers for is settled like an item that was filtered out.
+those that are tried alone a completion mark of the template answers; so there each culprit is, named or not, and each
+item that is put aside untried, vetoed or unreadable, is settled alone too, if it has a key. What a mark answers for is
+settled like an item that was filtered out.
 
 *Too many.* Limits are counted in the order of the items. When one is found that cannot be skipped any more, the items
 before it are settled first, and then the step stops: a restart begins with it.
@@ -71,6 +72,9 @@ from time import perf_counter
 from traceback import clear_frames
 from typing import Any, NoReturn
 
+import attrs
+
+from retrykit.batch.arguments import check_position
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
@@ -184,12 +188,16 @@ class Course:
 
     def _write_all(self, source: Source) -> Work[None]:
         take = partial(source.take, self.step.chunk_size)
+        unchecked = self.claim is not None and source.positioned
         while True:
             began = perf_counter()
             chunk = yield take
             self.counts.spend("read", perf_counter() - began)
             if chunk is None:
                 return
+            if unchecked:
+                check_position(chunk.positions)
+                unchecked = False
             if source.positioned:
                 yield from self._condemn_unreadable(chunk)
             if self.step.key is not None:
@@ -203,7 +211,10 @@ class Course:
                 continue
             if not self.step.skip.may_skip(item.error):
                 raise item.error
-            yield from self._condemn(chunk, index, chunk.once(index, item.error, "read", "cannot be read"))
+            skipped = chunk.once(index, item.error, "read", "cannot be read")
+            if self.step.settles_once:
+                skipped = attrs.evolve(skipped, key=self.step.key_of(item.raw))
+            yield from self._condemn(chunk, index, skipped)
 
     def _heed_vetoes(self, chunk: Chunk, asked: Sequence[int]) -> Work[bool]:
         """Have items skipped that somebody has forbidden from outside. Whether there were any."""
@@ -235,8 +246,12 @@ class Course:
     def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
         found = False
-        while True:
-            goal, condemned = end, len(chunk.condemned)
+        # Of a group that failed, a part may have been settled already.
+        while chunk.done < end:
+            goal, condemned = end, chunk.condemned.copy()
+            if condemned and self.step.settles_once and (yield from self._set_aside(chunk, end)):
+                found = True
+                continue
             if condemned and self.step.none_closes_chunk:
                 goal = self._goal(chunk, end)
             attempt = Attempt(self, chunk, goal, whole=whole)
@@ -245,20 +260,29 @@ class Course:
                 if attempt.closes:
                     raise ChunkClosed
                 found = found or attempt.recovered
-                if goal == end:
-                    return Verdict.FOUND if found else Verdict.DONE
                 continue
             culprit = attempt.culprit
-            if culprit is None and len(chunk.condemned) == condemned:
+            if culprit is None and chunk.condemned == condemned:
                 return Verdict.FAILED
             if culprit is not None and self.step.settles_once and len(attempt.live) > 1:
                 yield from self._settle(chunk, culprit)
                 yield from self._settle(chunk, culprit + 1)
             elif culprit is not None:
                 yield from self._condemn(chunk, culprit, attempt.skipped(culprit, error, attempt.where))
-            if chunk.done >= end:
-                return Verdict.FOUND
             found = True
+        return Verdict.FOUND if found else Verdict.DONE
+
+    def _set_aside(self, chunk: Chunk, end: int) -> Work[bool]:
+        """Settle the first item before `end` that leaves a mark although nobody tried it, unless it is the only one.
+
+        Whether there was one.
+        """
+        index = chunk.marked(end)
+        if index is None or (index == chunk.done and end == index + 1):
+            return False
+        yield from self._settle(chunk, index)
+        yield from self._settle(chunk, index + 1)
+        return True
 
     def _goal(self, chunk: Chunk, end: int) -> int:
         """How far the next transaction may go: a recovery that may close the chunk has one for itself."""
@@ -279,6 +303,8 @@ class Course:
             attempt.note_failed_commit()
             self._note(attempt)
             tally = yield from self._happened_after_all(attempt)
+            if tally is None and attempt.begins_anew(error):
+                return (yield from self._execute(attempt))
             if tally is None:
                 return (yield from self._judged(attempt, error, where))
         if tally is None:
@@ -296,7 +322,7 @@ class Course:
         error = TerminatedRetryError(reason="its history was settled by somebody else", **facts)
         if not step.settles_once:
             raise error
-        attempt.chunk.condemned[attempt.live[0]] = None
+        attempt.chunk.condemned[attempt.chunk.done if attempt.aside else attempt.live[0]] = None
         return error
 
     def _note(self, attempt: Attempt) -> None:
@@ -318,7 +344,7 @@ class Course:
         if not attempt.tries and self.step.key is not None and (yield from self._heed_vetoes(chunk, attempt.live)):
             # It came after the chunk was read.
             return error
-        if attempt.is_unrecoverable or not attempt.is_items_fault(error):
+        if not attempt.live or attempt.is_unrecoverable or not attempt.is_items_fault(error):
             raise error
         return error
 

@@ -11,15 +11,14 @@ from retrykit.errors import RetryError, TerminatedRetryError
 class ItemError(Exception):
     """Raised by a writer that knows the culprit: `raise ItemError(index) from error`.
 
-    `index` counts from 0 in the list that the writer was given. The error itself is what policies see, what is
-    classified and recorded; without one it is this.
+    `index` counts from 0 in the list that the writer was given; one that is not in it stops the step. The error itself
+    is what policies see, what is classified and recorded; without one it is this. Raised by a processor it is of the
+    item that this has in hand.
     """
 
     def __init__(self, index: int, error: Exception | None = None) -> None:
         if isinstance(index, bool) or not isinstance(index, int):
             raise wrong_type("index", "an int", index)
-        if index < 0:
-            raise wrong_value("index", "0 or more", index)
         super().__init__(f"item {index} of the writer's list is at fault")
         self.index = index
         if error is not None:

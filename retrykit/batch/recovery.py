@@ -23,7 +23,7 @@ class Recovery:
         """Whether the item may be skipped: the failure is its own, and there are not too many."""
         attempt = self._attempt
         self._where = attempt.where
-        if error is None or not attempt.is_items_fault(error):
+        if error is None or not attempt.live or not attempt.is_items_fault(error):
             return False
         attempt.refusal = attempt.course.refusal(attempt.chunk, attempt.live[0], error)
         return attempt.refusal is None

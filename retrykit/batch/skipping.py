@@ -44,6 +44,9 @@ class SkipPolicy(Value):
         error_types(field.name, tuple(limits))
         for one in limits.values():
             whole(0)(self, field, one)
+        never = [kind for kind in limits if not self._may_count(kind)]
+        if never:
+            raise wrong_value(field.name, f"without {never[0].__name__}, no failure of which is skipped", limits)
 
     @no_skip_for.validator
     def _check_no_skip_for(self, field: Any, no_skip_for: Any) -> None:
@@ -59,6 +62,13 @@ class SkipPolicy(Value):
             raise wrong_type(field.name, "a number", share)
         if not 0 <= share <= 1:
             raise wrong_value(field.name, "from 0 to 1", share)
+
+    def _may_count(self, kind: type[Exception]) -> bool:
+        """Whether a failure of this class, or of one that is known below it, may be skipped."""
+        named = (*self.skip_for, *self.no_skip_for)
+        found = next((base for base in kind.__mro__ if base in named), None)
+        own = found is not None and found not in self.no_skip_for
+        return own or any(issubclass(one, kind) for one in self.skip_for)
 
     def may_skip(self, error: BaseException) -> bool:
         """Whether such a failure is the item's own fault."""

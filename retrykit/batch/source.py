@@ -80,6 +80,14 @@ class Chunk:
         chosen = ((index, self.condemned.get(index)) for index in range(self.done, end))
         return {index: one for index, one in chosen if one is not None}
 
+    def marked(self, end: int) -> int | None:
+        """The first item before `end` that is to be skipped and has a key; None if there is none."""
+        return next((at for at, one in self.skipped(end).items() if one.key is not None), None)
+
+    def aside(self, end: int) -> SkippedItem | None:
+        """That item's record, if there is no other one before `end`; else None."""
+        return self.condemned[self.done] if end == self.done + 1 and self.marked(end) == self.done else None
+
     def once(self, index: int, error: BaseException, phase: str, reason: str) -> SkippedItem:
         """The record of an item that had one chance."""
         item = self.items[index]
@@ -101,7 +109,7 @@ class Chunk:
 
 
 class Source:
-    """The items of an iterable or a reader, from a position on. `take` gives a list, empty at the end."""
+    """The items of an iterable or a reader, from a position on."""
 
     def __init__(self, given: Any, position: Any, number: int) -> None:
         self.number = number

@@ -106,6 +106,7 @@ class AsyncJoinedJobs:
     def __init__(self, joined: JoinedJobs) -> None:
         self._joined = joined
         self.snapshot = joined.snapshot
+        self.is_open = joined.is_open
 
     async def book(
         self, claim: Claim, position: Any, counts: Mapping[str, Any], parked: Sequence[Mapping[str, Any]] = ()

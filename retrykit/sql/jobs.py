@@ -180,7 +180,8 @@ class SqlJobStore:
 
         While a transaction is open that keeps a snapshot nothing is done: it is to change the row itself.
         """
-        return claim.quiet or self._do(lambda connection: self._rows.renew(connection, claim))
+        waits = claim.within is not None and claim.within.is_open()
+        return waits or self._do(lambda connection: self._rows.renew(connection, claim))
 
     def joined(self, transaction: object) -> JoinedJobs | None:
         """The store inside the caller's open transaction; None if that is on another database, or AUTOCOMMIT."""
@@ -304,6 +305,10 @@ class JoinedJobs:
         if not commits_at_once(self._transaction):
             return None
         return self._rows.book(self._connection, claim, position, counts=counts, parked=parked)
+
+    def is_open(self) -> bool:
+        """Whether the transaction has not ended yet. Asked from any thread."""
+        return self._connection.get_transaction() is not None
 
     def moved(self, claim: Claim) -> bool:
         """As `SqlJobStore.moved`."""

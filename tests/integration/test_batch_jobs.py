@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from contextlib import contextmanager
+from decimal import Decimal
+from uuid import UUID
 
 import pytest
 from sqlalchemy import (
@@ -28,7 +30,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import Session, registry, sessionmaker
 
-from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
+from retrykit import AsyncRetryTemplate, FixedBackOffPolicy, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlWriter
 from retrykit.errors import JobFinishedError, JobLostError, JobRunningError
 from retrykit.failure import StoredError
@@ -43,6 +45,7 @@ from retrykit.sql import (
     stored_job,
     stored_jobs,
 )
+from tests.doubles import ManualClock
 from tests.servers.databases import ASYNC_DRIVERS, DATABASES, empty_database, with_driver
 
 metadata = MetaData()
@@ -254,6 +257,21 @@ def test_name_and_parameters_in_whatever_order_identify_the_job(engine, jobs):
     assert stored_job(engine, 10**6) is None
 
 
+@pytest.mark.parametrize("position", [UUID(int=7), Decimal(1), float("nan")])
+def test_positions_that_cannot_be_stored_are_refused_before_anything_is_tried(tmp_path, position):
+    class Reader:
+        def read_from(self, begin):
+            yield 1, position
+
+    tried, engine = [], sqlite_engine(f"sqlite:///{tmp_path}/a.db")
+    options = {"processor": tried.append, "writer": write}
+    with pytest.raises(ValueError, match=r"^reader: must be one whose positions are JSON-able \(.*\), not ") as refused:
+        step(SqlJobStore(engine), engine, Reader(), **options).run()
+    assert repr(position) in str(refused.value)
+    assert (tried, only(engine).status) == ([], "failed")
+    assert step(None, engine, Reader(), **options).run().counts.filtered == 1, "where none is stored any will do"
+
+
 def test_a_second_start_is_refused_while_the_first_runs(engine, jobs):
     refused = []
 
@@ -384,6 +402,41 @@ def test_the_renewal_of_the_lease_disturbs_no_transaction_that_keeps_a_snapshot(
     assert rows(engine) == list(range(5))
     if level == "READ COMMITTED":
         assert any(renewals)
+
+
+@pytest.mark.parametrize("level", ["READ COMMITTED", "SERIALIZABLE"])
+def test_the_lease_is_renewed_in_the_pause_after_a_commit_that_failed(url, engine, level):
+    if engine.dialect.name == "sqlite":
+        pytest.skip("it lets one write at a time, and knows no levels")
+    strict = create_engine(url, isolation_level=level)
+    failing, renewed = [1, 2], []
+
+    @contextmanager
+    def begin():
+        with strict.begin() as connection:
+            yield connection
+            if failing and failing.pop():
+                raise OSError("no commit")
+
+    class Watched(SqlJobStore):
+        def claim(self, *arguments, **options):
+            self.claimed = super().claim(*arguments, **options)
+            return self.claimed
+
+    class Clock(ManualClock):
+        def sleep(self, seconds):
+            before = only(engine).lease_until
+            assert store.renew(store.claimed)
+            renewed.append(only(engine).lease_until > before)
+
+    template = RetryTemplate(
+        name="load", back_off_policy=FixedBackOffPolicy(1), clock=Clock(), retry_policy=SimpleRetryPolicy(3)
+    )
+    store = Watched(strict)
+    step(store, strict, transaction=begin, template=template).run()
+    strict.dispose()
+    assert renewed == [True, True]
+    assert rows(engine) == list(range(10))
 
 
 @contextmanager
@@ -654,6 +707,41 @@ def test_an_item_without_a_name_that_kills_whoever_writes_it_is_found_over_resta
     assert [(item.payload, item.attempts) for item in parked_items(engine)] == [(b"13", 2)]
     assert only(engine).counts["skipped"] == {"retrykit.Crash": 1}
     assert list(SqlRetryContextCache(engine).items()) == []
+
+
+DEAD_HERE, DEAD_ELSEWHERE = None, "elsewhere/boot/pid:[1]/7/7/1"
+
+
+@pytest.mark.parametrize("owner", [DEAD_HERE, DEAD_ELSEWHERE])
+@pytest.mark.parametrize("skip_crashes", [False, True])
+def test_a_job_that_died_in_an_items_last_attempt_goes_on(engine, jobs, owner, skip_crashes):
+    cache = SqlRetryContextCache(engine)
+    options = {
+        "chunk_size": 1,
+        "key": lambda item: item,
+        "template": RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(1), context_cache=cache),
+        "skip": SkipPolicy(skip_crashes=skip_crashes),
+    }
+    running = []
+
+    def note(transaction, items):
+        if items == [4]:
+            running.append(cache.load("load#4").snapshot)
+            raise Interrupted
+        write(transaction, items)
+
+    with pytest.raises(Interrupted):
+        step(jobs, engine, writer=note, **options).run()
+    # As if the process had died where it was interrupted.
+    (left,) = running
+    left["in_flight"][0]["owner"] = owner or left["in_flight"][0]["owner"]
+    assert cache.save("load#4", left, None)
+    jobs.abandon(jobs.claim("load", {}))
+    report = step(jobs, engine, **options).run()
+    assert report.status == "finished"
+    assert rows(engine) == [item for item in range(10) if item != 4 or not skip_crashes]
+    assert report.counts.skipped == ({"retrykit.Crash": 1} if skip_crashes else {})
+    assert list(cache.items()) == []
 
 
 def test_a_crash_is_not_skipped_unless_it_is_asked_for():

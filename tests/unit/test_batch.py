@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import attrs
@@ -173,15 +174,38 @@ def test_policies_see_the_failure_and_not_the_name(table):
     assert table.events == ["begin", "rollback"] * 3
 
 
-def test_an_index_behind_the_items_of_the_writer_stops_the_step(table):
+@pytest.mark.parametrize("index", [2, -1])
+def test_an_index_that_is_none_of_the_writers_items_stops_the_step_whatever_may_be_skipped(table, index):
+    written = []
+
     def write(transaction, items):
-        raise ItemError(3) from ValueError("x")
+        written.append(items)
+        raise ItemError(index) from ValueError("x")
 
-    with pytest.raises(IndexError, match=r"ItemError\(3\): the writer was given 2 items"):
-        step(table, [1, 2], writer=write, skip=skip_values).run()
+    with pytest.raises(IndexError, match=rf"ItemError\({index}\): the writer was given 2 items"):
+        step(table, [1, 2], writer=write, skip=SkipPolicy(skip_for=Exception)).run()
+    assert written == [[1, 2]]
 
 
-@pytest.mark.parametrize("index", [-1, "1", True, 1.0])
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_processor_may_name_the_failure_of_its_item_as_a_writer_does(table, asynchronous):
+    def process(item):
+        if item == 2:
+            raise ItemError(0) from ValueError("two")
+        return item
+
+    options = {"name": "load", "reader": range(4), "processor": process, "skip": skip_values}
+    if asynchronous:
+        made = AsyncChunkStep(**options, writer=table.write, transaction=table.async_begin)
+        report = asyncio.run(made.run())
+    else:
+        report = ChunkStep(**options, writer=table.write, transaction=table.begin).run()
+    assert table.rows == [0, 1, 3]
+    (skipped,) = report.skipped
+    assert (skipped.number, skipped.phase, str(skipped.error)) == (3, "process", "two")
+
+
+@pytest.mark.parametrize("index", ["1", True, 1.0])
 def test_item_error_refuses_what_is_no_index(index):
     with pytest.raises((TypeError, ValueError), match=r"^index: "):
         ItemError(index)
@@ -415,15 +439,28 @@ def test_share_is_looked_at_when_enough_was_read():
         {"limit": 1.5},
         {"limits": {ValueError: -1}},
         {"limits": [ValueError]},
+        {"skip_for": ValueError, "limits": {KeyError: 3}},
+        {"skip_for": Exception, "no_skip_for": LookupError, "limits": {ValueError: 1, KeyError: 3}},
         {"share": 1.5},
         {"share": "1"},
         {"share_from": 0},
     ],
 )
 def test_bad_skip_policies_are_refused(options):
-    (name,) = options
+    name = list(options)[-1]
     with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
         SkipPolicy(**options)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_for": LookupError, "limits": {KeyError: 1, Exception: 3}},
+        {"skip_for": (Exception, KeyError), "no_skip_for": LookupError, "limits": {KeyError: 1, LookupError: 2}},
+    ],
+)
+def test_limits_may_be_of_classes_above_and_below_those_that_are_skipped(options):
+    assert SkipPolicy(**options).limits == options["limits"]
 
 
 def test_the_nearest_class_says_whether_a_failure_is_an_items_own():
@@ -530,6 +567,22 @@ def test_a_record_that_cannot_be_read_is_skipped_without_any_rollback(table):
 def test_a_record_that_cannot_be_read_stops_a_step_that_may_not_skip_it(table):
     with pytest.raises(ValueError, match="record 2"):
         step(table, Records(1, None, 3)).run()
+
+
+def test_a_commit_that_fails_although_no_item_is_left_to_blame_stops_the_step(table):
+    class Reader:
+        def read_from(self, position):
+            yield Unreadable("?", ValueError("no record")), 1
+
+    @contextmanager
+    def begin():
+        with table.begin():
+            yield table
+            raise ValueError("a constraint that is checked at the commit")
+
+    with pytest.raises(ValueError, match="checked at the commit"):
+        step(table, Reader(), transaction=begin, skip=skip_values).run()
+    assert table.events == ["begin", "rollback"]
 
 
 def test_several_unreadable_records_and_a_culprit_among_the_others(table):

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from retrykit import AsyncRetryTemplate, MapRetryContextCache, RetryTemplate, SimpleRetryPolicy
-from retrykit.batch import AsyncChunkStep, SkipLimitError, SkipPolicy, Unreadable
+from retrykit.batch import AsyncChunkStep, ItemError, SkipLimitError, SkipPolicy, Unreadable
 from tests.chunks import Table, poison, poisoned_write, skip_values, step, template
 
 
@@ -91,6 +91,90 @@ def test_without_a_rollback_none_is_recovered_twice_either(table):
         step(table, source, **options).run()
     step(table, source, **options).run()
     assert parked == [2]
+
+
+@pytest.mark.parametrize("chunk_size", [1, 10])
+@pytest.mark.parametrize("lost", [0, 2, 3, 5])
+@pytest.mark.parametrize("why", ["vetoed", "unreadable", "vetoed, and closes its chunk"])
+def test_an_item_that_nobody_tried_is_put_aside_once_too(table, why, lost, chunk_size):
+    source, load, parked = Torn(range(6)), remembering(), []
+    if why != "unreadable":
+        load.veto(2, "closed")
+        load.veto(3, "closed")
+    else:
+        source.items[2:4] = [Unreadable(item, ValueError("?")) for item in (2, 3)]
+    options = {
+        "template": load,
+        "key": lambda item: item,
+        "skip": skip_values,
+        "chunk_size": chunk_size,
+        "on_skip": lambda _, skipped: parked.append((skipped.item, skipped.key, skipped.phase)),
+        "none_closes_chunk": "closes" in why,
+    }
+    source.lost = source.items[lost]
+    with pytest.raises(ConnectionError):
+        step(table, source, **options).run()
+    assert source.lost is None
+    again = step(table, source, **options).run()
+    assert source.items == []
+    phase = "read" if why == "unreadable" else "veto"
+    assert parked == [(2, 2, phase), (3, 3, phase)]
+    assert sorted({*table.rows}) == [0, 1, 4, 5]
+    assert again.counts.read == again.counts.written + again.counts.filtered + again.counts.all_skipped
+    if phase == "veto":
+        assert load.history(3).vetoed, "it stays forbidden"
+
+
+def test_an_unreadable_item_without_a_key_is_put_aside_all_the_same(table):
+    def key(item):
+        return item["id"]
+
+    source = Torn([{"id": 1}, Unreadable(b"?", ValueError("?")), {"id": 2}])
+    report = step(table, source, template=remembering(), key=key, skip=skip_values).run()
+    assert (report.counts.written, report.counts.all_skipped, report.counts.commits) == (2, 1, 1)
+
+
+def test_a_veto_that_comes_between_two_attempts_is_recovered_once_too(table):
+    source, load, parked = Torn(range(4)), template(2, remember_completed=3600), []
+
+    def process(item):
+        if item == 3 and table.events.count("begin") == 1:
+            load.veto(2, "closed")
+            raise ValueError("at first")
+        return item
+
+    options = {
+        "template": load,
+        "key": lambda item: item,
+        "skip": skip_values,
+        "processor": process,
+        "on_skip": lambda _, skipped: parked.append(skipped.item),
+    }
+    source.lost = 2
+    with pytest.raises(ConnectionError):
+        step(table, source, **options).run()
+    step(table, source, **options).run()
+    assert (parked, source.items) == ([2], [])
+    assert table.rows == [0, 1, 3]
+
+
+def test_what_is_settled_in_the_midst_of_a_search_is_not_written_again(table):
+    written = []
+
+    def write(transaction, items):
+        for index, item in enumerate(items):
+            if item in {1, 7, 8}:
+                raise ValueError(f"item {item}, as nobody says")
+            if item == 6:
+                raise ItemError(index) from ValueError("item 6")
+        table.write(transaction, items)
+        written.extend(items)
+
+    source = Torn(range(9))
+    report = step(table, source, writer=write, template=remembering(1), key=lambda item: item, skip=skip_values).run()
+    assert written == table.rows == [0, 2, 3, 4, 5]
+    assert [skipped.item for skipped in report.skipped] == [1, 6, 7, 8]
+    assert (report.counts.read, report.counts.written, source.items) == (9, 5, [])
 
 
 def test_the_asynchronous_step_recovers_once_too(table):
