@@ -16,7 +16,7 @@ from click.core import ParameterSource
 
 from retrykit.cli.channel import Answers
 from retrykit.cli.logs import log_options, set_up
-from retrykit.cli.processes import GIVEN_UP, UNUSABLE, ProcessEndedError, Processes
+from retrykit.cli.processes import GIVEN_UP, NOT_LOADED, UNUSABLE, ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
 from retrykit.errors import RetryError
@@ -92,7 +92,8 @@ def consume(**options: Any) -> None:
     second signal, it ends at once: what was in hand goes back to the broker.
 
     With --processes a process that dies is replaced, after a pause that grows while it dies soon after its start. One
-    that gives up for a reason that each would have (messages have no stable id, say) ends them all.
+    that gives up for a reason that each would have (messages have no stable id, say) ends them all. So does a module
+    that none of them can load when they are first started; a later one that cannot is replaced, too.
 
     --health serves /health/live, /health/ready (503 while a worker is not connected) and /health/counters.
 
@@ -167,7 +168,7 @@ def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
             return load(asked.target, concurrency=asked.concurrency)
     except LoadingError as error:
         _log.critical("%s", error, exc_info=None if isinstance(error.__cause__, RetryError) else error.__cause__)
-        sys.exit(1)
+        sys.exit(1 if asked.supervised is None else NOT_LOADED)
 
 
 @contextmanager
@@ -194,7 +195,8 @@ def _health(observed: Observed, asked: Options) -> AbstractContextManager[object
 
 def _counted(counters: Counters) -> str:
     """What there was of each kind, as far as there was any."""
-    found = [f"{name} {number}" for name, number in attrs.asdict(counters).items() if number]
+    words = {name: name.replace("_", " ") for name in attrs.asdict(counters)} | {"generations": "connections"}
+    found = [f"{words[name]} {number}" for name, number in attrs.asdict(counters).items() if number]
     return ", ".join(found) or "nothing was received"
 
 

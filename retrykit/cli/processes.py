@@ -40,6 +40,8 @@ UNUSABLE: Final = 2
 """The status of a process that could not understand its command: no other would."""
 GIVEN_UP: Final = 3
 """The status of a process that has said what somebody has to change: any other would come to the same."""
+NOT_LOADED: Final = 4
+"""The status of a process whose application could not be loaded; it has said why. Another one may be luckier."""
 _ANSWER: Final = 0.8
 _FRESH: Final = 0.2
 # What may still happen at the end of one that was told to stop: it has nothing in hand before it knows the signal.
@@ -49,22 +51,28 @@ _log = logging.getLogger("retrykit.consume")
 
 
 class ProcessEndedError(Exception):
-    """A process has ended that was to go on: with `status`, negative for the number of a signal."""
+    """A process has ended that was to go on: with `status`, negative for the number of a signal.
+
+    `at_start`: it was the first one in its place, and no place has had another beginning.
+    """
 
     def __init__(self, number: int, pid: int, status: int, seconds: float) -> None:
         super().__init__(f"process {number} (pid {pid}) {_ended(status)} after {seconds:.3g} s")
         self.status = status
         self.seconds = seconds
+        self.at_start = False
 
     @property
     def for_good(self) -> bool:
         """Whether another one would end in the same way."""
-        return self.status in (UNUSABLE, GIVEN_UP)
+        return self.status in (UNUSABLE, GIVEN_UP) or self.at_start
 
 
 def _ended(status: int) -> str:
     if status == GIVEN_UP:
         return "has given up, for a reason that each would have,"
+    if status == NOT_LOADED:
+        return "could not load the application, and ended"
     return f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
 
 
@@ -90,6 +98,25 @@ class _Teller(RetryListener):
 
 
 @attrs.define(eq=False)
+class _Beginning:
+    """How the first process in each place began.
+
+    An application that none of them can load is a fault of the deployment, to be told by the end of the command. Once
+    any could, the trouble will pass.
+    """
+
+    places: int
+    _unable: set[int] = attrs.field(factory=set, init=False)
+    _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+
+    def came_to_nothing(self, number: int) -> bool:
+        """Note that the first one in this place could not load the application: whether none could."""
+        with self._lock:
+            self._unable.add(number)
+            return len(self._unable) == self.places
+
+
+@attrs.define(eq=False)
 class _Place:
     """One process after the other."""
 
@@ -97,7 +124,9 @@ class _Place:
     command: Sequence[str]
     restart: BackOffPolicy
     stopping: threading.Event
+    beginning: _Beginning
     disorderly: bool = False
+    _lives: int = 0
     _process: subprocess.Popen[bytes] | None = None
     _line: Line | None = None
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
@@ -118,6 +147,7 @@ class _Place:
 
     def _life(self, _context: RetryContext) -> None:
         started = time.monotonic()
+        self._lives += 1
         process = self._start()
         if process is None:
             return
@@ -130,6 +160,8 @@ class _Place:
             _log.info("process %d (pid %d) has ended with status %d", self.number, process.pid, status)
             return
         end = ProcessEndedError(self.number, process.pid, status, time.monotonic() - started)
+        if status == NOT_LOADED and self._lives == 1:
+            end.at_start = self.beginning.came_to_nothing(self.number)
         if end.seconds < STEADY or end.for_good:
             raise end
         _log.error("%s; another one follows", end)
@@ -189,7 +221,8 @@ class Processes(Lifetime):
 
     def __init__(self, command: Sequence[str], count: int, *, restart: BackOffPolicy = RESTART) -> None:
         self._stopping = threading.Event()
-        self._places = [_Place(number, command, restart, self._stopping) for number in range(1, count + 1)]
+        beginning = _Beginning(count)
+        self._places = [_Place(number, command, restart, self._stopping, beginning) for number in range(1, count + 1)]
         self._left = 0
         self._ending = Ending()
         self._lock = threading.Lock()

@@ -220,7 +220,8 @@ def test_health_and_the_log_tell_what_happens(server, service):
     assert (parked["attempt"], parked["retry"], parked["error"]) == (2, False, "builtins.ValueError")
     assert parked["key"] == failed["key"]
     (ended,) = running.logged("ended: ")
-    assert "recovered 1, acknowledged 1, parked 1, rolled_back 1" in ended["message"]
+    assert "connections 2, received 3" in ended["message"]
+    assert "recovered 1, acknowledged 1, parked 1, rolled back 1" in ended["message"]
     assert (parked["parked_in"], parked["parked_as"]) == (PARKED, parked["key"][1])
     assert running.output == []
 
@@ -347,9 +348,10 @@ def test_several_processes_that_would_each_be_given_all_messages_are_refused(tmp
     assert one.stop() == 0
 
 
-def test_an_error_of_the_application_is_logged(tmp_path, service):
+@pytest.mark.parametrize("options", [(), ("--processes", "1")], ids=["alone", "supervised"])
+def test_an_error_of_the_application_is_logged(tmp_path, service, options):
     (tmp_path / "broken.py").write_text("import shop\nraise RuntimeError('no configuration')\n")
-    running = service(target="broken:consumers")
+    running = service(*options, target="broken:consumers")
     assert running.wait() == 1
     (line,) = running.logged("module 'broken' could not be loaded")
     assert "no configuration" in line["traceback"]

@@ -123,6 +123,29 @@ def test_one_that_gave_up_for_all_is_not_replaced_however_long_it_lived(caplog, 
     assert "no other follows" in caplog.text
 
 
+def test_an_application_that_no_process_can_load_at_the_start_ends_them_all(caplog):
+    made = processes("raise SystemExit(4)", 2)
+    with pytest.raises(ProcessEndedError, match=r"process \d .* could not load the application, and ended after"):
+        made.run()
+    assert caplog.text.count("no other follows") == 1
+
+
+@pytest.mark.parametrize("first", ["1", "-9"])
+def test_one_that_cannot_load_the_application_later_is_replaced(caplog, first):
+    dies = "sys.exit(1)" if first == "1" else "os.kill(os.getpid(), 9)"
+    script = f"{IMPORTS} known = os.path.exists('x'); open('x', 'w').close(); known or {dies}; sys.exit(4)"
+    with processes(script):
+        wait_for(lambda: caplog.text.count("could not load the application") >= 2)
+    assert "no other follows" not in caplog.text
+
+
+def test_one_that_cannot_load_what_another_one_could_is_replaced(caplog):
+    script = OBEDIENT.replace(HERE, f"sys.argv[-1] == '1' and sys.exit(4); {HERE}")
+    with processes(script, 2):
+        wait_for(lambda: started(2) and caplog.text.count("could not load the application") >= 2)
+    assert "no other follows" not in caplog.text
+
+
 def test_one_that_does_not_obey_is_killed_when_the_grace_is_over():
     made = processes(obeying("signal.SIG_IGN"))
     killer = threading.Thread(target=lambda: (wait_for(started), os.kill(os.getpid(), signal.SIGTERM)))
