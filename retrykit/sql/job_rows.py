@@ -45,8 +45,8 @@ _BOOK: Final = Prepared(
 class Claim:
     """A job as its runner has it. `position` and `counts` are as they were stored last.
 
-    `crashed`: the run before was neither finished nor stopped; its process died, or was believed dead. `quiet`: a
-    transaction is open that could not store its position any more if the lease were renewed beside it.
+    `crashed`: the run before was neither finished nor stopped; its process died, or was believed dead. `within`:
+    the store as joined to a transaction that could not store its position any more if the lease were renewed beside it.
     """
 
     id: int
@@ -58,7 +58,7 @@ class Claim:
     fence: int
     owner: str
     crashed: bool
-    quiet: bool = False
+    within: Any = attrs.field(default=None, repr=False)
     until_released: Callable[[], Any] = attrs.field(default=lambda: None, repr=False)
 
 

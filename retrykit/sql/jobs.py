@@ -30,16 +30,19 @@ from retrykit.sql.faults import wording
 from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
+from retrykit.sql.resilience import Resilience, resilience
 from retrykit.sql.stored_jobs import Job, job_of
 from retrykit.sql.tables import rk_job
 from retrykit.sql.transaction import commits_at_once, joinable, keeps_a_snapshot
-from retrykit.sql.waiting import telling
+from retrykit.sql.waiting import is_busy, telling
 
 T = TypeVar("T")
 
 _log = logging.getLogger("retrykit.sql")
 _c = rk_job.c
 
+_PATIENCE: Final = 5.0
+"""Seconds; who stops a run waits for its end."""
 _AHEAD: Final = 1.0
 """Seconds; the server's clock is known by estimate."""
 
@@ -91,6 +94,7 @@ class SqlJobStore:
         self._database: Database = database_of(beneath)  # type: ignore[assignment] # engine_of has asked
         self._rows = JobRows(self._database, self.lease)
         self._connections = connections_of(beneath, self._database, None, in_loop=self._in_loop)
+        self._trying = {patience: self._tried_for(patience) for patience in (self.lease, _PATIENCE)}
         self._place: Place | None = None
         self._snapshots: MutableMapping[Any, dict[Any, bool]] = WeakKeyDictionary()
 
@@ -122,6 +126,15 @@ class SqlJobStore:
         self._open()
         with self._connections.several() as connection:
             return work(connection)
+
+    def _tried_for(self, patience: float) -> Resilience:
+        passes = self._database.passes
+        database = attrs.evolve(self._database, passes=lambda error: passes(error) or is_busy(error))
+        return resilience(database, patience, evicts=False, in_loop=self._in_loop)
+
+    def _surely(self, patience: float, work: Callable[[Connection], T]) -> T:
+        """What may be done twice is tried again when what stopped it passes."""
+        return self._trying[patience].run(lambda _: self._do(work))
 
     def _look(self, work: Callable[[Connection], T]) -> T:
         self._open()
@@ -209,7 +222,7 @@ class SqlJobStore:
 
     def moved(self, claim: Claim) -> bool:
         """Whether something was stored behind the claim's revision: by a commit that was not confirmed."""
-        return self._do(lambda connection: self._rows.moved(connection, claim))
+        return self._surely(self.lease, lambda connection: self._rows.moved(connection, claim))
 
     @staticmethod
     def partition(parameters: Mapping[str, Any], part: int, parts: int) -> dict[str, Any]:
@@ -264,9 +277,15 @@ class SqlJobStore:
         return self._do(lambda connection: self._rows.stop_others(connection, claim, reason))
 
     def release(self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]) -> None:
-        """End the run. `JobLostError` if the job is another's by now and this one has finished it."""
+        """End the run. `JobLostError` if the job is another's by now and this one has finished it.
+
+        While the database is busy or away it is tried again for a lease; for five seconds if the run was stopped.
+        """
         try:
-            self._do(lambda connection: self._rows.release(connection, claim, status, reason=reason, counts=counts))
+            self._surely(
+                _PATIENCE if status == "stopped" else self.lease,
+                lambda connection: self._rows.release(connection, claim, status, reason=reason, counts=counts),
+            )
         except JobLostError as lost:
             if status == "finished":
                 raise

@@ -17,6 +17,12 @@ _log = logging.getLogger("retrykit.sql")
 PATIENCE: Final = 2.0
 
 
+def is_busy(error: BaseException) -> bool:
+    """Whether SQLite has given up because somebody else has its lock."""
+    told = error.orig if isinstance(error, OperationalError) else None
+    return str(getattr(told, "sqlite_errorname", "")).startswith("SQLITE_BUSY")
+
+
 @contextmanager
 def telling(what: str, /, **facts: Any) -> Iterator[None]:
     """Say in the log what is waited for, if the block takes longer than two seconds.
@@ -30,7 +36,7 @@ def telling(what: str, /, **facts: Any) -> Iterator[None]:
     try:
         yield
     except OperationalError as error:
-        if not getattr(error.orig, "sqlite_errorname", "").startswith("SQLITE_BUSY"):
+        if not is_busy(error):
             raise
         raise JobBusyError(what=what, **facts) from error
     finally:

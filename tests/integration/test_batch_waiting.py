@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from retrykit.batch import ChunkStep, run_partitions
 from retrykit.clock import SystemClock
@@ -59,6 +60,45 @@ def test_what_is_waited_for_is_said_and_that_it_was_in_vain(locked, caplog, monk
     lock()
     with pytest.raises(JobBusyError, match="job 1 does not begin anew yet: the database is busy"):
         restart_job(engine, 1)
+
+
+def test_the_end_of_a_run_is_told_again_until_others_let_it_be_written(locked):
+    engine, lock, unlock = locked
+    jobs, refused = SqlJobStore(engine), []
+
+    def hear(report):
+        # The last transaction has committed; what is left is to say so.
+        lock()
+
+    def let_go(_):
+        refused.append(True)
+        if len(refused) == 2:
+            unlock()
+
+    event.listen(engine, "handle_error", let_go)
+    step = ChunkStep(name="load", reader=[1, 2], writer=lambda *_: None, jobs=jobs, on_progress=hear)
+    assert step.run().status == "finished"
+    assert len(refused) == 2
+    assert jobs.state("load", {}).status == "finished"
+
+
+def test_whether_a_commit_has_happened_is_asked_again_while_the_database_is_busy(tmp_path):
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/jobs.db")
+    jobs, lost = SqlJobStore(engine), []
+    claim = jobs.claim("load", {})
+
+    def lose(_connection, _cursor, statement, parameters, *_):
+        if "SELECT rk_job.fence" in statement and not lost:
+            lost.append(True)
+            busy = OSError("busy")
+            busy.sqlite_errorname = "SQLITE_BUSY_RECOVERY"
+            raise OperationalError(statement, parameters, busy)
+
+    event.listen(engine, "before_cursor_execute", lose)
+    assert jobs.moved(claim) is False
+    assert lost
+    jobs.abandon(claim)
+    engine.dispose()
 
 
 def test_a_partition_waits_until_others_let_it_write(locked):
