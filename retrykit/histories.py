@@ -8,8 +8,9 @@ meanwhile is lost. Each verb is written once, as a generator of things to do wit
 
 from __future__ import annotations
 
+import heapq
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterator, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing
 from itertools import islice
 from typing import Any, Final, TypeVar
@@ -117,7 +118,7 @@ class _Verbs:
         _check_limit(limit)
         found: list[HistorySummary] = []
         for prefix in where.prefixes(after):
-            items = self._items(prefix, after)
+            items = self._items(where.verbs, prefix, after)
             while chunk := (yield _take(items, limit)):
                 found += self._those(where, chunk)
                 if len(found) >= limit:
@@ -125,9 +126,13 @@ class _Verbs:
                     return HistoryPage(tuple(found[:limit]), found[limit - 1].canonical_key)
         return HistoryPage(tuple(found), None)
 
-    def _items(self, prefix: str, after: str | None) -> Any:
-        """The iterator over a range."""
-        return self.cache.items(prefix, after if after is not None and after.startswith(prefix) else None)
+    def _items(self, verbs: Iterable[str], prefix: str, after: str | None = None) -> Any:
+        """The iterator over a range of what the verbs give, as far as the cache has them."""
+        behind = after if after is not None and after.startswith(prefix) else None
+        found = [getattr(self.cache, verb)(prefix, behind) for verb in verbs if hasattr(self.cache, verb)]
+        if len(found) == 1:
+            return found[0]
+        return _merged(found) if found and hasattr(found[0], "__anext__") else heapq.merge(*found, key=_key_of)
 
     def _those(self, where: HistoryFilter, chunk: list[tuple[str, StoredContext]]) -> Iterator[HistorySummary]:
         now = self.now()
@@ -211,7 +216,7 @@ class _Verbs:
             if older_than is None:
                 return done
         for prefix in HistoryFilter(name=name).prefixes(None):
-            items = self.cache.items(prefix)
+            items = self._items(("items", "evicted"), prefix)
             while chunk := (yield _take(items, CHUNK)):
                 done = yield from self._prune_chunk(done, chunk, older_than, dry_run=dry_run)
                 progress(done)
@@ -273,7 +278,7 @@ class Histories(_Verbs):
         Read as they are asked for, while others go on changing them.
         """
         for prefix in where.prefixes(after):
-            for item in self._items(prefix, after):
+            for item in self._items(where.verbs, prefix, after):
                 yield from self._those(where, [item])
 
     def page(self, where: HistoryFilter = EVERY, *, limit: int = PAGE, after: str | None = None) -> HistoryPage:
@@ -321,11 +326,11 @@ class Histories(_Verbs):
     ) -> Pruned:
         """Drop what is past its time by the store's clock: completion marks, histories past their time-to-live.
 
-        `older_than`: histories too that nothing has happened to for so many seconds (or a `timedelta`), but for vetoed
-        ones and those with an attempt that is believed to run. `name`: of this template only, and then no time-to-live
-        but the marks' own is known. Each is dropped in a transaction of its own, or in one with others of bounded
-        number, and only if nobody has changed it since it was looked at. `progress` is told now and then. `dry_run`
-        changes nothing, and counts what would go; of a time-to-live of histories it does not know either.
+        `older_than`: histories and tombstones too that nothing has happened to for so many seconds (or a `timedelta`),
+        but for vetoed ones and those with an attempt that is believed to run. `name`: of this template only, and then
+        no time-to-live but the marks' own is known. Each is dropped in a transaction of its own, or in one with others
+        of bounded number, and only if nobody has changed it since it was looked at. `progress` is told now and then.
+        `dry_run` changes nothing, and counts what would go; of a time-to-live of histories it does not know either.
         """
         return self._done(self._prune(older_than, name, progress, dry_run=dry_run))
 
@@ -354,7 +359,7 @@ class AsyncHistories(_Verbs):
     async def find(self, where: HistoryFilter = EVERY, *, after: str | None = None) -> AsyncGenerator[HistorySummary]:
         """As `Histories.find`."""
         for prefix in where.prefixes(after):
-            items = self._items(prefix, after)
+            items = self._items(where.verbs, prefix, after)
             try:
                 while chunk := await _awaited(_take(items, 1)(self.cache)):
                     for summary in self._those(where, chunk):
@@ -444,6 +449,22 @@ async def _taken(items: Any, size: int) -> list[Any]:
     while len(chunk) < size and (item := await anext(items, None)) is not None:
         chunk.append(item)
     return chunk
+
+
+def _key_of(item: tuple[str, StoredContext]) -> str:
+    return item[0]
+
+
+async def _merged(iterators: Iterable[Any]) -> AsyncGenerator[Any]:
+    """What `heapq.merge` does, of asynchronous iterators."""
+    heads = [(item, items) for items in iterators if (item := await anext(items, None)) is not None]
+    while heads:
+        first = min(range(len(heads)), key=lambda number: heads[number][0][0])
+        item, items = heads.pop(first)
+        yield item
+        following = await anext(items, None)
+        if following is not None:
+            heads.append((following, items))
 
 
 def _close(items: Any) -> Callable[[Any], Any]:

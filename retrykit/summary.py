@@ -273,6 +273,8 @@ class HistoryFilter:
     `name`: the template's. `key_prefix`: what keys that are texts begin with. `vetoed`, `exhausted`, `running` (an
     attempt is believed to run), `waiting` (another attempt will be made, but not yet): True or False; None: either.
     `completed`: True for the marks of items that are done with, False (the default) for all others, None for both.
+    `evicted`: True for tombstones, what is left of histories that a bound of the store has dropped; False for all but
+    these; None (the default) for these too where `vetoed` is True, because their vetoes hold.
     `failed_since`, `failed_before`: the last failure was then or later; before then. `error_type`: the last failure is
     of this class or of one derived from it, by its full name or by what follows the last dot.
     """
@@ -284,6 +286,7 @@ class HistoryFilter:
     running: bool | None = None
     waiting: bool | None = None
     completed: bool | None = False
+    evicted: bool | None = None
     failed_since: datetime | None = attrs.field(default=None, validator=_an_instant)
     failed_before: datetime | None = attrs.field(default=None, validator=_an_instant)
     error_type: str | None = None
@@ -313,6 +316,13 @@ class HistoryFilter:
         if at is None:
             return since is None and before is None
         return (since is None or at >= since) and (before is None or at < before)
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """The verbs of a context cache that give what is to be looked through."""
+        if self.evicted is None:
+            return ("items", "evicted") if self.vetoed else ("items",)
+        return ("evicted",) if self.evicted else ("items",)
 
     def prefixes(self, after: str | None) -> Iterator[str]:
         """The ranges of canonical keys to look through, in order, without those that end before `after`."""

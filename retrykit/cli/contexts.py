@@ -35,6 +35,12 @@ filters: Callable[[F], F] = together(
     click.option("--running/--not-running", default=None, help="With, or without, an attempt under way."),
     click.option("--waiting/--not-waiting", default=None, help="Whose next attempt is due later, or not."),
     click.option("--completed", is_flag=True, help="The marks of what is done with, instead of histories."),
+    click.option(
+        "--evicted/--not-evicted",
+        default=None,
+        help="The tombstones of what the store has dropped, instead of histories; or none. [default: none, but with "
+        "--vetoed those too that have a veto]",
+    ),
     since_until("Whose last failure was"),
     click.option("--error", metavar="CLASS", help="Whose last error is a CLASS, or derived from one: TimeoutError."),
 )
@@ -64,13 +70,19 @@ def _where(options: dict[str, Any]) -> HistoryFilter:
 @store_option
 @filters
 @pages("HISTORY")
+@click.option("--count", is_flag=True, help="Only say how many there are, on all pages.")
 @json_option
-def list_(*, url: str, limit: int, after: str | None, as_json: bool, **options: Any) -> None:
+def list_(*, url: str, limit: int, after: str | None, count: bool, as_json: bool, **options: Any) -> None:
     """Show histories, in the order of their canonical keys.
 
     WHEN is how long ago (90s, 15m, 2h, 7d), or a date or time in ISO 8601, local unless it says otherwise. With --json:
-    {"histories": […], "next": HISTORY or null}, each history as `show --json` has it.
+    {"histories": […], "next": HISTORY or null}, each history as `show --json` has it; with --count too: {"count": N}.
     """
+    if count:
+        with use(url) as store:
+            number = sum(1 for _ in store.histories.find(_where(options), after=after))
+        say_json({"count": number}) if as_json else click.echo(number)
+        return
     with use(url) as store:
         page = store.histories.page(_where(options), limit=limit, after=after)
         screen = Screen.here(store.histories.now())
@@ -117,9 +129,9 @@ def _bounded(text: str, limit: int = 120) -> str:
 
 
 def _why(summary: HistorySummary) -> str:
-    if summary.veto is not None:
-        return _bounded(f"vetoed: {summary.veto.reason}")
-    return summary.fault or summary.why
+    veto = summary.veto
+    why = summary.fault or summary.why if veto is None else _bounded(f"vetoed: {veto.reason}")
+    return why if summary.evicted is None else summary.evicted.told_in(why)
 
 
 @contexts.command()
@@ -294,7 +306,7 @@ def export(*, url: str, output: TextIO, **options: Any) -> None:
     "--older-than",
     metavar="TIME",
     callback=as_duration,
-    help="Histories too that nothing has happened to for so long: 30d.",
+    help="Histories and tombstones too that nothing has happened to for so long: 30d.",
 )
 @click.option("--name", metavar="NAME", help="Only those of the template with this name.")
 @click.option("--dry-run", is_flag=True, help="Count what would go, and change nothing.")
@@ -302,10 +314,11 @@ def export(*, url: str, output: TextIO, **options: Any) -> None:
 def prune(*, url: str, older_than: float | None, name: str | None, dry_run: bool, yes: bool) -> None:
     """Forget what is past its time.
 
-    Completion marks that are over, and histories past the time-to-live of their cache, by the store's clock. With
-    --older-than also histories that nothing has happened to for so long, except vetoed ones and those with an attempt
-    under way. In small transactions: consumers go on meanwhile, and after Ctrl-C what was forgotten stays forgotten.
-    Times-to-live of histories are known to the store alone: --dry-run and --name go by those of marks.
+    Completion marks and tombstones that are over, and histories past the time-to-live of their cache, by the store's
+    clock. With --older-than also histories and tombstones that nothing has happened to for so long, except vetoed ones
+    and those with an attempt under way. In small transactions: consumers go on meanwhile, and after Ctrl-C what was
+    forgotten stays forgotten. Times-to-live of histories are known to the store alone: --dry-run and --name go by those
+    of marks. A history past its time leaves a tombstone, from which its count goes on, as it would without this.
     """
     with use(url) as store:
         if not dry_run:

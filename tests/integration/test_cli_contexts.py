@@ -164,6 +164,26 @@ def test_show_says_that_a_history_was_evicted_and_list_leaves_it_out(run, templa
     run("show", "orders/m-1", status=1)
 
 
+def test_tombstones_are_listed_counted_and_exported_when_asked_for_and_their_vetoes_always(run, template, cache):
+    small = SqlRetryContextCache(cache.engine, capacity=1, on_full="evict_oldest", tombstones=10)
+    template = attrs.evolve(template, context_cache=small)
+    for number in range(3):
+        fail(template, f"m-{number}")
+        run("veto", f"orders/m-{number}", "--reason", "poison") if number != 1 else None
+    listed = [row[0] for row in rows(run("list", "--evicted"))[1:]]
+    assert len(listed) == 2
+    assert [row[0] for row in rows(run("list", "--vetoed"))[1:]] == ["orders/m-0", "orders/m-2"]
+    assert re.fullmatch(
+        r"vetoed: poison \(1 failure counted before its history was evicted at .*, by capacity\)",
+        rows(run("list", "--vetoed"))[1][-1],
+    )
+    assert [row[0] for row in rows(run("list", "--vetoed", "--not-evicted"))[1:]] == ["orders/m-2"]
+    assert run("list", "--evicted", "--count", "--limit", "1").stdout == "2\n"
+    assert json.loads(run("list", "--vetoed", "--count", "--json").stdout) == {"count": 2}
+    exported = [json.loads(line)["canonical_key"] for line in run("export", "--evicted").stdout.splitlines()]
+    assert exported == listed
+
+
 def test_prune_by_age_is_a_deliberate_forgetting_and_leaves_no_tombstone(run, template, cache):
     fail(template, "m-1")
     run("prune", "--older-than", "1s", "--yes", "--dry-run")

@@ -45,6 +45,10 @@ class AsyncMap:
         for item in self.inner.items(prefix, after):
             yield item
 
+    async def evicted(self, prefix="", after=None):
+        for item in self.inner.evicted(prefix, after):
+            yield item
+
 
 class Blocking:
     """`AsyncHistories` behind blocking verbs."""
@@ -592,6 +596,72 @@ def test_prune_asks_the_store_for_one_bounded_piece_after_the_other(clock):
 def test_prune_refuses_what_is_no_duration(histories, older_than):
     with pytest.raises((ValueError, TypeError), match="older_than"):
         histories.prune(older_than=older_than)
+
+
+# -- tombstones
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def small(request, tmp_path, clock):
+    """A cache with room for two."""
+    bounds = {"capacity": 2, "on_full": "evict_oldest", "tombstones": 10}
+    if request.param == "memory":
+        yield MapRetryContextCache(**bounds)
+        return
+    sql = pytest.importorskip("retrykit.sql")
+    with sql.SqlRetryContextCache(f"sqlite:///{tmp_path}/small.db", clock=clock, **bounds) as cache:
+        yield cache
+
+
+@pytest.fixture(params=[Histories, Blocking])
+def buried(request, small, clock):
+    """Five histories of which three were evicted; one of these and one of the others are vetoed."""
+    histories = request.param(small, clock)
+    template = RetryTemplate(name="orders", context_cache=small, clock=clock)
+    for number in range(4):
+        fail(template, f"m-{number}")
+        clock.elapsed += 60
+        if number % 3 == 0:
+            histories.veto(f"orders/m-{number}", "poison")
+    histories.veto(("orders", "m-4"), "poison")
+    return histories
+
+
+def test_tombstones_are_found_when_they_are_asked_for(buried, small):
+    evicted = HistoryFilter(evicted=True)
+    assert texts(buried.find(evicted)) == [key for key, _ in small.evicted()]
+    assert len(texts(buried.find(evicted))) == 3
+    assert texts(buried.find()) == texts(buried.find(HistoryFilter(evicted=False))) == keys_in(small)
+    assert texts(buried.find(HistoryFilter(evicted=True, vetoed=False))) == ["orders/m-1", "orders/m-2"]
+    assert all(summary.evicted.by == "capacity" for summary in buried.find(evicted))
+
+
+def test_vetoes_of_tombstones_are_among_the_vetoes_on_every_page(buried):
+    vetoed, after, seen = HistoryFilter(vetoed=True, name="orders"), None, []
+    assert texts(buried.find(vetoed)) == ["orders/m-0", "orders/m-3", "orders/m-4"]
+    while (page := buried.page(vetoed, limit=1, after=after)).histories:
+        seen += texts(page.histories)
+        after = page.next
+    assert seen == ["orders/m-0", "orders/m-3", "orders/m-4"]
+    assert len(texts(buried.find(HistoryFilter(vetoed=True, evicted=False)))) == 2
+
+
+def test_prune_by_age_forgets_tombstones_as_it_does_histories(buried, small, clock):
+    assert buried.prune(older_than=150, dry_run=True) == Pruned(looked_at=5, older=1)
+    assert buried.prune(older_than=150, name="orders").older == 1
+    assert [key for key, _ in small.evicted() if key == "orders/m-1"] == []
+    assert len(list(small.evicted())) == 2
+
+
+def test_cache_that_leaves_no_tombstones_has_none_to_show(clock):
+    class Plain:
+        def __init__(self, inner):
+            self.load, self.save, self.remove, self.items = inner.load, inner.save, inner.remove, inner.items
+
+    histories = Histories(Plain(MapRetryContextCache()), clock)
+    histories.veto(("orders", "m-1"), "poison")
+    assert texts(histories.find(HistoryFilter(vetoed=True))) == ["orders/m-1"]
+    assert texts(histories.find(HistoryFilter(evicted=True))) == []
 
 
 # -- time
