@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import attrs
 
-from retrykit.check import wrong_value
 from retrykit.key import canonical_key, key_from_json
 from retrykit.messaging import recoverers as header
 from retrykit.messaging.headers import number_in
 from retrykit.messaging.stomp.address import without_path
+from retrykit.messaging.stomp.subscription import check_supported
 
 if TYPE_CHECKING:
     from retrykit.message import Message
@@ -120,7 +120,7 @@ class Hands:
         """
         destination = to or one.item.destination
         if not destination:
-            raise wrong_value("to", f"given: message {one.item.id!r} does not say where it came from", to)
+            raise ValueError(f"message {one.item.id!r} does not say where it came from, so `to` must say where to")
         before = one.deliveries[0].headers.get(header.SENT_BACK)
         again = before if forgotten else _next_id(one.item)
         told = {header.SENT_BACK: again} if again else {}
@@ -167,6 +167,7 @@ def taken(broker: StompBroker, limit: int) -> Iterator[Hands]:
 
 def _profile_of(broker: StompBroker) -> Profile:
     with closing(broker.connect(consume=False)) as session:
+        check_supported(broker, session.profile)
         return session.profile
 
 

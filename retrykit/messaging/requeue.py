@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from retrykit.check import wrong_value
 from retrykit.errors import RetryError
 from retrykit.histories import Histories
 from retrykit.messaging.broker import Session
@@ -56,7 +55,7 @@ class Requeuer:
         """
         destination = to or item.destination
         if not destination:
-            raise wrong_value("to", f"given: item {item.id} does not say where it came from", to)
+            raise ValueError(f"item {item.id} does not say where it came from, so `to` must say where to")
         self._make_way(item)
         with self.engine.begin() as connection:
             if not remove_parked_in(connection, item.id):

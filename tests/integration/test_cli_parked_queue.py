@@ -361,6 +361,11 @@ def test_what_is_no_queue_is_refused_before_anything_is_connected(embedded, queu
     assert f"a queue, such as /queue/orders.parked, not {destination!r}" in told
 
 
+def test_what_would_be_taken_for_a_queue_of_a_strange_name_is_refused(embedded):
+    told = parked(embedded, "", "list", "--destination", "/quene/orders.parked", status=1).stderr
+    assert "destination: '/quene/orders.parked' begins neither with /queue/ nor with /topic/" in told
+
+
 def test_nothing_is_made_that_was_not_there(rabbit, queue):
     told = parked(rabbit, queue, "list", status=1).stderr
     assert "NOT_FOUND" in told or "not found" in told

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from retrykit.messaging import ListenerContainer, by_content, by_header
-from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError
+from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NotSupportedError
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
 from retrykit.messaging.stomp.frames import Frame
@@ -45,6 +45,30 @@ def test_a_url_names_host_port_credentials_and_destination(url, address):
 def test_a_url_that_makes_no_sense_is_refused_by_name(url):
     with pytest.raises((ValueError, TypeError), match="url"):
         StompBroker(url, destination="/queue/a")
+
+
+@pytest.mark.parametrize(
+    ("destination", "name"),
+    [("/queue/a", "stomp://host:7/queue/a"), ("a", "stomp://host:7 a"), ("", "stomp://host:7")],
+)
+def test_a_broker_is_named_by_its_address_and_destination(destination, name):
+    assert StompBroker("stomp://me:secret@host:7", destination=destination).name == name
+
+
+@pytest.mark.parametrize("destination", ["/quene/a", "/a", "/queue"])
+def test_a_destination_that_would_silently_be_a_queue_of_its_whole_name_is_refused(destination):
+    words = f"destination: '{destination}' begins neither with /queue/ nor with /topic/"
+    with pytest.raises(ValueError, match=words):
+        StompBroker("stomp://host", destination=destination, profile="activemq")
+    with StompServer() as server:
+        made = ListenerContainer(StompBroker(server.url, destination=destination), print, template=RetryTemplate())
+        with pytest.raises(NotSupportedError, match=words):
+            made.run()
+
+
+@pytest.mark.parametrize("destination", ["/queue/a", "/topic/a", "a", "queue://a", "/temp-queue/a", ""])
+def test_a_destination_that_activemq_knows_is_not_refused(destination):
+    assert StompBroker("stomp://host", destination=destination, profile="activemq").destination == destination
 
 
 def test_a_password_is_never_shown():

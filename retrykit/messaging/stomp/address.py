@@ -171,6 +171,11 @@ def redacted(url: Any) -> str:
     return _masked(text)
 
 
+def located(servers: str, destination: str) -> str:
+    """A destination at its servers, for logs and errors: as in a URL, where it can stand in one."""
+    return f"{servers}{destination}" if destination.startswith("/") or not destination else f"{servers} {destination}"
+
+
 def _masked(url: str) -> str:
     """Everything between the first colon and the last '@' is masked: it may be a password, or several."""
     head, at, tail = url.rpartition("@")

@@ -11,7 +11,7 @@ import attrs
 from retrykit.check import wrong_value
 from retrykit.failure import type_name
 from retrykit.messaging.errors import BrokerUnavailableError
-from retrykit.messaging.stomp.address import Address, can_be_sent
+from retrykit.messaging.stomp.address import Address, can_be_sent, located
 from retrykit.messaging.stomp.session import StompSession
 from retrykit.messaging.stomp.settings import StompSettings
 from retrykit.messaging.stomp.sockets import unverified
@@ -26,10 +26,12 @@ _log: Final = logging.getLogger("retrykit.messaging")
 class StompBroker(StompSettings):
     """A STOMP broker (`stomp://user:password@host:port`), and the destination to consume from, such as "/queue/orders".
 
-    The destination may be the path of the URL. `prefetch` bounds how many deliveries are on their way: 1 is the fastest
-    for transactional sessions on ActiveMQ. `profile` ("activemq", "rabbitmq", "generic") is what the broker calls
-    itself, unless given. `identify` says by what a message is known again at its next delivery, where the profile's own
-    rule does not do: `by_header("order-id")`, `by_content()`, or a callable of headers and body.
+    The destination may be the path of the URL. It begins with "/queue/" or "/topic/", or in another way that the broker
+    knows; what ActiveMQ would silently take for a queue of a strange name ("/quene/orders") is refused. `prefetch`
+    bounds how many deliveries are on their way: 1 is the fastest for transactional sessions on ActiveMQ. `profile`
+    ("activemq", "rabbitmq", "generic") is what the broker calls itself, unless given. `identify` says by what a message
+    is known again at its next delivery, where the profile's own rule does not do: `by_header("order-id")`,
+    `by_content()`, or a callable of headers and body.
 
     `stomp+ssl://` (or `stomps://`; port 61614 unless named) is encrypted: the server's certificate and the name in it
     are checked, by `ssl.create_default_context()` or by the `ssl_context` that is given. Of several servers
@@ -131,7 +133,7 @@ class StompBroker(StompSettings):
                 raise self._no_credentials(address, f"gave a {type(given).__name__} that is not (login, passcode)")
 
     def _no_credentials(self, address: Address, reason: str) -> BrokerUnavailableError:
-        return BrokerUnavailableError(broker=address.name + self.destination, reason=f"credentials() {reason}")
+        return BrokerUnavailableError(broker=located(address.name, self.destination), reason=f"credentials() {reason}")
 
     def _context(self) -> ssl.SSLContext:
         context = self.ssl_context or ssl.create_default_context()

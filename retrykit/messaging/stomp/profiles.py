@@ -54,6 +54,8 @@ class Profile:
     """Quorum queues count deliveries in the header `x-delivery-count`."""
     browses: bool = False
     """SUBSCRIBE with the header `browser` shows what lies in a queue, and takes nothing."""
+    places: tuple[str, ...] = ()
+    """How a destination with a slash in front must begin, where any other would silently be a queue of that name."""
     made_queues: str = "/queue/"
     """How a destination begins that is to be found, not made, where those are told apart."""
     delays: Literal["scheduler", "queues"] | None = None
@@ -90,6 +92,7 @@ ACTIVEMQ: Final = Profile(
     wrong_subscriptions={"InvalidSelectorException": "selector"},
     expiry="expires",
     browses=True,
+    places=("/queue/", "/topic/", "/temp-queue/", "/temp-topic/", "/remote-temp-queue/", "/remote-temp-topic/"),
     delays="scheduler",
     longest_delay=365 * 86_400.0,
 )

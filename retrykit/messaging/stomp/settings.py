@@ -12,7 +12,7 @@ import attrs
 from retrykit.check import as_seconds, callable_with, more_than, whole, wrong_type, wrong_value
 from retrykit.messaging.headers import check_headers, given_headers
 from retrykit.messaging.identity import Identify
-from retrykit.messaging.stomp.address import Servers, can_be_sent, parse_servers, redacted
+from retrykit.messaging.stomp.address import Servers, can_be_sent, located, parse_servers, redacted
 from retrykit.messaging.stomp.failover import Rota
 from retrykit.messaging.stomp.profiles import Profile, to_profile
 
@@ -114,4 +114,4 @@ class StompSettings:
     @property
     def name(self) -> str:
         """How logs and errors call it; without credentials."""
-        return self.servers.name + self.destination
+        return located(self.servers.name, self.destination)

@@ -43,6 +43,11 @@ def check_durable(broker: StompSettings) -> None:
 
 def check_supported(broker: StompSettings, profile: Profile) -> None:
     """`NotSupportedError` for what this kind of broker would pass over in silence."""
+    place = broker.destination
+    if profile.places and place.startswith("/") and not place.startswith(profile.places):
+        words = f"{place!r} begins neither with /queue/ nor with /topic/"
+        reason = f"{words}, and brokers of the kind {profile.name!r} would take it for a queue of that whole name"
+        raise NotSupportedError(broker=broker.name, reason=f"destination: {reason} (which is '/queue/{place}')")
     if broker.selector is not None and not profile.selectors:
         reason = f"brokers of the kind {profile.name!r} know no selectors, and would deliver everything"
         raise NotSupportedError(broker=broker.name, reason=f"selector: {reason}")
