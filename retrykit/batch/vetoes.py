@@ -13,6 +13,7 @@ from retrykit.batch.report import SkippedItem
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
 from retrykit.cache import MapRetryContextCache, StoredContext
+from retrykit.errors import CodecError
 from retrykit.history import History
 from retrykit.key import check_key
 
@@ -27,7 +28,7 @@ def vetoed(step: Any, chunk: Chunk, asked: Iterable[int]) -> Work[dict[int, Skip
     be read forbids nothing: that is logged.
     """
     template, cache = step.template, step.template.context_cache
-    if isinstance(cache, MapRetryContextCache) and not cache.shared and not len(cache):
+    if isinstance(cache, MapRetryContextCache) and not cache.shared and not len(cache) and cache.open_keys("", 0) == []:
         return {}
     keys = dict(_keys(step, chunk, asked))
     texts = {index: template.key_of(key) for index, key in keys.items()}
@@ -85,7 +86,11 @@ def _reasons(found: dict[str, StoredContext], template: Any) -> dict[str, str]:
     reasons = {}
     now = template.time() if found else 0.0
     for key, stored in found.items():
-        history = History.from_json(stored.snapshot)
+        try:
+            history = History.from_json(stored.snapshot)
+        except CodecError as fault:
+            _log.warning("the veto of %r cannot be read, and forbids nothing: %s", key, fault)
+            continue
         history.lapse(now)
         if history.veto is not None and history.completed_at is None:
             reasons[key] = history.veto

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from types import SimpleNamespace
 
+import attrs
 import pytest
 
 from retrykit import AsyncRetryTemplate, MapRetryContextCache, RetryTemplate, SimpleRetryPolicy, veto
@@ -132,6 +133,26 @@ def test_a_veto_that_is_over_or_withdrawn_or_of_something_done_forbids_nothing(t
     clock.elapsed += 61
     step(table, range(5), key=whole, template=load).run()
     assert table.rows == [0, 1, 2, 4]
+
+
+def test_one_veto_of_a_later_version_hides_no_other(table, caplog):
+    load = template()
+    load.veto(3, "closed")
+    load.context_cache.save(load.key_of(4), {"format": 99, "veto": "closed"}, None)
+    report = step(table, range(6), key=whole, template=load, skip=SkipPolicy(limit=0)).run()
+    assert [skipped.item for skipped in report.skipped] == [3]
+    assert table.rows == [0, 1, 2, 4, 5]
+    assert "the veto of 'load#4' cannot be read, and forbids nothing" in caplog.text
+
+
+def test_veto_of_which_only_a_tombstone_is_left_is_heeded(table):
+    cache = MapRetryContextCache(1, on_full="evict_oldest")
+    load = attrs.evolve(template(), context_cache=cache)
+    load.veto(3, "closed")
+    cache.save("others/1", {"retry_count": 1, "veto": "too"}, None)
+    cache.remove("others/1")
+    report = step(table, range(6), key=whole, template=load, skip=SkipPolicy(limit=0)).run()
+    assert [skipped.item for skipped in report.skipped] == [3]
 
 
 def test_vetoed_items_are_no_failures_that_a_limit_counts(table):
