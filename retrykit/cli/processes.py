@@ -21,9 +21,10 @@ from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy
 from retrykit.cli.channel import Line
 from retrykit.clock import SystemClock
 from retrykit.errors import BackOffInterruptedError
+from retrykit.failure import type_name
 from retrykit.listener import RetryListener
 from retrykit.messaging.lifetime import Ending, Lifetime
-from retrykit.messaging.logs import ATTRIBUTE, decision_facts
+from retrykit.messaging.logs import ATTRIBUTE
 from retrykit.messaging.readiness import Health
 from retrykit.messaging.waiting import WaitingClock
 from retrykit.policy import PredicateRetryPolicy
@@ -94,7 +95,8 @@ class _Teller(RetryListener):
     def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:
         """One line."""
         follows = f"another one follows in {decision.delay:.2g} s" if decision.retry else "no other follows"
-        _log.error("%s; %s", error, follows, extra={ATTRIBUTE: decision_facts(context.name, None, context, error)})
+        facts = {"name": context.name, "error": type_name(type(error))}
+        _log.error("%s; %s", error, follows, extra={ATTRIBUTE: facts})
 
 
 @attrs.define(eq=False)

@@ -267,7 +267,10 @@ class Delays:
         if session.capabilities.delayed_redelivery:
             return "where it came from: it keeps back what is rolled back"
         if self.way == "redeliver":
-            return "at the broker (delay='redeliver'), whose own redelivery policy says how long; a rest in the session"
+            # Nobody can ask whether it has one.
+            without = "without one (the redeliveryPlugin of ActiveMQ) it is a dead letter after its first failure"
+            how_long = f"whose own redelivery policy says how long; {without}"
+            return f"at the broker (delay='redeliver'), {how_long}; a rest is waited for in the session"
         if self.way == "schedule":
             return "at the broker (delay='schedule'): it is sent a copy to keep back, and the message is acknowledged"
         if getattr(session, "keeps_back", False):

@@ -598,6 +598,7 @@ def told(caplog, delays, back_off, **capabilities):
         ("hold", {"delayed_redelivery": True}, "where it came from"),
         ("schedule", {"delayed_copies": True}, "at the broker (delay='schedule')"),
         ("redeliver", {}, "at the broker (delay='redeliver')"),
+        ("redeliver", {}, "without one (the redeliveryPlugin of ActiveMQ) it is a dead letter after its first failure"),
     ],
 )
 def test_where_messages_wait_is_told_once(caplog, way, capabilities, words):

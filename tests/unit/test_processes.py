@@ -15,6 +15,7 @@ import pytest
 from retrykit.backoff import FixedBackOffPolicy
 from retrykit.cli import processes as module
 from retrykit.cli.processes import ProcessEndedError, Processes
+from retrykit.messaging.logs import facts_of
 from tests import waiting
 
 ROOT = Path(__file__).parents[2]
@@ -81,7 +82,9 @@ def test_one_that_dies_is_replaced_and_it_is_said_why(caplog):
         wait_for(lambda: len(started(1)) == 2)
     assert len(started(2)) == 1
     assert f"process 1 (pid {victim}) was ended by SIGKILL" in caplog.text
-    assert "another one follows in 0.01 s" in caplog.text
+    (line,) = [record for record in caplog.records if "another one follows in 0.01 s" in record.getMessage()]
+    # No message, and so no facts of a decision about one.
+    assert facts_of(line) == {"name": "process 1", "error": "retrykit.cli.processes.ProcessEndedError"}
 
 
 def test_one_that_keeps_dying_is_replaced_with_growing_pauses(caplog):
