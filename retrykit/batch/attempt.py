@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,6 +11,7 @@ import attrs
 
 from retrykit.batch.errors import ItemError
 from retrykit.batch.inplace import WriteInPlace
+from retrykit.batch.lending import ended, lent
 from retrykit.batch.processing import processed, processed_later
 from retrykit.batch.recovery import Recovery
 from retrykit.batch.report import SkippedItem, Tally
@@ -82,6 +83,8 @@ class Attempt:
     """What is counted of its single item is left behind."""
     blamed: int | None = None
     """The item that the failure is of, if the processor was at it or the writer has named it."""
+    lent: Any = None
+    """What tells whether the transaction is still as it was when it was lent to processor, writer and hooks."""
     _named: frozenset[int | None] = frozenset()
     _aside: tuple[SkippedItem, ...] = ()
     """Those that this very attempt skips without a roll-back."""
@@ -229,6 +232,7 @@ class Attempt:
     def _settle(self, transaction: Any) -> Work[Tally]:
         # What there is nothing to do for costs nothing: most chunks have no trouble.
         joined = None if self.course.claim is None else (yield from self.join(transaction))
+        self.lent = lent(transaction)
         if self.course.doubt and (yield from self.has_happened(joined)):
             return self.tally  # type: ignore[no-any-return]
         if self.step.none_closes_chunk and self.chunk.condemned:
@@ -267,7 +271,9 @@ class Attempt:
         named: ItemError | None = None
         outputs, origins = [], ()
         try:
-            outputs, origins = yield partial(processed_later if self.step.asynchronous else processed, self)
+            outputs, origins = yield from self._hook(
+                partial(processed_later if self.step.asynchronous else processed, self)
+            )
         except ItemError as error:
             named = error
         if named is not None:
@@ -277,6 +283,21 @@ class Attempt:
         self._spend("process")
         return outputs, origins
 
+    def _hook(self, call: Callable[[], Any]) -> Work[Any]:
+        """What comes of a function of the user's, which has the transaction and is not to end it."""
+        try:
+            answer = yield call
+        except Exception as error:
+            if self.lent is not None and self.lent.is_over:
+                self.failures += 1
+                raise ended("over", self) from error
+            raise
+        fault = None if self.lent is None else self.lent.fault()
+        if fault is not None:
+            self.failures += 1
+            raise ended(fault, self)
+        return answer
+
     def write(self, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> Work[None]:
         """Have the writer write what was made of the items with these indexes; `blamed` if it names one of them."""
         self.where = "write"
@@ -284,7 +305,7 @@ class Attempt:
         named: ItemError | None = None
         try:
             if outputs:
-                yield lambda: self.step.writer(transaction, outputs)
+                yield from self._hook(lambda: self.step.writer(transaction, outputs))
             flush = getattr(transaction, "flush", None)
             if flush is not None:
                 # A Session writes when it is told to: now, so that a failure is the writer's.
@@ -364,7 +385,7 @@ class Attempt:
         """What the step's own recovery of a skipped item gives; None if there is none."""
         if self.step.on_skip is None:
             return None
-        return (yield partial(self.step.on_skip, transaction, skipped))
+        return (yield from self._hook(partial(self.step.on_skip, transaction, skipped)))
 
     def store(self, transaction: Any, joined: Any, tally: Tally) -> Work[None]:
         """Record who is skipped, and store position and counts, in the transaction if the job store is there."""

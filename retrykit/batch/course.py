@@ -78,6 +78,7 @@ from retrykit.batch.arguments import check_position
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
+from retrykit.batch.lending import TransactionEnded
 from retrykit.batch.limits import Refusal, refused
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
@@ -298,6 +299,9 @@ class Course:
             attempt.committed()
             if attempt.failures:
                 self._note(attempt)
+        except TransactionEnded as over:
+            self._note(attempt)
+            raise over.error from over.__cause__
         except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
             where = attempt.where
             attempt.note_failed_commit()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from retrykit.batch.lending import lent
 from retrykit.batch.report import Tally
 from retrykit.batch.work import Work
 from retrykit.context import RetryContext
@@ -36,6 +37,7 @@ class Recovery:
         attempt = self._attempt
         attempt.context = context
         joined = yield from attempt.join(context.transaction)
+        attempt.lent = lent(context.transaction)
         if (yield from attempt.has_happened(joined)):
             # The commit of this one, which does nothing, may go unconfirmed too.
             attempt.finish(attempt.tally)

@@ -98,12 +98,16 @@ def commits_at_once(transaction: object) -> bool:
     root: Any = handle.get_transaction()
     if root is None:
         return True
-    if hasattr(root, "connections"):
-        begun = set(root.connections)
-    else:
-        # Before SQLAlchemy 2.1.7.
-        begun = {connection for connection, *_ in root._connections.values()}  # noqa: SLF001 - it has no other name
+    begun = connections_in(root)
     return len(begun) == 1 and _flushes_to(handle) <= {connection.engine for connection in begun}
+
+
+def connections_in(root: Any) -> set[Connection]:
+    """Those on which a Session has begun."""
+    if hasattr(root, "connections"):
+        return set(root.connections)
+    # Before SQLAlchemy 2.1.7.
+    return {connection for connection, *_ in root._connections.values()}  # noqa: SLF001 - it has no other name
 
 
 def _flushes_to(session: Session) -> set[Engine | None]:

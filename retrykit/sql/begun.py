@@ -1,0 +1,43 @@
+"""Whether a transaction that was lent to somebody is still the one that was begun, and can be committed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from sqlalchemy import Connection
+from sqlalchemy.orm import Session
+
+from retrykit.sql.dialects import database_of
+from retrykit.sql.transaction import connections_in, unwrapped
+
+
+class Begun:
+    """The transaction that a Session or Connection was in when it was lent. Nothing is asked of the database."""
+
+    def __init__(self, handle: Session | Connection, root: Any) -> None:
+        self._handle = handle
+        self._root = root
+
+    @classmethod
+    def of(cls, transaction: object) -> Begun | None:
+        """None for what is not SQLAlchemy's, or has begun nothing."""
+        handle = unwrapped(transaction)
+        root = None if handle is None else handle.get_transaction()
+        return None if handle is None or root is None else cls(handle, root)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether somebody has committed it, rolled it back or closed it."""
+        return self._handle.get_transaction() is not self._root
+
+    def fault(self) -> Literal["over", "aborted"] | None:
+        """What would come of a commit: nothing, because it is over, or a roll-back, because an error was swallowed."""
+        if self.is_over:
+            return "over"
+        used = [self._handle] if isinstance(self._handle, Connection) else connections_in(self._root)
+        return "aborted" if any(_is_aborted(connection) for connection in used) else None
+
+
+def _is_aborted(connection: Connection) -> bool:
+    database = database_of(connection)
+    return database is not None and not connection.invalidated and database.is_aborted(connection)
