@@ -21,7 +21,13 @@ from retrykit.batch.step import AsyncChunkStep, ChunkStep
 from retrykit.batch.work import Work, async_drive, drive
 from retrykit.check import wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock
-from retrykit.errors import JobBusyError, JobError, JobFinishedError, JobLostError, JobRunningError
+from retrykit.errors import (
+    JobBusyError,
+    JobError,
+    JobFinishedError,
+    JobLostError,
+    JobRunningError,
+)
 
 _log = logging.getLogger("retrykit.batch")
 
@@ -146,6 +152,8 @@ class Worker:
         self.watch = watch
         self.reports: dict[int, Report] = {}
         self.failures: dict[int, str] = {}
+        self._waiting: dict[int, ChunkStep | AsyncChunkStep] = {}
+        """The steps of partitions that others run, for the next look at them."""
         self.asynchronous: bool | None = None
         self.asynchronous = self.step(1).asynchronous
         self._perform: Any = async_drive if self.asynchronous else drive
@@ -184,7 +192,7 @@ class Worker:
 
     def _is_over(self, part: int) -> Work[bool]:
         """Run a partition, if it is to be run and nobody does. False: somebody does."""
-        step = self.step(part)
+        step = self._waiting.pop(part, None) or self.step(part)
         parameters = step.jobs.partition(self.parameters, part, self.parts)
         if (yield from self._has_failed(step, part, parameters)):
             return True
@@ -193,6 +201,8 @@ class Worker:
         except JobFinishedError:
             return True
         except (JobRunningError, JobBusyError):
+            # It has not read anything: the next time it does as well as another one.
+            self._waiting[part] = step
             return False
         except JobLostError as error:
             return (yield from self._has_lost(step, part, parameters, error))

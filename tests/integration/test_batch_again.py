@@ -165,6 +165,17 @@ def test_another_number_of_partitions_does_not_begin_before_the_run_is_at_its_en
     assert times(engine) == {3}
 
 
+def test_a_job_that_has_failed_undivided_is_brought_to_its_end_undivided(engine):
+    with pytest.raises(OSError, match="no line"):
+        steps(engine, fails={1})(1, 1).run()
+    with pytest.raises(
+        JobError, match=r"begun without partitions \(number \d+\), and is not finished: bring it to its end"
+    ):
+        run_partitions(steps(engine), PARTS, again=True)
+    assert steps(engine)(1, 1).run().status == "finished"
+    assert times(engine) == {1}
+
+
 def test_an_instant_in_the_future_is_refused_before_anything_begins(engine):
     run_partitions(steps(engine), PARTS)
     later = datetime.fromtimestamp(SqlJobStore(engine).now(), UTC) + timedelta(minutes=1)

@@ -208,6 +208,25 @@ def test_what_runs_elsewhere_is_waited_for(engine):
     assert written(engine) == list(ITEMS)
 
 
+def test_a_step_is_made_once_for_a_partition_that_others_run(engine):
+    jobs, made = SqlJobStore(engine), []
+    claim = jobs.claim("load", {"partition": "2/2"})
+
+    class Clock(ManualClock):
+        def sleep(self, seconds):
+            super().sleep(seconds)
+            if len(self.slept) == 3:
+                jobs.abandon(claim)
+
+    def make(part, parts):
+        made.append(part)
+        return steps(engine)(part, parts)
+
+    assert run_partitions(make, 2, clock=Clock()).finished
+    # The first one says of which kind they are.
+    assert made == [1, 1, 1, 2]
+
+
 def test_a_partition_is_stopped_for_a_reason_and_goes_on_from_there(engine):
     def process(item):
         if item == 40:
