@@ -33,16 +33,17 @@ def parked(server, queue, *arguments, status=0, store=None):
     return found
 
 
-def consume(server, queue, bodies, *, poisoned=True, cache=None, name="orders", identify=None, **headers):
+def consume(server, queue, bodies, *, poisoned=True, cache=None, name="orders", identify=None, profile=None, **headers):
     """Send messages, and consume until each is handled or parked: their bodies, with the number of the attempt."""
     with closing(StompBroker(server.url).connect(consume=False)) as session:
         for body in bodies:
             session.send(queue, body, {"content-type": "application/json", "x-tenant": "7", **headers})
         session.commit()
-    return handled(server, queue, len(bodies), poisoned=poisoned, cache=cache, name=name, identify=identify)
+    known = {"identify": identify, "profile": profile}
+    return handled(server, queue, len(bodies), poisoned=poisoned, cache=cache, name=name, **known)
 
 
-def handled(server, queue, count, *, poisoned=False, cache=None, name="orders", identify=None):
+def handled(server, queue, count, *, poisoned=False, cache=None, name="orders", **known):
     seen = []
 
     def handler(message, context):
@@ -52,7 +53,7 @@ def handled(server, queue, count, *, poisoned=False, cache=None, name="orders", 
 
     given = {} if cache is None else {"context_cache": cache, "remember_completed": 3600}
     template = RetryTemplate(name=name, retry_policy=SimpleRetryPolicy(max_attempts=2), **given)
-    broker = StompBroker(server.url, destination=queue, identify=identify)
+    broker = StompBroker(server.url, destination=queue, **known)
     container = ListenerContainer(broker, handler, template=template, recover=park(f"{queue}.parked"))
     with container:
         deadline = time.monotonic() + PATIENCE
@@ -230,6 +231,14 @@ def test_what_goes_back_is_no_duplicate_of_what_was_parked_whatever_it_is_known_
         assert handled(server, queue, 1, **known) == [(b"7", 1)]
         # The mark of the first one stands: what its producer sends again was parked.
         assert consume(server, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == []
+
+
+def test_what_goes_back_is_no_duplicate_to_consumers_that_know_nothing_of_their_broker(embedded, queue, tmp_path):
+    with SqlRetryContextCache(f"sqlite:///{tmp_path}/orders.db") as cache:
+        known = {"cache": cache, "profile": "generic"}
+        assert consume(embedded, queue, [b"7"], **known, **{"retrykit-id": "o-7"}) == [(b"7", 1), (b"7", 2)]
+        parked(embedded, queue, "requeue", "--all", "--yes", *of(1))
+        assert handled(embedded, queue, 1, **known) == [(b"7", 1)]
 
 
 @KNOWN

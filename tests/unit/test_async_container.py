@@ -208,6 +208,7 @@ def test_loop_that_is_blocked_is_told_of(broker, caplog, monkeypatch):
 
     consume(broker, handler)
     assert "the event loop of the handlers was blocked for 0." in caplog.text
+    assert f" s or up to {loop.LOOK:g} s more: " in caplog.text
 
 
 def test_loop_that_stays_blocked_is_told_of_meanwhile_and_once(broker, caplog, monkeypatch):

@@ -247,7 +247,7 @@ class _Pulse:
             await asyncio.sleep(LOOK)
             late = time.monotonic() - before - LOOK
             if late > LOOK:
-                self._tell(f"was blocked for {late:.1f} s")
+                self._tell(f"was blocked for {late:.1f} s or up to {LOOK:g} s more")
 
     def look(self) -> None:
         """In the thread of a worker that has been waiting for a while."""

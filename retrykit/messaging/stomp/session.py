@@ -184,19 +184,17 @@ class StompSession:
 
     def _identified(self, headers: Mapping[str, str], body: bytes, destination: str) -> str:
         """By what the message is known at its next delivery."""
-        facts = {"destination": destination, "broker": self._broker.name}
-        if self._broker.identify is None:
-            stable = self._profile.identify(headers, body)
-            if not stable:
-                raise NoStableIdError(**facts, remedy=self._profile.remedy)
-            return bounded(stable)
+        identify = self._broker.identify
         try:
-            stable = identified_by(self._broker.identify, headers, body)
+            stable = identified_by(identify or self._profile.identify, headers, body)
         except ValueError as error:
-            raise NoStableIdError(**facts, remedy=str(error)) from error.__cause__
-        # An operator has sent it back: it is not the one that these consumers have parked.
+            remedy = self._profile.remedy if identify is None else str(error)
+            raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy) from error.__cause__
         again = headers.get(SENT_BACK)
-        return bounded(f"{stable}~{again}" if again else stable)
+        if again and (identify is not None or stable == headers.get(ID)):
+            # What an operator has sent back is not the one that was parked, although it has its id.
+            return bounded(f"{stable}~{again}")
+        return bounded(stable)
 
     def _destination(self, headers: Mapping[str, str]) -> str:
         subscribed = self._broker.destination
