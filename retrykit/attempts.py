@@ -7,9 +7,10 @@ from types import TracebackType
 from typing import Any
 
 from retrykit.context import RetryContext, _bound
-from retrykit.driver import Driver, _abort, _async_abort, _async_perform, _perform
+from retrykit.driver import Driver
 from retrykit.errors import RetryError
 from retrykit.flow import run
+from retrykit.loops import async_perform, async_put_straight, perform, put_straight
 from retrykit.steps import ANSWER_NOTHING, ATTEMPT, RETURN, Pause, Raise
 
 
@@ -56,7 +57,7 @@ class _Block:
         The next one will not be made, and what was reserved for it is not needed.
         """
         if not self.ended and self.step is ATTEMPT and not self.entered:
-            _abort(self.driver, GeneratorExit())
+            put_straight(self.driver, GeneratorExit())
         self.over()
 
     def over(self) -> None:
@@ -107,7 +108,7 @@ class Attempt:
         block = self._block
         answer = block.leave(error)
         if error is not None and answer is None:
-            _abort(block.driver, error)
+            put_straight(block.driver, error)
             block.over()
             return False
         _advance(block, answer)
@@ -119,9 +120,9 @@ def _advance(block: _Block, answer: Any) -> None:
     try:
         block.step = block.flow.send(answer)
         while not _is_resting(block.step):
-            block.step = block.flow.send(_perform(block.driver, block.step))
+            block.step = block.flow.send(perform(block.driver, block.step))
     except BaseException as error:
-        _abort(block.driver, error)
+        put_straight(block.driver, error)
         block.over()
         raise
 
@@ -129,9 +130,9 @@ def _advance(block: _Block, answer: Any) -> None:
 def _pause(block: _Block) -> Any:
     """Spend the pause that the flow rests at; what is told to it."""
     try:
-        return _perform(block.driver, block.step)
+        return perform(block.driver, block.step)
     except BaseException as error:
-        _abort(block.driver, error)
+        put_straight(block.driver, error)
         block.over()
         raise
 
@@ -165,7 +166,7 @@ class AsyncAttempt:
         block = self._block
         answer = block.leave(error)
         if error is not None and answer is None:
-            await _async_abort(block.driver, error)
+            await async_put_straight(block.driver, error)
             block.over()
             return False
         await _async_advance(block, answer)
@@ -176,7 +177,7 @@ async def _async_advance(block: _Block, answer: Any) -> None:
     try:
         block.step = block.flow.send(answer)
         while not _is_resting(block.step):
-            block.step = block.flow.send(await _async_perform(block.driver, block.step))
+            block.step = block.flow.send(await async_perform(block.driver, block.step))
     except BaseException as error:
         await _async_give_up(block, error)
         raise
@@ -184,7 +185,7 @@ async def _async_advance(block: _Block, answer: Any) -> None:
 
 async def _async_pause(block: _Block) -> Any:
     try:
-        return await _async_perform(block.driver, block.step)
+        return await async_perform(block.driver, block.step)
     except BaseException as error:
         await _async_give_up(block, error)
         raise
@@ -192,9 +193,9 @@ async def _async_pause(block: _Block) -> Any:
 
 async def _async_give_up(block: _Block, error: BaseException) -> None:
     if isinstance(error, GeneratorExit):
-        _abort(block.driver, error)
+        put_straight(block.driver, error)
     else:
-        await _async_abort(block.driver, error)
+        await async_put_straight(block.driver, error)
     block.over()
 
 

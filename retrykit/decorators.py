@@ -19,9 +19,10 @@ from retrykit.breaker import CircuitBreakerRetryPolicy
 from retrykit.check import Seconds, error_types, is_callable_or_none, one_of, wrong_type
 from retrykit.clock import Clock
 from retrykit.context import RetryContext
-from retrykit.driver import Driver, async_drive, drive, without_frame
+from retrykit.driver import Driver
 from retrykit.key import Key
 from retrykit.listener import RetryListener
+from retrykit.loops import async_drive, drive, without_frame
 from retrykit.policy import (
     CompositeRetryPolicy,
     MaxAttemptsRetryPolicy,

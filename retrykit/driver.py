@@ -1,14 +1,8 @@
-"""Performing what the flow asks for.
-
-One performer of steps, and two loops around it, one that calls and one that awaits.
-"""
+"""Performing what the flow asks for, step by step; `retrykit.loops` runs whole calls."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Generator
-from contextlib import nullcontext
-from contextvars import Token
+from collections.abc import Callable
 from inspect import isawaitable
 from math import isfinite
 from time import time
@@ -16,27 +10,20 @@ from types import CoroutineType
 from typing import Any
 
 from retrykit.call import Call
-from retrykit.context import RetryContext, _bound
+from retrykit.context import RetryContext
 from retrykit.flight import renew
-from retrykit.flow import abort, run
 from retrykit.lease import hold
 from retrykit.owner import end, is_running
 from retrykit.steps import (
-    ANSWER_NOTHING,
-    ATTEMPT,
     BEGIN,
     COMMIT,
     NOW,
-    RECOVER,
-    RETURN,
     VALUE,
     Died,
     Give,
     Load,
     Notify,
-    Pause,
     Probe,
-    Raise,
     Recent,
     Remove,
     Report,
@@ -44,9 +31,6 @@ from retrykit.steps import (
     Save,
     Take,
 )
-
-_bind = _bound.set
-_unbind = _bound.reset
 
 
 class Driver(Call):
@@ -326,12 +310,13 @@ def answer_to(driver: Driver, step: Any, fault: BaseException) -> Any:
     if isinstance(step, _TOLD):
         # A context manager that raises the very error it was given has done its work.
         if not (isinstance(step, RollBack) and fault is step.error):
-            log_fault(driver, _described(step), fault)
+            log_fault(driver, described(step), fault)
         return None
     return fault
 
 
-def _described(step: Any) -> str:
+def described(step: Any) -> str:
+    """What a step is called in logs and errors."""
     return f"listener {type(step.listener).__name__}.{step.event}" if isinstance(step, Notify) else type(step).__name__
 
 
@@ -378,222 +363,3 @@ def log_death(context: RetryContext, step: Died) -> None:
 
     facts = (context.name, context.key, step.attempt, step.error.type, step.error, step.decision)
     logging.getLogger("retrykit").warning(_DEATHS[step.what], *facts)
-
-
-def without_frame(error: BaseException) -> BaseException:
-    """The error, the frame that caught it taken off its traceback: it is on it again when the error leaves."""
-    trace = error.__traceback__
-    # Not by assignment: a frozen exception would refuse it.
-    return error.with_traceback(None if trace is None else trace.tb_next)
-
-
-def own_frame_off(error: BaseException) -> BaseException:
-    """The error without the frame of the loop that caught it, if one did: raising it there adds that frame again."""
-    trace = error.__traceback__
-    return without_frame(error) if trace is not None and trace.tb_frame.f_code in _LOOPS else error
-
-
-def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
-    """Run a call to its outcome. `first`: how the first attempt failed, if it has been made already."""
-    binding, now = driver.binding, driver.plan.now or driver.guarded_now
-    function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.first = first
-    flow: Any = run(driver)
-    send: Any = flow.send
-    step: Any = None
-    answer: Any = None
-    over = False
-    try:
-        while True:
-            step = send(answer)
-            if step is ATTEMPT:
-                token = _bind(binding)
-                try:
-                    value = function(*arguments, **keywords)
-                    driver.value = (
-                        refuse_awaitable(value, "the function") if value.__class__ is CoroutineType else value
-                    )
-                    answer = None
-                except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    # What is stored of it begins where the work begins.
-                    answer = (error if driver.key is None else without_frame(error), now())
-                finally:
-                    _unbind(token)
-            elif step is RETURN:
-                return driver.value
-            elif step is ANSWER_NOTHING:
-                return None
-            elif type(step) is Raise:
-                over = True
-                raise own_frame_off(step.error)  # noqa: TRY301 - the outcome: what the `except` below lets pass
-            else:
-                answer = _perform(driver, step)
-    except BaseException as error:
-        if not over:
-            _abort(driver, error)
-        raise
-    finally:
-        # Tracebacks keep this frame: nothing that leads back to an exception may stay in it, or it is garbage that only
-        # gc can find.
-        driver.done()
-        answer = first = step = flow = send = value = binding = driver = None  # type: ignore[assignment]
-
-
-def _perform(driver: Driver, step: Any) -> Any:
-    """Perform one step by calling; faults become answers."""
-    try:
-        if step is RECOVER:
-            return _recover(driver)
-        if type(step) is Pause:
-            return driver.template.clock.sleep(step.seconds)
-        return refuse_awaitable(driver.perform(step), step)
-    except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
-        return answer_to(driver, step, fault)
-
-
-def _recover(driver: Driver) -> tuple[Exception, float] | None:
-    assert driver.recover is not None  # noqa: S101 - the flow asks only if there is one
-    token = _bind(driver.binding)
-    try:
-        driver.value = refuse_awaitable(driver.recover(driver.context), "the recovery")
-    except Exception as error:  # noqa: BLE001 - this is where a recovery ends
-        return (error, driver.now())
-    finally:
-        _unbind(token)
-    return None
-
-
-def _abort(driver: Driver, error: BaseException) -> None:
-    """Put things straight after a cancellation."""
-    _let_go(driver)
-    flow = abort(driver, error, opened=driver.is_open())
-    answer = None
-    while (step := _send(flow, answer)) is not None:
-        try:
-            answer = _perform(driver, step)
-        except BaseException as again:  # noqa: BLE001 - a second interruption must not stop the tidying up of the first, which is raised on
-            answer = answer_to(driver, step, again)
-
-
-def _let_go(driver: Driver) -> None:
-    """An interruption may come between the binding of an attempt's context and the note of how to take it back."""
-    if _bound.get() is driver.binding:
-        outer = driver.context._outer
-        before = outer.old_value if type(outer) is Token else outer
-        _bound.set(None if before is Token.MISSING else before)
-
-
-def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
-    """The next step, None at the end."""
-    try:
-        return flow.send(answer)
-    except StopIteration:
-        return None
-
-
-def refuse_awaitable(answer: Any, what: Any) -> Any:
-    """A sync template cannot await: say so instead of dropping the coroutine."""
-    if answer.__class__ is not CoroutineType:
-        return answer
-    answer.close()
-    msg = f"{what if isinstance(what, str) else _described(what)} is asynchronous: use AsyncRetryTemplate"
-    raise TypeError(msg)
-
-
-async def async_drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
-    """As `drive`, awaiting what can be awaited: attempts, recoveries, pauses, stores, listeners and transactions."""
-    binding, now = driver.binding, driver.plan.now or driver.guarded_now
-    function, arguments, keywords = driver.function, driver.arguments, driver.keywords
-    driver.first = first
-    flow: Any = run(driver)
-    send: Any = flow.send
-    step: Any = None
-    answer: Any = None
-    over = False
-    try:
-        while True:
-            step = send(answer)
-            if step is ATTEMPT:
-                token = _bind(binding)
-                try:
-                    value = function(*arguments, **keywords)
-                    driver.value = await value if isawaitable(value) else value
-                    answer = None
-                except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                    # What is stored of it begins where the work begins.
-                    answer = (error if driver.key is None else without_frame(error), now())
-                finally:
-                    _unbind(token)
-            elif step is RETURN:
-                return driver.value
-            elif step is ANSWER_NOTHING:
-                return None
-            elif type(step) is Raise:
-                over = True
-                raise own_frame_off(step.error)  # noqa: TRY301 - the outcome: what the `except` below lets pass
-            else:
-                answer = await _async_perform(driver, step)
-    except BaseException as error:
-        if isinstance(error, GeneratorExit):
-            # The coroutine is being closed: it may await nothing any more.
-            _abort(driver, error)
-        elif not over:
-            await _async_abort(driver, error)
-        raise
-    finally:
-        driver.done()
-        answer = first = step = flow = send = value = binding = driver = None  # type: ignore[assignment]
-
-
-async def _async_perform(driver: Driver, step: Any) -> Any:
-    try:
-        if step is RECOVER:
-            return await _async_recover(driver)
-        if type(step) is Pause:
-            return await driver.template.clock.async_sleep(step.seconds)
-        answer = driver.perform(step)
-        if step is not BEGIN or answer is None:
-            return await answer if isawaitable(answer) else answer
-        # As in `Driver.begin`.
-        driver.manager, driver.context.transaction = driver.opening, await answer
-    except Exception as fault:  # noqa: BLE001 - the flow decides what a fault means
-        return answer_to(driver, step, fault)
-    return None
-
-
-async def _async_recover(driver: Driver) -> tuple[Exception, float] | None:
-    assert driver.recover is not None  # noqa: S101 - the flow asks only if there is one
-    token = _bind(driver.binding)
-    try:
-        value = driver.recover(driver.context)
-        driver.value = await value if isawaitable(value) else value
-    except Exception as error:  # noqa: BLE001 - this is where a recovery ends
-        return (error, driver.now())
-    finally:
-        _unbind(token)
-    return None
-
-
-async def _async_abort(driver: Driver, error: BaseException) -> None:
-    _let_go(driver)
-    flow = abort(driver, error, opened=driver.is_open())
-    answer = None
-    with _shielded():
-        while (step := _send(flow, answer)) is not None:
-            try:
-                answer = await _async_perform(driver, step)
-            except BaseException as again:  # noqa: BLE001 - as in `_abort`
-                answer = answer_to(driver, step, again)
-
-
-def _shielded() -> Any:
-    """Where tidying up may await although its task is cancelled.
-
-    Asyncio cancels once, trio at every checkpoint unless it is shielded.
-    """
-    trio = sys.modules.get("trio")
-    in_trio = trio is not None and trio.lowlevel.in_trio_run()
-    return trio.CancelScope(shield=True) if trio is not None and in_trio else nullcontext()
-
-
-_LOOPS = (drive.__code__, async_drive.__code__)

@@ -20,9 +20,10 @@ from retrykit.call import Plan
 from retrykit.check import Seconds, as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
 from retrykit.context import RetryContext, _bound
-from retrykit.driver import Driver, async_drive, drive, readable, without_frame
+from retrykit.driver import Driver, readable
 from retrykit.key import Key, check_key, in_namespace, is_name, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
+from retrykit.loops import async_drive, drive, without_frame
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
 from retrykit.state import RetryState
 from retrykit.value import Value

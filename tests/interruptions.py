@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from linecache import getline
 from types import FrameType, ModuleType
 from typing import Any
@@ -13,12 +13,14 @@ class Signal(BaseException):
     """What a signal handler raises."""
 
 
-def interrupted_at(number: int, call: Callable[[], object], spared: Any = (), *, module: ModuleType) -> Signal | None:
-    """Call it, and raise at that line that is executed in the module. The place, if there are as many."""
-    left = [number]
+def interrupted_at(
+    number: int, call: Callable[[], object], spared: Any = (), *, modules: Iterable[ModuleType]
+) -> Signal | None:
+    """Call it, and raise at that line that is executed in the modules. The place, if there are as many."""
+    left, files = [number], {module.__file__ for module in modules}
 
     def trace(frame: FrameType, event: str, _argument: object) -> Any:
-        if frame.f_code.co_filename != module.__file__ or frame.f_code.co_name in spared:
+        if frame.f_code.co_filename not in files or frame.f_code.co_name in spared:
             return None
         # Of these there is a line and no instruction: nobody is interrupted there but by a tracer.
         empty = getline(frame.f_code.co_filename, frame.f_lineno).strip() in {"try:", "while True:", "with self.lock:"}

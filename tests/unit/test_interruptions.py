@@ -10,6 +10,7 @@ import pytest
 
 import retrykit.batch.work
 import retrykit.driver
+import retrykit.loops
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.batch.work import async_drive, drive
 from tests.interruptions import Signal, interrupted_at
@@ -79,7 +80,10 @@ def everywhere(call, spared):
     for number in range(1, 10_000):
         transactions = Transactions()
         place = interrupted_at(
-            number, lambda transactions=transactions: call(transactions), spared, module=retrykit.driver
+            number,
+            lambda transactions=transactions: call(transactions),
+            spared,
+            modules=(retrykit.driver, retrykit.loops),
         )
         if place is None:
             return number
@@ -185,7 +189,7 @@ def test_the_work_of_a_batch_job_hears_of_each_interruption(loop):
 
     for number in range(1, 1_000):
         heard.clear()
-        place = interrupted_at(number, lambda: loop(work()), module=retrykit.batch.work)
+        place = interrupted_at(number, lambda: loop(work()), modules=[retrykit.batch.work])
         if place is None:
             break
         assert heard in ([], ["begun", Signal], ["begun", "done"]), place

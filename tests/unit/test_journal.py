@@ -235,5 +235,5 @@ def test_the_stored_traceback_begins_where_the_work_begins(kind, redelivered):
     with pytest.raises(ConnectionError):
         deliver()
     history = asyncio.run(template.history("m-1")) if kind is AsyncRetryTemplate else template.history("m-1")
-    assert "retrykit/driver.py" not in history.last_error.traceback
+    assert "retrykit/loops.py" not in history.last_error.traceback
     assert history.last_error.traceback.count("in fail") == 1 + (kind is AsyncRetryTemplate)

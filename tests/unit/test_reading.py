@@ -193,7 +193,7 @@ def read_after_an_interruption(verb, number):
     reading = Reading(source.read, LOOK)
     calls = {"wait_for": partial(reading.wait_for, lambda: source.told, PATIENCE), "look": reading.look}
     source.come("one")
-    place = interrupted_at(number, calls[verb], module=retrykit.messaging.stomp.reading)
+    place = interrupted_at(number, calls[verb], modules=[retrykit.messaging.stomp.reading])
     assert not reading.lock._is_owned(), place
     source.come("two")
     reading.wait_for(lambda: "two" in source.told, PATIENCE)

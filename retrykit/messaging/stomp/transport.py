@@ -235,8 +235,7 @@ class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py h
     def on_connected(self, frame: Any) -> None:
         """Expect heart-beats from now on: stomp.py gives a server that hangs at once twice the time."""
         super().on_connected(frame)
-        if self.received_heartbeat is not None:
-            self.received_heartbeat = time.monotonic()
+        self.received_heartbeat: float = time.monotonic()
 
     def login(self, call: Call) -> None:
         """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
