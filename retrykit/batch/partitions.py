@@ -196,8 +196,9 @@ class Worker:
         parameters = step.jobs.partition(self.parameters, part, self.parts)
         if (yield from self._has_failed(step, part, parameters)):
             return True
+        course = self._course(step, part, parameters)
         try:
-            report = self.reports[part] = yield from self._run(step, part, parameters)
+            report = self.reports[part] = yield from self._run(course, part)
         except JobFinishedError:
             return True
         except (JobRunningError, JobBusyError):
@@ -206,10 +207,10 @@ class Worker:
             return False
         except JobLostError as error:
             return (yield from self._has_lost(step, part, parameters, error))
-        except JobError:
-            # Not this partition's: the job was begun in another number of them.
-            raise
-        except Exception as error:  # noqa: BLE001 - the partition ends here, and is recorded as failed
+        except Exception as error:
+            if isinstance(error, JobError) and course.claim is None:
+                # Not this partition's: the job was begun in another number of them.
+                raise
             # The others have nothing to do with it.
             _log.exception("partition %d of %d of %s has failed", part, self.parts, step.name)
             self.failures[part] = f"{type(error).__name__}: {error}"
@@ -228,23 +229,25 @@ class Worker:
         _log.warning("partition %d of %d of %s: %s", part, self.parts, step.name, error)
         return False
 
-    def _run(self, step: ChunkStep | AsyncChunkStep, part: int, parameters: Mapping[str, Any]) -> Work[Report]:
-        watch = self.watch
+    def _course(self, step: ChunkStep | AsyncChunkStep, part: int, parameters: Mapping[str, Any]) -> Any:
+        watch, told = self.watch, step.on_progress
         if watch is None:
-            return (yield from step.course(parameters, self._perform).run(again=False))
-        told = step.on_progress
+            return step.course(parameters, self._perform)
 
         def heard(report: Report) -> Any:
             watch(part, report, course.claim.counts)
             return None if told is None else told(report)
 
         course = attrs.evolve(step, on_progress=heard).course(parameters, self._perform)
+        return course
+
+    def _run(self, course: Any, part: int) -> Work[Report]:
         try:
-            return (yield from course.run(again=False))
+            return (yield from course.run(again=False))  # type: ignore[no-any-return]
         finally:
-            if course.claim is not None:
+            if self.watch is not None and course.claim is not None:
                 # Of attempts that failed after the last commit nobody has heard yet.
-                watch(part, course.report("running"), course.claim.counts)
+                self.watch(part, course.report("running"), course.claim.counts)
 
     def step(self, part: int) -> ChunkStep | AsyncChunkStep:
         """The step of a partition. `TypeError`, `JobError` for one that cannot be run."""

@@ -186,6 +186,17 @@ def test_a_partition_that_fails_leaves_the_others_alone_and_is_not_started_again
     assert written(engine) == list(ITEMS)
 
 
+def test_what_forbids_one_partition_to_go_on_leaves_the_others_alone(engine):
+    def process(item):
+        if item == 4:
+            raise JobError("this is none of its items' fault")
+        return item
+
+    division = run_partitions(steps(engine, process=process), 3)
+    assert division.failures == {2: "JobError: this is none of its items' fault"}
+    assert sorted(division.reports) == [1, 3]
+
+
 def test_a_partition_of_a_dead_process_is_taken_over(engine):
     jobs = SqlJobStore(engine)
     jobs.abandon(jobs.claim("load", {"partition": "2/3"}))
