@@ -8,6 +8,7 @@ process can read what another wrote.
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import AsyncIterator, Collection, Iterator, Mapping
 from typing import Any, ClassVar, Final, Literal, Protocol, runtime_checkable
@@ -52,10 +53,10 @@ class RetryContextCache(Protocol):
     `retrykit.clock.StoreClock` that it keeps informed: then its time decides about leases and due times. One that may
     forget histories by itself (because it is full, or they are old) has an attribute `may_forget` that is true: then a
     history that is gone is not taken for one that somebody settled. `open_keys(prefix, limit)`, where a store has it,
-    gives the keys of its histories, completion marks left out, or None when there are more. `vetoed(keys)`, where a
-    store has it, gives those of so many keys that have a veto, with what is stored of them, in one round trip; without
-    it each is loaded. `evicted(prefix, after)`, where a store leaves tombstones, gives these as `items` gives all
-    others. `shared` is false for a cache of one process only.
+    gives the keys of its histories and tombstones, completion marks left out, or None when there are more.
+    `vetoed(keys)`, where a store has it, gives those of so many keys that have a veto, with what is stored of them, in
+    one round trip; without it each is loaded. `evicted(prefix, after)`, where a store leaves tombstones, gives these as
+    `items` gives all others. `shared` is false for a cache of one process only.
     """
 
     def load(self, key: str) -> StoredContext | None:
@@ -309,7 +310,8 @@ class MapRetryContextCache:
 
     def _is_over(self, snapshot: Mapping[str, Any], now: float) -> bool:
         until = snapshot.get("expires_at")
-        if until is None and self.time_to_live is not None and not snapshot.get("veto"):
+        vetoed = snapshot.get("veto_until", math.inf) if snapshot.get("veto") else 0.0
+        if until is None and self.time_to_live is not None and vetoed <= now:
             touched = _touched_at(snapshot)
             until = None if touched is None else touched + self.time_to_live
         return until is not None and until <= now

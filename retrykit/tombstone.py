@@ -5,7 +5,7 @@ the words of its causes, the attributes. Count, times, fence, veto, running atte
 and of each of its causes stay, so whoever finds it under the key goes on with it as with any history, and the policies
 allow neither more attempts than they would have, nor fewer. (A predicate of the user's that reads what falls away may.)
 
-Stores that cannot take JSON apart cut its text: `cuttable` puts what falls away at the end, behind `CUT`.
+Stores that cannot take JSON apart cut its text: `cuttable` puts what falls away at the end, behind `CUT` or `SEAM`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CUT: Final = ",\n\t\n"
 """Where a text may be cut. To JSON it is a comma; no encoder writes it, nor does anybody who makes a text readable."""
 CLOSING: Final = "}}"
 """What a text that was cut lacks: the end of the last error, and of the snapshot."""
+SEAM: Final = ",\n\t\t\n"
+"""Where a text may be cut of which nothing falls from the last error: it lacks no more than the end of the snapshot."""
 
 _FALLS: Final = frozenset({"errors", "attributes", "outbox"})
 _FALLS_OF_ERROR: Final = frozenset({"traceback", "cause"})
@@ -63,14 +65,14 @@ def _causes(error: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cuttable(snapshot: Mapping[str, Any], encode: Callable[[Any], str]) -> str:
-    """The snapshot as JSON text of two lines, of which the first, with `CLOSING` for what follows it, is its tombstone.
+    """The snapshot as JSON text, of which the part before the mark, with `CLOSING` for what follows, is its tombstone.
 
-    Of one line, where there is little that could fall away. `encode` gives compact JSON without line breaks. The causes
-    stand there twice, first as they stay: of two facts with one name the last is read.
+    Without a mark, where there is nothing that could fall away. `encode` gives compact JSON without line breaks. The
+    causes stand there twice, first as they stay: of two facts with one name the last is read.
     """
     error = snapshot.get("last_error")
-    if not isinstance(error, Mapping):
-        return encode(snapshot)
+    if not isinstance(error, Mapping) or error == _short(error):
+        return _seamed(snapshot, encode)
     stays = {fact: value for fact, value in snapshot.items() if fact not in _FALLS and fact != "last_error"}
     short = _short(error)
     rest = {field: value for field, value in error.items() if field not in short or short[field] != value}
@@ -79,6 +81,12 @@ def cuttable(snapshot: Mapping[str, Any], encode: Callable[[Any], str]) -> str:
     falls = {fact: value for fact, value in snapshot.items() if fact in _FALLS}
     last = "," + encode(falls)[1:] if falls else "}"
     return f'{encode(stays)[:-1]},"last_error":{encode(short)[:-1]}{CUT}{encode(rest)[1:]}{last}'
+
+
+def _seamed(snapshot: Mapping[str, Any], encode: Callable[[Any], str]) -> str:
+    falls = {fact: value for fact, value in snapshot.items() if fact in _FALLS}
+    stays = {fact: value for fact, value in snapshot.items() if fact not in _FALLS}
+    return f"{encode(stays)[:-1]}{SEAM}{encode(falls)[1:]}" if falls and stays else encode(snapshot)
 
 
 def epitaph(at: float, by: Bound) -> str:

@@ -264,12 +264,16 @@ class Requests(Value):
         return b"evict" if self.on_full == "evict_oldest" else b"reject"
 
     def _until(self, snapshot: Mapping[str, Any]) -> bytes:
-        """When it may be dropped: as it says itself, else so long after it was last touched, else after now ("+")."""
+        """When it may be dropped: as it says itself, else so long after it was last touched, else after now ("+").
+
+        While it is vetoed, never.
+        """
         until = _number(snapshot.get("expires_at"))
-        if until is not None or self.time_to_live is None or snapshot.get("veto"):
+        end = _number(snapshot.get("veto_until")) if snapshot.get("veto") else 0.0
+        if until is not None or self.time_to_live is None or end is None:
             return b"" if until is None else _digits(until)
-        touched = _number(snapshot.get("last_failed_at")) or _number(snapshot.get("started_at"))
-        return b"+" + _digits(self.time_to_live) if touched is None else _digits(touched + self.time_to_live)
+        touched = _number(snapshot.get("last_failed_at")) or _number(snapshot.get("started_at")) or end
+        return _digits(max(touched + self.time_to_live, end)) if touched else b"+" + _digits(self.time_to_live)
 
     def _is_saved(self, key: str, answer: Any) -> bool:
         if type(answer) is list:

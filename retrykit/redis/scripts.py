@@ -30,7 +30,7 @@ from typing import Final
 
 import attrs
 
-from retrykit.tombstone import CLOSING, CUT
+from retrykit.tombstone import CLOSING, CUT, SEAM
 from retrykit.value import Value
 
 CHUNK: Final = 1_000
@@ -68,7 +68,8 @@ end
 """
 
 # What is left of a record is its beginning, up to where its writer has prepared the cut (`retrykit.tombstone`). What is
-# no object with something in it stays as it is, which nobody can read either.
+# no object with something in it stays as it is, which nobody can read either. The script around it gives the
+# indexes, and `most` and `lasts`: how many tombstones there may be (empty: nobody looks), and for how many seconds.
 _BURY = f"""
 local function epitaph_of(text, epitaph)
   if string.sub(text, 17) == '{{}}' then
@@ -80,6 +81,10 @@ local function epitaph_of(text, epitaph)
   local cut = string.find(text, {CUT!r}, 17, true)
   if cut then
     return string.sub(text, 1, cut - 1) .. '{CLOSING[:-1]}' .. epitaph
+  end
+  local seam = string.find(text, {SEAM!r}, 17, true)
+  if seam then
+    return string.sub(text, 1, seam - 1) .. epitaph
   end
   return string.sub(text, 1, -2) .. epitaph
 end

@@ -100,7 +100,7 @@ class AsyncSqlRetryContextCache(SqlRetryContextCache):
         return await self._run(super().expire, now, limit)
 
     async def open_keys(self, prefix: str, limit: int) -> list[str] | None:  # type: ignore[override]
-        """The keys of histories that begin with the prefix, as `SqlRetryContextCache.open_keys`."""
+        """The keys of histories and tombstones that begin with the prefix, as `SqlRetryContextCache.open_keys`."""
         return await self._run(super().open_keys, prefix, limit)
 
     async def vetoed(self, keys: Collection[str]) -> dict[str, StoredContext]:  # type: ignore[override]

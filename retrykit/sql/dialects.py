@@ -39,7 +39,7 @@ from sqlalchemy.dialects import mysql, postgresql, sqlite
 from sqlalchemy.exc import DBAPIError, OperationalError
 
 from retrykit.sql.tables import rk_context
-from retrykit.tombstone import CLOSING, CUT
+from retrykit.tombstone import CLOSING, CUT, SEAM
 
 _c = rk_context.c
 
@@ -229,6 +229,7 @@ _BURIED: Final = (
     " SET snapshot = CASE WHEN snapshot = '{{}}' THEN CONCAT('{{', SUBSTR(:epitaph, 2)) "
     "WHEN snapshot NOT LIKE :an_object THEN snapshot WHEN INSTR(snapshot, :cut) > 0 THEN "
     "CONCAT(SUBSTR(snapshot, 1, INSTR(snapshot, :cut) - 1), :closing, :epitaph) "
+    "WHEN INSTR(snapshot, :seam) > 0 THEN CONCAT(SUBSTR(snapshot, 1, INSTR(snapshot, :seam) - 1), :epitaph) "
     "ELSE CONCAT(SUBSTR(snapshot, 1, CHAR_LENGTH(snapshot) - 1), :epitaph) END, revision = revision | 3, "
     "completed_at = :buried_at, evicted_at = :buried_at, expires_at = :buried_until"
 )
@@ -256,7 +257,8 @@ _UNDISTURBED: Final = "AND @@tx_isolation = 'READ-COMMITTED'"
 
 
 def _burying(statement: str, condition: str = "") -> Executable:
-    return text(statement.format(condition)).bindparams(cut=CUT, closing=CLOSING[:-1], an_object=AN_OBJECT)
+    marks = {"cut": CUT, "closing": CLOSING[:-1], "seam": SEAM}
+    return text(statement.format(condition)).bindparams(**marks, an_object=AN_OBJECT)
 
 
 _MEMBER: Final = "member VARCHAR(600) CHARACTER SET utf8mb4 COLLATE utf8mb4_nopad_bin PATH '$'"

@@ -93,7 +93,10 @@ class ContextRows(Dropping):
         return [(row.context_key, _stored(row)) for row in wanted]
 
     def open_keys(self, connection: Connection, prefix: str, limit: int) -> list[str] | None:
-        """The keys of histories that begin with the prefix; None if there are too many, or too many to look through."""
+        """The keys of histories and tombstones that begin with the prefix.
+
+        None if there are too many, or too many to look through.
+        """
         most = max(10 * limit, LOOKED_THROUGH)
         if OPEN.on(connection, {"most": most + 1}).first()[0] > most:
             return None

@@ -37,7 +37,7 @@ from sqlalchemy.dialects import sqlite
 from retrykit.sql.dialects import AN_OBJECT, Database
 from retrykit.sql.prepared import Prepared
 from retrykit.sql.tables import rk_context, rk_schema
-from retrykit.tombstone import CLOSING, CUT
+from retrykit.tombstone import CLOSING, CUT, SEAM
 
 _c = rk_context.c
 
@@ -223,12 +223,13 @@ def _burying(finds: str, is_chosen: Callable[[Select[Any]], ColumnElement[bool]]
     Nobody reads their snapshots for that: each is cut where its writer has prepared it (`retrykit.tombstone`). What is
     no object with something in it stays as it is, which nobody can read either.
     """
-    found = getattr(func, finds)(_c.snapshot, CUT)
+    found, seam = (getattr(func, finds)(_c.snapshot, mark) for mark in (CUT, SEAM))
     epitaph = bindparam("epitaph", type_=String)
     buried = case(
         (_c.snapshot == "{}", "{" + func.substr(epitaph, 2)),
         (~_c.snapshot.like(AN_OBJECT), _c.snapshot),
         (found > 0, func.substr(_c.snapshot, 1, found - 1) + CLOSING[:-1] + epitaph),
+        (seam > 0, func.substr(_c.snapshot, 1, seam - 1) + epitaph),
         else_=func.substr(_c.snapshot, 1, func.length(_c.snapshot) - 1) + epitaph,
     )
     values = {

@@ -116,6 +116,23 @@ class TombstoneContract(ContextCacheContract):
         assert sum(cache.load(f"a/{number}") is not None for number in range(6)) == 2
         assert [key for key, _ in cache.items()] == ["a/6", "a/7", "a/8"]
 
+    def test_history_that_is_vetoed_grows_old_when_its_veto_has_ended(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=9, time_to_live=10)
+        history = {"retry_count": 1, "last_failed_at": 4e9, "veto": "poison"}
+        saved(cache, "for a time", {**history, "veto_until": 4e9 + 20.0})
+        saved(cache, "for a shorter time", {**history, "veto_until": 4e9 + 5.0})
+        saved(cache, "for good", history)
+        assert [cache.expire(4e9 + later) for later in (9.0, 10.0, 19.0, 20.0, 99.0)] == [0, 1, 0, 1, 0]
+        assert [key for key, _ in cache.items()] == ["for good"]
+
+    def test_attributes_fall_also_where_there_is_no_error(self, tmp_path: Path) -> None:
+        cache = self._evicting(tmp_path, capacity=1)
+        kept: dict[str, Any] = {"retry_count": 1, "veto": "poison", "last_error": {"type": "T", "crash": True}}
+        for key, snapshot in {"crash": kept, "veto": {"retry_count": 0, "veto": "poison"}}.items():
+            saved(cache, key, {**snapshot, "attributes": {"basket": ["apples"] * 100}, "errors": [{}]})
+            saved(cache, f"{key} pushed out", {"retry_count": 1, "veto": "too"})
+            assert {fact: value for fact, value in found(cache, key).snapshot.items() if fact != "evicted"} == snapshot
+
     def test_tombstones_are_read_in_the_order_of_their_keys(self, tmp_path: Path) -> None:
         cache: Any = self._evicting(tmp_path, capacity=1)
         if not hasattr(cache, "evicted"):
