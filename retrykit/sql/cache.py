@@ -23,7 +23,7 @@ from retrykit.sql.faults import STORE_FAULTS, worded, wording
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.resilience import resilience
-from retrykit.sql.rows import PAGE, ContextRows, Page, checked, is_worn, readable, rows_for
+from retrykit.sql.rows import PAGE, ContextRows, Page, checked, is_used_up, readable, rows_for
 from retrykit.sql.transaction import commits_at_once, joinable
 from retrykit.sql.urls import database_url, is_async, shown_url
 from retrykit.tombstone import WEEK, checked_tombstones
@@ -75,7 +75,7 @@ class _Verbs(ABC):
         """
         rows = self._rows
         row = rows.row(checked(key), snapshot)
-        kind: Kind = "single" if expected is None or not is_worn(expected) else "several"
+        kind: Kind = "single" if expected is None or not is_used_up(expected) else "several"
         try:
             return self._perform(kind, lambda connection, again: rows.save(connection, row, expected, again=again))
         except STORE_FAULTS as error:

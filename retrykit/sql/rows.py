@@ -196,7 +196,7 @@ class ContextRows(Dropping):
         parity = row["revision"] & 1
         version = _next(expected, mark=parity == 1)
         values = {**row, **which, "revision": version % REVISIONS}
-        if is_worn(expected):
+        if is_used_up(expected):
             made = self._begin_anew(connection, row, which)
         elif parity == 0 and expected & 3 == TOMBSTONE and self.capacity is not None:
             return version if self._revive(connection, values) else None
@@ -280,7 +280,7 @@ def rows_for(
     )
 
 
-def is_worn(version: int) -> bool:
+def is_used_up(version: int) -> bool:
     """Whether a row has used up its revisions: its next save takes two statements, so it needs a transaction."""
     return version % REVISIONS >= REVISIONS - 4
 

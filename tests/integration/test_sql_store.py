@@ -510,7 +510,7 @@ def test_mark_that_a_process_of_the_version_before_makes_of_a_tombstone_is_a_mar
 @pytest.mark.parametrize("revision", [0, 1, 2, 3, 4, 2**24 - 6, 2**24 - 5])
 def test_revision_tells_what_a_row_is_and_grows(revision):
     version = 7 * rows.REVISIONS + revision
-    assert not rows.is_worn(version)
+    assert not rows.is_used_up(version)
     history, mark = rows._next(version, mark=False), rows._next(version, mark=True)
     assert (history % 2, mark % 4) == (0, 1)
     assert all(version < number < 8 * rows.REVISIONS for number in (history, mark))
