@@ -20,6 +20,7 @@ from retrykit.messaging.errors import (
     ConnectionLostError,
     LoginRefusedError,
 )
+from retrykit.messaging.stomp.address import located
 from retrykit.messaging.stomp.frames import Frame, encoded
 from retrykit.messaging.stomp.refusals import sentence, unanswered, whole_text
 from retrykit.messaging.stomp.sockets import explained
@@ -43,7 +44,7 @@ class Wire:
 
     def __init__(self, broker: StompSettings, call: Call) -> None:
         self.broker = broker
-        self.name = call.address.name + broker.destination
+        self.name = located(call.address.name, broker.destination)
         self.not_refusals: tuple[str, ...] = ()
         self._call = call
         self.lost: str | None = None
