@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from retrykit.batch.errors import ItemError, SkipLimitError, VetoedError, stop
+from retrykit.batch.errors import ItemError, SkipLimitError, TransactionEndedError, VetoedError, stop
 from retrykit.batch.files import CsvReader, JsonLinesReader
 from retrykit.batch.messages import MessageReader
 from retrykit.batch.partitions import Division, async_run_partitions, run_partitions
@@ -41,6 +41,7 @@ __all__ = [
     "SkippedItem",
     "SqlCursorReader",
     "SqlWriter",
+    "TransactionEndedError",
     "Unreadable",
     "VetoedError",
     "async_run_partitions",

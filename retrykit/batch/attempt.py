@@ -326,6 +326,14 @@ class Attempt:
         self.blamed = origins[named.index]
         raise _meant(named)
 
+    def place(self) -> str:
+        """Which item the failure is of, or which items it may be of, and what was done with them."""
+        number = self.chunk.number + 1
+        index = self.live[0] if len(self.live) == 1 else self.blamed
+        if index is not None and self.where in {"before", "key", "process", "write"}:
+            return f"item {number + index} ({self.where})"
+        return f"items {number + self.chunk.done} to {self.chunk.number + self.end} ({self.where})"
+
     # -- without a roll-back
 
     def stays(self, error: Exception) -> bool:

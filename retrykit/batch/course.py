@@ -66,6 +66,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
@@ -78,7 +79,7 @@ from retrykit.batch.arguments import check_position
 from retrykit.batch.attempt import Attempt, Where
 from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
-from retrykit.batch.lending import TransactionEnded
+from retrykit.batch.lending import Ended
 from retrykit.batch.limits import Refusal, refused
 from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
 from retrykit.batch.source import Chunk, Source, Unreadable
@@ -110,6 +111,8 @@ class Course:
         """The run before was not ended by its program: what it has begun to count goes on."""
         self.careful = False
         """The next chunk may be the one in which that run died, because of one of its items."""
+        self.place = ""
+        """Where the failure happened that stops the step: the item, or the items, and what was done with them."""
         self.skipped: list[SkippedItem] = []
         self.started_at = datetime.now(UTC)
         self.started = perf_counter()
@@ -137,7 +140,12 @@ class Course:
             status: Status = "failed" if isinstance(error, Exception) else "stopped"
             if status == "stopped":
                 _forget_frames(error, locals_only=True)
-            yield from self._leave(source, status, f"{type(error).__name__}: {message_of(error)}")
+            where = f"{self.place}: " if self.place and status == "failed" else ""
+            if where:
+                # Not every exception can carry a note: one that is frozen goes on its way without.
+                with suppress(Exception):
+                    error.add_note(f"retrykit: step {self.step.name} has stopped at {self.place}")
+            yield from self._leave(source, status, f"{where}{type(error).__name__}: {message_of(error)}")
             raise
         return (yield from self._leave(source, "finished", ""))
 
@@ -211,6 +219,7 @@ class Course:
             if not isinstance(item, Unreadable):
                 continue
             if not self.step.skip.may_skip(item.error):
+                self.place = f"item {chunk.number + index + 1} (read)"
                 raise item.error
             skipped = chunk.once(index, item.error, "read", "cannot be read")
             if self.step.settles_once:
@@ -299,8 +308,9 @@ class Course:
             attempt.committed()
             if attempt.failures:
                 self._note(attempt)
-        except TransactionEnded as over:
+        except Ended as over:
             self._note(attempt)
+            self.place = attempt.place()
             raise over.error from over.__cause__
         except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
             where = attempt.where
@@ -349,6 +359,7 @@ class Course:
             # It came after the chunk was read.
             return error
         if not attempt.live or attempt.is_unrecoverable or not attempt.is_items_fault(error):
+            self.place = attempt.place()
             raise error
         return error
 

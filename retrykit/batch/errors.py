@@ -32,6 +32,14 @@ class SkipLimitError(RetryError):
     """
 
 
+class TransactionEndedError(RetryError):
+    """The transaction of the step {name} was ended by a function that it was only lent to
+
+    The step stops at once: what the function has written may be there or not, and nothing of it is counted. Raised too
+    for one that has swallowed an error of the database that has aborted the transaction.
+    """
+
+
 class VetoedError(TerminatedRetryError):
     """The item {key!r} of {name} is vetoed: {reason}
 

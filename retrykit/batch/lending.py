@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
-from retrykit.errors import JobError
+from retrykit.batch.errors import TransactionEndedError
 
 _ENDED: Final = (
     "{who} has ended the transaction that it was given, by a commit, a roll-back or a close. What it wrote of the "
@@ -20,10 +20,10 @@ _ADVICE: Final = "Only the step ends its transactions; go on after an error behi
 _HOOKS: Final = {"process": "the processor", "write": "the writer"}
 
 
-class TransactionEnded(BaseException):
+class Ended(BaseException):
     """Raised through the template: nothing that handles failures sees it, since nothing of it can be tried again."""
 
-    def __init__(self, error: JobError) -> None:
+    def __init__(self, error: TransactionEndedError) -> None:
         super().__init__(str(error))
         self.error = error
 
@@ -45,9 +45,9 @@ def lent(transaction: Any) -> Any:
     return _teller(transaction)
 
 
-def ended(fault: str, attempt: Any) -> TransactionEnded:
+def ended(fault: str, attempt: Any) -> Ended:
     """The end of the step, in words: which hook, and which items are concerned."""
     chunk, name = attempt.chunk, attempt.step.name
     facts = {"first": chunk.number + chunk.done + 1, "last": chunk.number + attempt.end}
     what = (_ENDED if fault == "over" else _ABORTED).format(who=_HOOKS.get(attempt.where, "on_skip"), **facts)
-    return TransactionEnded(JobError(f"step {name}: {what}. {_ADVICE}", name=name))
+    return Ended(TransactionEndedError(f"step {name}: {what}. {_ADVICE}", name=name))

@@ -214,7 +214,7 @@ def test_a_reason_that_no_database_can_store_ends_the_run_all_the_same(engine, j
         step(jobs, engine, processor=fail).run()
     job = only(engine)
     assert job.status == "failed"
-    assert job.reason == f"RuntimeError: {text}".replace("\ud800", "?").replace("\0", "?")
+    assert job.reason == f"item 1 (process): RuntimeError: {text}".replace("\ud800", "?").replace("\0", "?")
 
 
 def test_a_text_that_utf_8_cannot_say_is_parked_escaped(engine, jobs):

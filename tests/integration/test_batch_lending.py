@@ -11,8 +11,7 @@ from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
-from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
-from retrykit.errors import JobError
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, TransactionEndedError
 from retrykit.sql import SqlJobStore, create_tables, sqlite_engine, stored_job
 from tests.servers.databases import empty_database
 
@@ -68,11 +67,11 @@ def test_a_writer_that_ends_its_transaction_stops_the_step_at_once(engine, endin
         if 11 in items:
             getattr(transaction, ending)()
 
-    message = r"^step load: the writer has ended the transaction .* items 11 to 20 may .* begin_nested\(\)\.$"
+    message = r"^step load: the writer has ended the transaction .* items 11 to 20 may .* begin_nested\(\)\.\n"
     step = ChunkStep(
         name="load", reader=Reader(), writer=write, transaction=begin_of(engine, kind), chunk_size=10, jobs=jobs
     )
-    with pytest.raises(JobError, match=message):
+    with pytest.raises(TransactionEndedError, match=message):
         step.run()
     assert [items[0] for items in calls] == [1, 11]
     assert heard == list(range(1, 11))
@@ -101,7 +100,7 @@ def test_a_roll_back_that_is_meant_for_one_item_is_told_as_what_it_is(engine, ki
         transaction=begin_of(engine, kind),
         skip=SkipPolicy(skip_for=Exception),
     )
-    with pytest.raises(JobError, match=r"^step load: the writer has ended") as caught:
+    with pytest.raises(TransactionEndedError, match=r"^step load: the writer has ended") as caught:
         step.run()
     assert (written(engine), calls) == (0, [1, 2, 2, 3])
     assert caught.value.__cause__ is not None
@@ -123,7 +122,7 @@ def test_a_processor_and_on_skip_are_told_apart(engine):
             self.session.close()
 
     open_now = None
-    with pytest.raises(JobError, match="the processor has ended the transaction"):
+    with pytest.raises(TransactionEndedError, match="the processor has ended the transaction"):
         ChunkStep(name="load", reader=[1], processor=process, writer=put, transaction=Begin).run()
 
     def refuse(item):
@@ -133,7 +132,7 @@ def test_a_processor_and_on_skip_are_told_apart(engine):
         transaction.commit()
 
     for reader in ([1], [1, 2]):
-        with pytest.raises(JobError, match="on_skip has ended the transaction"):
+        with pytest.raises(TransactionEndedError, match="on_skip has ended the transaction"):
             ChunkStep(
                 name="load",
                 reader=reader,
@@ -182,7 +181,7 @@ def test_the_asynchronous_step_notices_it_too(engine, tmp_path, ending):
         finally:
             await later.dispose()
 
-    with pytest.raises(JobError, match="the writer has ended the transaction"):
+    with pytest.raises(TransactionEndedError, match="the writer has ended the transaction"):
         asyncio.run(run())
     assert written(engine) == (3 if ending == "commit" else 0)
 
@@ -198,6 +197,8 @@ def test_an_error_that_was_swallowed_is_no_commit_where_that_would_be_a_roll_bac
         with pytest.raises(DBAPIError):
             connection.exec_driver_sql("nonsense")
 
-    with pytest.raises(JobError, match=re.escape("has swallowed an error of the database, which has aborted")):
+    with pytest.raises(
+        TransactionEndedError, match=re.escape("has swallowed an error of the database, which has aborted")
+    ):
         ChunkStep(name="load", reader=[1], writer=write, transaction=begin_of(engine, kind)).run()
     engine.dispose()

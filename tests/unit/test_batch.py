@@ -111,6 +111,66 @@ def test_a_failure_that_is_no_items_fault_stops_the_step_as_the_same_object_and_
     assert table.events.count("rollback") == 3
 
 
+def _fails_at(*, in_processor=(), in_writer=(), named=False):
+    def process(item):
+        if item in in_processor:
+            raise KeyError("color")
+        return item
+
+    def write(transaction, items):
+        for index, item in enumerate(items):
+            if item in in_writer:
+                raise ItemError(index, KeyError("color")) if named else KeyError("color")
+
+    return {"processor": process, "writer": write}
+
+
+class _Unreadable:
+    def read_from(self, position):
+        yield from ((item if item != 151 else Unreadable("?", KeyError("color")), item) for item in range(1, 201))
+
+
+@pytest.mark.parametrize(
+    ("place", "options"),
+    [
+        ("item 151 (process)", _fails_at(in_processor={151})),
+        ("item 151 (write)", _fails_at(in_writer={151}, named=True)),
+        ("items 101 to 200 (write)", _fails_at(in_writer={151})),
+        ("item 151 (write)", _fails_at(in_writer={151}) | {"chunk_size": 1}),
+        ("item 151 (read)", {"reader": _Unreadable()}),
+    ],
+)
+def test_a_failure_that_stops_the_step_says_of_which_item_it_is(table, place, options):
+    ended = {}
+
+    class Jobs:
+        """Of a store no more than tells how the run has ended."""
+
+        def claim(self, name, parameters, *, again):
+            return SimpleNamespace(id=1, counts={}, position=None, crashed=False, revision=0, within=None)
+
+        def joined(self, transaction):
+            return None
+
+        def book(self, claim, position, counts, parked):
+            return claim.revision + 1
+
+        def release(self, claim, **facts):
+            ended.update(facts)
+
+        def moved(self, claim):
+            return False
+
+        def abandon(self, claim):
+            """Nobody else knows of it."""
+
+    options = {"reader": range(1, 201), "jobs": Jobs()} | options
+    with pytest.raises(KeyError, match="color") as caught:
+        step(table, options.pop("reader"), **options).run()
+    assert caught.value.__notes__ == [f"retrykit: step load has stopped at {place}"]
+    assert (ended["status"], ended["reason"]) == ("failed", f"{place}: KeyError: 'color'")
+
+
 def test_attempts_that_stopped_the_step_are_counted_too(table):
     class Store:
         """What the course asks of a job store; the last word is kept."""
@@ -138,7 +198,7 @@ def test_attempts_that_stopped_the_step_are_counted_too(table):
     with pytest.raises(OSError, match="item 3"):
         one.run()
     status, reason, counts = store.said
-    assert (status, reason) == ("failed", "OSError: item 3")
+    assert (status, reason) == ("failed", "item 4 (process): OSError: item 3")
     assert (counts["rollbacks"], counts["retries"], counts["commits"], counts["written"]) == (3, 2, 1, 2)
 
 
