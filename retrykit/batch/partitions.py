@@ -214,6 +214,8 @@ class Worker:
             # The others have nothing to do with it.
             _log.exception("partition %d of %d of %s has failed", part, self.parts, step.name)
             self.failures[part] = f"{type(error).__name__}: {error}"
+            # As others are told it, if it could be stored.
+            yield from self._has_failed(step, part, parameters)
             return True
         if report.status != "finished":
             self.failures[part] = f"stopped: {report.reason}"

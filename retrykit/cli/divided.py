@@ -127,7 +127,7 @@ class _Running:
         job = self.do(lambda: step.jobs.state(step.name, parameters))
         facts: dict[str, Any] = {"partition": parameters["partition"], "status": "new", "reason": failure, "counts": {}}
         if job is not None:
-            facts |= {"status": job.status, "reason": failure or job.reason, "counts": dict(job.counts)}
+            facts |= {"status": job.status, "reason": job.reason or failure, "counts": dict(job.counts)}
         return facts
 
 

@@ -79,12 +79,6 @@ class AsyncSqlJobStore(SqlJobStore):
         """As `SqlJobStore.begin_again`."""
         return await self._run(super().begin_again, name, parameters, parts, before=before)
 
-    async def divided_otherwise(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any]
-    ) -> list[tuple[int, int | None]]:
-        """As `SqlJobStore.divided_otherwise`."""
-        return await self._run(super().divided_otherwise, name, parameters)
-
     async def now(self) -> float:  # type: ignore[override]
         """As `SqlJobStore.now`."""
         return await self._run(super().now)

@@ -210,11 +210,14 @@ class JobRows:
 
 def _lost(connection: Connection, claim: Claim) -> JobLostError:
     """What has become of a job that was claimed."""
-    row = connection.execute(select(_c.status, _c.reason).where(_c.id == claim.id)).first()
-    told = {None: "is not there any more", "new": "begins anew"}
+    row = connection.execute(select(_c.status, _c.reason, _c.fence).where(_c.id == claim.id)).first()
     status = None if row is None else row.status
-    reason = f"was stopped: {row.reason}" if row is not None and status == "stopped" else told.get(status)
-    reason = reason or "was claimed by somebody else"
+    told = {None: "is not there any more", "new": "begins anew"}
+    reason = told.get(status, "was claimed by somebody else")
+    if row is not None and status == "stopped":
+        reason = f"was stopped: {row.reason}"
+    elif row is not None and row.fence == claim.fence:
+        reason = "is further than this runner knows, by a commit that was not confirmed"
     return JobLostError(name=claim.name, id=claim.id, fence=claim.fence, reason=reason, status=status)
 
 

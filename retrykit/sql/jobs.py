@@ -24,7 +24,7 @@ from retrykit.owner import end
 from retrykit.sql.again import Again, Begun
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import Database, database_of
-from retrykit.sql.divisions import begun_otherwise, partition, parts_in
+from retrykit.sql.divisions import partition
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
 from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of
@@ -216,9 +216,18 @@ class SqlJobStore:
     ) -> int:
         """Store position and counts, and park items (the arguments of `park_in`), in a transaction of its own.
 
-        The revision after it. `JobLostError` if somebody else has the job.
+        The revision after it. `JobLostError` if somebody else has the job. While the database is busy or away it is
+        tried again for a lease, and is not done twice.
         """
-        return self._do(lambda connection: self._rows.book(connection, claim, position, counts=counts, parked=parked))
+
+        def store(again: bool) -> int:  # noqa: FBT001 - as Resilience calls it
+            if again and self._do(lambda connection: self._rows.moved(connection, claim)):
+                return claim.revision + 1
+            return self._do(
+                lambda connection: self._rows.book(connection, claim, position, counts=counts, parked=parked)
+            )
+
+        return self._trying[self.lease].run(store)
 
     def moved(self, claim: Claim) -> bool:
         """Whether something was stored behind the claim's revision: by a commit that was not confirmed."""
@@ -259,13 +268,6 @@ class SqlJobStore:
             return answer
         with telling(f"job {name} does not begin anew yet", name=name, parameters=parameters):
             return self._do(lambda connection: again.begin(connection, self._rows.clock.now()))
-
-    def divided_otherwise(self, name: str, parameters: Mapping[str, Any]) -> list[tuple[int, int | None]]:
-        """The numbers of the jobs that were begun with the same input in another number of partitions than these
-        parameters say, each with that number; None: undivided.
-        """
-        rows = self._look(lambda connection: begun_otherwise(connection, name, parameters, locked=False))
-        return [(row.id, parts_in(row)) for row in rows]
 
     def now(self) -> float:
         """Seconds since the epoch, by the clock that jobs go by: the server's, where there is one."""

@@ -15,7 +15,7 @@ from retrykit.check import wrong_type
 from retrykit.errors import JobError
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
-from retrykit.sql.job_rows import begun_anew, believed, check_free, instant_of, loaded
+from retrykit.sql.job_rows import begun_anew, check_free, instant_of, loaded
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
@@ -74,11 +74,6 @@ def stored_job(bind: Engine, number: int) -> Job | None:
     with reading(bind).connect() as connection:
         row = connection.execute(select(rk_job).where(_c.id == number)).first()
     return None if row is None else job_of(row)
-
-
-def is_believed(job: Job, now: float) -> bool:
-    """Whether the runner of a running job is believed alive."""
-    return believed(job.owner, None if job.lease_until is None else job.lease_until.timestamp(), now)
 
 
 def restart_job(bind: Engine, number: int) -> Job | None:

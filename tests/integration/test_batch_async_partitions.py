@@ -106,7 +106,8 @@ def test_asynchronous_partitions_fail_and_are_stopped_as_others_are(database):
         return item
 
     division = run_partitions(steps(url, process), 4)
-    assert division.failures == {2: "OSError: no line", 3: "stopped: wrong file", 4: "stopped: wrong file"}
+    assert division.failures.pop(2).endswith("OSError: no line")
+    assert division.failures == {3: "stopped: wrong file", 4: "stopped: wrong file"}
     assert [job.status for job in stored_jobs(engine)] == ["finished", "failed", "stopped", "stopped"]
     assert run_partitions(steps(url), 4).finished
     assert written(engine) == list(ITEMS)

@@ -8,7 +8,7 @@ from sqlalchemy.exc import OperationalError
 
 from retrykit.batch import ChunkStep, run_partitions
 from retrykit.clock import SystemClock
-from retrykit.errors import JobBusyError, JobFinishedError, JobRunningError
+from retrykit.errors import JobBusyError, JobFinishedError, JobLostError, JobRunningError
 from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine
 from tests.waiting import until
 
@@ -97,6 +97,32 @@ def test_whether_a_commit_has_happened_is_asked_again_while_the_database_is_busy
     event.listen(engine, "before_cursor_execute", lose)
     assert jobs.moved(claim) is False
     assert lost
+    jobs.abandon(claim)
+    engine.dispose()
+
+
+def test_a_position_that_is_stored_after_the_commit_is_stored_again_but_not_twice(tmp_path):
+    engine = sqlite_engine(f"sqlite:///{tmp_path}/jobs.db")
+    jobs, commits = SqlJobStore(engine), []
+    claim = jobs.claim("load", {})
+
+    @event.listens_for(engine, "commit")
+    def be_busy(connection):
+        commits.append(True)
+        if len(commits) == 2:
+            # Done, but who has asked for it does not hear so.
+            connection.connection.commit()
+        if len(commits) < 3:
+            busy = OSError("busy")
+            busy.sqlite_errorname = "SQLITE_BUSY"
+            raise OperationalError("COMMIT", (), busy)
+
+    before = claim.revision
+    assert jobs.book(claim, 5, {"read": 5}) == before + 1
+    assert jobs.state("load", {}).position == 5
+    # It is known what was lost: nothing to another one.
+    with pytest.raises(JobLostError, match="is further than this runner knows, by a commit that was not confirmed"):
+        jobs.book(claim, 6, {"read": 6})
     jobs.abandon(claim)
     engine.dispose()
 

@@ -49,7 +49,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import sessionmaker
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
-from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy
+from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, stop
 from retrykit.sql import SqlJobStore, sqlite_engine
 
 engine = sqlite_engine("sqlite:///shop.db", durability="process")
@@ -177,6 +177,10 @@ class Gated:
 
 def make_gated_part(part, parts):
     return step_for(Gated(part))
+
+
+def make_stopping_part(part, parts):
+    return step_for([part], processor=lambda item: stop("wrong file") if part == 2 else item)
 
 
 def make_failing_part(part, parts):
@@ -454,7 +458,7 @@ def test_a_partition_that_failed_is_told_and_the_others_are_done(folder):
     out, _ = run(folder, "shop:make_failing_part", "--partitions", "3", status=1)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert lines[0].startswith("1/3 finished 1 read 1 written 0 skipped")
-    assert lines[1].startswith("2/3 failed 0 read 0 written 0 skipped ValueError")
+    assert re.match(r"2/3 failed 0 read 0 written 0 skipped (item 1 .*)?ValueError", lines[1])
     assert lines[2].startswith("3/3 finished")
 
 
@@ -567,15 +571,13 @@ def test_progress_is_a_bar_on_a_terminal_and_lines_in_the_log_elsewhere(hurried,
         assert capsys.readouterr().err == ""
 
 
-def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
-    module, monkeypatch = hurried
-    monkeypatch.setenv("NO_COLOR", "1")
-    asked = Options(
-        target=f"{module}:make_part_of",
-        parameters={"last": "30"},
+def options(target, parts, **parameters):
+    return Options(
+        target=target,
+        parameters=parameters,
         again=False,
         again_since=None,
-        partitions=2,
+        partitions=parts,
         workers=1,
         since=None,
         plot=None,
@@ -583,8 +585,13 @@ def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
         log_level="info",
         log_format="text",
     )
+
+
+def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
+    module, monkeypatch = hurried
+    monkeypatch.setenv("NO_COLOR", "1")
     with caplog.at_level("INFO", "retrykit.batch"):
-        assert run_divided(asked, 2)
+        assert run_divided(options(f"{module}:make_part_of", 2, last="30"), 2)
     lines = [message for message in caplog.messages if message.startswith("load: ")]
     assert lines[0] == "load: 5 read here, 0 rolled back"
     assert lines[-1] == "load: 30 read here, 1 rolled back"
@@ -592,6 +599,12 @@ def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
     with progress_of_parts("load") as show:
         show(1_200, 3)
     assert re.search(r"load, 3 rolled back.*1200/\?", capsys.readouterr().err, re.DOTALL)
+
+
+def test_a_partition_that_was_stopped_is_told_with_its_reason(module, capsys):
+    assert not run_divided(options(f"{module}:make_stopping_part", 2), 2)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert lines[1] == "2/2 stopped 0 read 0 written 0 skipped wrong file"
 
 
 def test_what_is_logged_stands_on_lines_of_its_own_above_the_bar():
