@@ -1,15 +1,16 @@
-"""One call of the template for a group of items: its attempts, its recovery, and what is known of its failures."""
+"""One call of the template for a group of items: its attempts and its recovery."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter, time
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
 from retrykit.batch.errors import ItemError
+from retrykit.batch.findings import Findings
 from retrykit.batch.inplace import WriteInPlace
 from retrykit.batch.lending import ended, lent
 from retrykit.batch.processing import processed, processed_later
@@ -20,7 +21,6 @@ from retrykit.batch.vetoes import begin_after, vetoed
 from retrykit.batch.work import Work
 from retrykit.check import closes_without_commit, wrong_type
 from retrykit.context import RetryContext
-from retrykit.errors import RetryError
 from retrykit.failure import ErrorSummary, summary
 from retrykit.key import check_key
 from retrykit.policy import is_crash
@@ -29,9 +29,6 @@ from retrykit.state import KEEP_VETO, RetryState
 if TYPE_CHECKING:
     from retrykit.batch.course import Course
     from retrykit.batch.limits import Refusal
-
-Where = Literal["before", "key", "begin", "process", "write", "name", "store", "commit"]
-"""What an attempt does. "name": the writer names a culprit that is none of its items."""
 
 
 def _in_place(error: Exception) -> bool:  # noqa: ARG001 - the signature of `rollback_for`
@@ -59,7 +56,7 @@ def _committing(manager: Any) -> Any:
     return manager
 
 
-class Attempt:
+class Attempt(Findings):
     """The attempts to settle the items of a chunk that are not done, up to `end`. The template calls it.
 
     `whole`: it is the first time that they are tried, so failures are repeated as the policy says. `where`: what the
@@ -67,7 +64,6 @@ class Attempt:
     """
 
     # Of most attempts little more is ever said than this: they come.
-    where: Where = "before"
     tries = 0
     failures = 0
     tally: Any = None
@@ -76,21 +72,14 @@ class Attempt:
     recovered = False
     refusal: Refusal | None = None
     """If the item cannot be skipped because there are too many."""
-    context: RetryContext | None = None
     closes = False
     """The recovery of its last item has closed the chunk."""
     anew: bool = False
     """What is counted of its single item is left behind."""
-    blamed: int | None = None
-    """The item that the failure is of, if the processor was at it or the writer has named it."""
     lent: Any = None
     """What tells whether the transaction is still as it was when it was lent to processor, writer and hooks."""
-    _named: frozenset[int | None] = frozenset()
     _aside: tuple[SkippedItem, ...] = ()
     """Those that this very attempt skips without a roll-back."""
-    _raised: Exception | None = None
-    _vetoing: int | None = None
-    """The item at which a processor forbade further attempts."""
     _mark = 0.0
 
     def __init__(self, course: Course, chunk: Chunk, end: int, *, whole: bool) -> None:
@@ -326,14 +315,6 @@ class Attempt:
         self.blamed = origins[named.index]
         raise _meant(named)
 
-    def place(self) -> str:
-        """Which item the failure is of, or which items it may be of, and what was done with them."""
-        number = self.chunk.number + 1
-        index = self.live[0] if len(self.live) == 1 else self.blamed
-        if index is not None and self.where in {"before", "key", "process", "write"}:
-            return f"item {number + index} ({self.where})"
-        return f"items {number + self.chunk.done} to {self.chunk.number + self.end} ({self.where})"
-
     # -- without a roll-back
 
     def stays(self, error: Exception) -> bool:
@@ -406,50 +387,3 @@ class Attempt:
             claim, position, counts = course.claim, self.chunk.position(self.end), course.counts_with(tally)
             self.revision = yield lambda: joined.book(claim, position, counts, self.step.parked(tally.skipped))
         self._spend("store")
-
-    # -- what is known of the failures
-
-    @property
-    def culprit(self) -> int | None:
-        """The item that every failed attempt has named; None if there is none.
-
-        Nor if another one has vetoed: then the policy has not had its say.
-        """
-        named = next(iter(self._named)) if len(self._named) == 1 else None
-        return named if self._vetoing in {None, named} else None
-
-    @property
-    def is_unrecoverable(self) -> bool:
-        """Whether the policy forbids to recover from the failure that decided: then nobody is skipped for it."""
-        decision = None if self.context is None else self.context.decision
-        return decision is not None and not decision.recoverable
-
-    def is_items_fault(self, error: BaseException | None) -> bool:
-        """Whether the failure may be an item's own, and such an item be skipped."""
-        if error is None or self.where in {"begin", "name", "store"} or getattr(error, "connection_invalidated", False):
-            return False
-        if isinstance(error, RetryError) and error is not self._raised:
-            # The template's own: it was interrupted, or could not record the item.
-            return False
-        return bool(self.step.skip.may_skip(error))
-
-    def skipped(self, index: int, error: BaseException, where: Where) -> SkippedItem:
-        """The record of an item that is put aside for this failure, which happened there."""
-        context = self.context
-        if context is None:
-            return self.chunk.once(index, error, where, "has no key")
-        vetoed = context.veto_reason
-        return SkippedItem(
-            item=self.chunk.items[index],
-            number=self.chunk.number + index + 1,
-            phase="an earlier run" if where == "before" else where,
-            error=error,
-            attempts=context.retry_count,
-            errors=context.errors,
-            key=self.step.key_of(self.chunk.items[index]),
-            reason=f"vetoed: {vetoed}" if vetoed is not None else self._reason(context),
-        )
-
-    @staticmethod
-    def _reason(context: RetryContext) -> str:
-        return "" if context.decision is None else context.decision.reason

@@ -70,14 +70,15 @@ from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
-from traceback import clear_frames
 from typing import Any, NoReturn
 
 import attrs
 
 from retrykit.batch.arguments import check_position
-from retrykit.batch.attempt import Attempt, Where
+from retrykit.batch.attempt import Attempt
 from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
+from retrykit.batch.findings import Where
+from retrykit.batch.frames import forget_frames
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
 from retrykit.batch.lending import Ended
 from retrykit.batch.limits import Refusal, refused
@@ -85,6 +86,7 @@ from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Ta
 from retrykit.batch.source import Chunk, Source, Unreadable
 from retrykit.batch.vetoes import vetoed
 from retrykit.batch.work import Work
+from retrykit.check import wrong_type
 from retrykit.errors import TerminatedRetryError
 from retrykit.failure import message_of
 
@@ -121,6 +123,8 @@ class Course:
 
     def run(self, *, again: bool) -> Work[Report]:
         """The whole run."""
+        if not isinstance(again, bool):
+            raise wrong_type("again", "True or False (an instant is for run_partitions)", again)
         position = yield from self._claim(again=again)
         source = None
         try:
@@ -131,7 +135,7 @@ class Course:
                 self.step.jobs.abandon(self.claim)
             raise
         except StepStopped as stopped:
-            _forget_frames(stopped, locals_only=True)
+            forget_frames(stopped, locals_only=True)
             if stopped.job and self.claim is not None:
                 claim = self.claim
                 yield from self._quietly(partial(self.step.jobs.stop_others, claim, stopped.reason), "stopping the job")
@@ -139,7 +143,7 @@ class Course:
         except BaseException as error:
             status: Status = "failed" if isinstance(error, Exception) else "stopped"
             if status == "stopped":
-                _forget_frames(error, locals_only=True)
+                forget_frames(error, locals_only=True)
             where = f"{self.place}: " if self.place and status == "failed" else ""
             if where:
                 # Not every exception can carry a note: one that is frozen goes on its way without.
@@ -399,7 +403,7 @@ class Course:
 
     def _tell(self, skipped: SkippedItem) -> None:
         if len(self.skipped) < SHOWN:
-            _forget_frames(skipped.error)
+            forget_frames(skipped.error)
             self.skipped.append(skipped)
         if is_veto(skipped.error):
             _log.warning("step %s: item %d is skipped: %s", self.step.name, skipped.number, skipped.reason)
@@ -430,22 +434,3 @@ class Course:
     ) -> Refusal | None:
         """The first item that cannot be skipped if this one is; None if all of them can."""
         return refused(self.step.skip, self.counts, chunk, index, error, besides)
-
-
-def _forget_frames(error: BaseException | None, *, locals_only: bool = False) -> None:
-    """Frames know the whole chunk, which is not to live as long as a report.
-
-    And those of an interruption know the cursor that was at work: SQLite ends neither the connection nor its
-    transaction before that is gone, and the job store would wait for its lock.
-    """
-    seen: set[int] = set()
-    left = [error]
-    while left:
-        one = left.pop()
-        if one is not None and id(one) not in seen:
-            seen.add(id(one))
-            if locals_only:
-                clear_frames(one.__traceback__)
-            else:
-                one.__traceback__ = None
-            left += (one.__cause__, one.__context__)

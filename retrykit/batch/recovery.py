@@ -10,7 +10,8 @@ from retrykit.batch.work import Work
 from retrykit.context import RetryContext
 
 if TYPE_CHECKING:
-    from retrykit.batch.attempt import Attempt, Where
+    from retrykit.batch.attempt import Attempt
+    from retrykit.batch.findings import Where
 
 
 class Recovery:

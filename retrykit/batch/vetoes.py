@@ -58,15 +58,20 @@ def _record(chunk: Chunk, index: int, veto: VetoedError) -> SkippedItem:
 
 
 def _keys(step: Any, chunk: Chunk, asked: Iterable[int]) -> Iterator[tuple[int, Any]]:
+    without: list[tuple[int, Exception]] = []
     for index in asked:
         try:
             key = step.key(chunk.items[index])
             check_key(key)
         except Exception as fault:  # noqa: BLE001 - the user's function; whether an item is at fault will be seen
-            number = chunk.number + index + 1
-            _log.warning("step %s: item %d has no key that could be vetoed: %r", step.name, number, fault)
+            without.append((chunk.number + index + 1, fault))
         else:
             yield index, key
+    if without:
+        # Once, although a key that is wrong is wrong for all of them.
+        number, first = without[0]
+        others = f" (nor have {len(without) - 1} others of its chunk)" if len(without) > 1 else ""
+        _log.warning("step %s: item %d has no key that could be vetoed%s: %r", step.name, number, others, first)
 
 
 def _stored(cache: Any, keys: list[str]) -> Work[dict[str, StoredContext]]:

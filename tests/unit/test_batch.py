@@ -45,6 +45,13 @@ def test_each_chunk_has_one_transaction_and_is_read_before_it(table):
     assert (report.status, report.counts.read, report.counts.written, report.counts.commits) == ("finished", 5, 5, 3)
 
 
+@pytest.mark.parametrize("again", ["x", 1, None])
+def test_again_is_yes_or_no(table, again):
+    with pytest.raises(TypeError, match=r"^again: must be True or False"):
+        step(table, [1]).run(again=again)
+    assert table.events == []
+
+
 def test_no_items_are_no_transaction(table):
     report = step(table, []).run()
     assert table.events == []
