@@ -38,8 +38,11 @@ def payload_of(item: Any) -> tuple[bytes, str]:
     """An item as it is recorded when it is skipped, and the type of that.
 
     Bytes as they are, texts in UTF-8 (what that cannot say is escaped), what JSON can say as JSON, anything else as its
-    `repr`.
+    `repr`. A row of a database is taken as its columns, by name.
     """
+    columns = getattr(item, "_mapping", None)
+    if isinstance(columns, Mapping):
+        item = dict(columns)
     if isinstance(item, bytes):
         return item, "application/octet-stream"
     if isinstance(item, str):

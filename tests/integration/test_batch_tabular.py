@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,7 @@ from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, SqlCursorReader, SqlWriter
-from retrykit.sql import SqlJobStore, create_tables, sqlite_engine
+from retrykit.sql import SqlJobStore, create_tables, parked_items, sqlite_engine
 from tests.servers.databases import DATABASES, empty_database
 
 metadata = MetaData()
@@ -110,6 +111,24 @@ def test_a_step_may_delete_what_it_reads_and_write_elsewhere_in_one_transaction(
     with engine.connect() as connection:
         assert connection.scalars(select(target.c.id)).all() == list(range(0, 50, 2))
         assert connection.scalars(select(source.c.id)).all() == []
+
+
+def test_a_row_that_is_skipped_is_recorded_with_the_names_of_its_columns(engine):
+    def refuse(row):
+        if row.id == 6:
+            raise ValueError(row.id)
+
+    ChunkStep(
+        name="move",
+        reader=SqlCursorReader(engine, select(source), key="id"),
+        processor=refuse,
+        writer=SqlWriter(target),
+        transaction=engine.begin,
+        skip=SkipPolicy(skip_for=ValueError),
+        jobs=SqlJobStore(engine),
+    ).run()
+    (parked,) = parked_items(engine)
+    assert (json.loads(parked.payload), parked.content_type) == ({"id": 6, "name": "n6"}, "application/json")
 
 
 def test_no_reader_holds_a_connection_between_its_pages(engine):
