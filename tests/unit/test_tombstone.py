@@ -284,7 +284,7 @@ def wrapped(_):
         (SimpleRetryPolicy(2, not_recoverable=ConnectionError), 2, False),
         (PredicateRetryPolicy(lambda error: error is None or "wrapped" in str(error)), 5, False),
     ],
-    ids=str,
+    ids=["retry for", "no retry for", "not recoverable", "predicate"],
 )
 @pytest.mark.parametrize("evicts", [True, False])
 def test_policies_decide_by_the_causes_as_they_would_without_an_eviction(policy, attempts, recovered, evicts):
