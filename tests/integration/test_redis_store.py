@@ -26,6 +26,7 @@ from retrykit.testing import BlockingContextCache
 from tests.doubles import pickled
 from tests.servers.process import free_port
 from tests.servers.redis_server import RedisServer, redis_missing
+from tests.written_by_others import WrittenByOthers
 
 MARK = {"completed_at": 1.0, "expires_at": 100.0}
 DEADLINE = 60
@@ -241,56 +242,19 @@ def test_tombstones_take_no_more_than_their_record_and_one_place(opened, client)
     assert client.zcard("{retrykit}:graves") == 0
 
 
-# What nobody can read stays as it is; what somebody wrote in another way than we do can still be read.
-WRITTEN_BY_OTHERS = {
-    "nothing": ("", None),
-    "no JSON": ("xx", None),
-    "one brace": ("{", None),
-    "an array": ("[]", None),
-    "nothing, spaced": ("{ }", {}),
-    "spaced": ('{ "format": 1, "retry_count": 3 }', {"format": 1, "retry_count": 3}),
-    "readable": ('{\n "retry_count": 3,\n\n "name": "o"\n}', {"retry_count": 3, "name": "o"}),
-}
+class TestWrittenByOthers(WrittenByOthers):
+    @pytest.fixture
+    def overwrite(self, client):
+        def put(_cache, key, written):
+            record = client.get("{retrykit}:h:" + key)
+            # Its first 16 bytes are its version.
+            client.set("{retrykit}:h:" + key, record[:16] + (written if isinstance(record, str) else written.encode()))
 
+        return put
 
-@pytest.mark.parametrize(("written", "read"), WRITTEN_BY_OTHERS.values(), ids=WRITTEN_BY_OTHERS)
-def test_snapshot_in_a_layout_of_others_is_evicted_and_as_readable_as_before(opened, client, written, read):
-    cache = opened(capacity=1, on_full="evict_oldest", tombstones=5)
-    cache.save("a/1", {"retry_count": 3}, None)
-    record = client.get("{retrykit}:h:a/1")
-    client.set("{retrykit}:h:a/1", record[:16] + (written if isinstance(record, str) else written.encode()))
-    for number in range(2, 5):
-        assert cache.save(f"a/{number}", {"retry_count": 1}, None) is not None
-    assert keys(cache) == ["a/4"]
-    if read is None:
-        with pytest.raises(CodecError):
-            cache.load("a/1")
-    else:
-        found = dict(cache.load("a/1").snapshot)
-        assert found.pop("evicted", {"by": "capacity"})["by"] == "capacity"
-        assert found == read
-
-
-def test_one_veto_that_cannot_be_read_hides_no_other(opened, client, caplog):
-    cache = opened()
-    for number in range(3):
-        cache.save(f"a/{number}", {"retry_count": 1, "veto": "poison"}, None)
-    client.set("{retrykit}:h:a/1", '0123456789abcdef{"veto":')
-    assert sorted(cache.vetoed(["a/0", "a/1", "a/2"])) == ["a/0", "a/2"]
-    assert "the veto of 'a/1' cannot be read, and forbids nothing" in caplog.text
-    with pytest.raises(ValueError, match="at most 600 characters, not 601"):
-        cache.vetoed(["a" * 601])
-
-
-def test_bound_of_tombstones_holds_whoever_makes_them(opened):
-    cron, worker = opened(time_to_live=10), opened(time_to_live=10, tombstones=0)
-    for number in range(30):
-        worker.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 1.0}, None)
-    assert cron.expire() == 30
-    assert len(worker.open_keys("a/", 50)) == 30
-    for number in range(1):
-        worker.save(f"b/{number}", {"completed_at": 4e9}, None)
-    assert worker.open_keys("a/", 50) == []
+    @pytest.fixture
+    def pruned_often(self):
+        return 1
 
 
 def test_capacity_that_was_lowered_is_reached_by_evicting(opened):

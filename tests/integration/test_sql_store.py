@@ -33,6 +33,7 @@ from retrykit.sql import (
 from retrykit.sql import statements as sql
 from retrykit.sql.dialects import SQLITE
 from retrykit.sql.statements import statements_of
+from tests.written_by_others import WrittenByOthers
 
 MARK = {"completed_at": 1.0, "expires_at": 100.0, "retry_count": 0}
 
@@ -424,58 +425,19 @@ def test_what_a_process_of_the_version_before_made_a_history_again_is_one(opened
     assert cache.load("a/1") is None
 
 
-# What nobody can read stays as it is; what somebody wrote in another way than we do can still be read.
-WRITTEN_BY_OTHERS = {
-    "nothing": ("", None),
-    "no JSON": ("xx", None),
-    "one brace": ("{", None),
-    "an array": ("[]", None),
-    "nothing, spaced": ("{ }", {}),
-    "spaced": ('{ "format": 1, "retry_count": 3 }', {"format": 1, "retry_count": 3}),
-    "readable": ('{\n "retry_count": 3,\n\n "name": "o"\n}', {"retry_count": 3, "name": "o"}),
-}
+class TestWrittenByOthers(WrittenByOthers):
+    @pytest.fixture
+    def overwrite(self):
+        def put(cache, key, written):
+            with cache.engine.begin() as connection:
+                connection.execute(update(rk_context).where(rk_context.c.context_key == key).values(snapshot=written))
 
+        return put
 
-@pytest.mark.parametrize(("written", "read"), WRITTEN_BY_OTHERS.values(), ids=WRITTEN_BY_OTHERS)
-def test_snapshot_in_a_layout_of_others_is_evicted_and_as_readable_as_before(opened, written, read):
-    cache = opened(capacity=1, on_full="evict_oldest", tombstones=5)
-    cache.save("a/1", {"retry_count": 3}, None)
-    with cache.engine.begin() as connection:
-        connection.execute(update(rk_context).values(snapshot=written))
-    for number in range(2, 5):
-        assert cache.save(f"a/{number}", {"retry_count": 1}, None) is not None
-    assert keys(cache) == ["a/4"]
-    if read is None:
-        with pytest.raises(CodecError):
-            cache.load("a/1")
-    else:
-        found = dict(cache.load("a/1").snapshot)
-        assert found.pop("evicted", {"by": "capacity"})["by"] == "capacity"
-        assert found == read
-
-
-def test_one_veto_that_cannot_be_read_hides_no_other(opened, caplog):
-    cache = opened()
-    for number in range(3):
-        cache.save(f"a/{number}", {"retry_count": 1, "veto": "poison"}, None)
-    with cache.engine.begin() as connection:
-        connection.execute(update(rk_context).where(rk_context.c.context_key == "a/1").values(snapshot="xx"))
-    assert sorted(cache.vetoed(["a/0", "a/1", "a/2"])) == ["a/0", "a/2"]
-    assert "the veto of 'a/1' cannot be read, and forbids nothing" in caplog.text
-    with pytest.raises(ValueError, match="at most 600 characters, not 601"):
-        cache.vetoed(["a" * 601])
-
-
-def test_bound_of_tombstones_holds_whoever_makes_them(opened, monkeypatch):
-    monkeypatch.setattr(dropping, "PRUNE_EVERY", 40)
-    cron, worker = opened(time_to_live=10), opened(time_to_live=10, tombstones=0)
-    for number in range(30):
-        worker.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 1.0}, None)
-    assert cron.expire() == 30
-    assert len(worker.open_keys("a/", 50)) == 30
-    for number in range(10):
-        worker.save(f"b/{number}", {"completed_at": 4e9}, None)
-    assert worker.open_keys("a/", 50) == []
+    @pytest.fixture
+    def pruned_often(self, monkeypatch):
+        monkeypatch.setattr(dropping, "PRUNE_EVERY", 40)
+        return 10
 
 
 def test_what_was_over_first_goes_first_whatever_it_is(opened):
