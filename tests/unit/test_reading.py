@@ -152,9 +152,9 @@ def test_two_who_wait_for_different_frames_both_get_theirs():
 
 def test_whoever_stands_by_sleeps_while_the_worker_reads():
     source = Source()
-    with read_by(source, look=LOOK) as (reading, thread):
+    with read_by(source, look=10 * LOOK) as (reading, thread):
         for number in range(50):
-            threading.Timer(LOOK / 10, source.come, [number]).start()
+            threading.Timer(LOOK / 4, source.come, [number]).start()
             reading.wait_for(lambda: number in source.told, PATIENCE)  # noqa: B023
         # A busy machine may have kept the worker away for a look or two.
         assert source.readers.count(thread) < 25
