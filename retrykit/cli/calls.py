@@ -52,15 +52,20 @@ class Interruption:
 def interruptible(window: float = 0.0) -> Iterator[Interruption]:
     """SIGTERM does what Ctrl-C does, and both say who they are; one that is ignored stays so."""
     interruption = Interruption(window)
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
-    for number in heard:
+    before = _handlers()
+    for number in before:
         signal.signal(number, interruption)
     try:
         yield interruption
     finally:
-        for number in heard:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _handlers() -> dict[signal.Signals, Any]:
+    """Who hears the signals, as far as they are not ignored."""
+    found = {number: signal.getsignal(number) for number in SIGNALS}
+    return {number: handler for number, handler in found.items() if handler not in {signal.SIG_IGN, None}}
 
 
 @contextmanager
@@ -92,8 +97,8 @@ async def _made(call: Callable[[], Any]) -> Any:
 @contextmanager
 def _cancelled_by_signals(loop: asyncio.AbstractEventLoop, task: asyncio.Task[Any] | None) -> Iterator[None]:
     """A handler that raises would do so in the midst of the loop, and leave the coroutine where it is."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    heard = [number for number, handler in before.items() if handler not in {signal.SIG_IGN, None}]
+    before = _handlers()
+    heard = list(before)
 
     def put_back() -> None:
         while heard:
