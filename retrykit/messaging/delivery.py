@@ -52,7 +52,7 @@ from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
-from retrykit.messaging.in_hand import InHand, in_hand_of
+from retrykit.messaging.in_hand import KeysInHand, in_hand_of
 from retrykit.messaging.logs import decision_facts, in_detail
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
@@ -86,10 +86,10 @@ class Work:
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
     pauses: Pauses | None = None
-    in_hand: InHand | None = attrs.field(init=False)
+    in_hand: KeysInHand | None = attrs.field(init=False)
 
     @in_hand.default
-    def _in_hand(self) -> InHand | None:
+    def _in_hand(self) -> KeysInHand | None:
         return in_hand_of(self.template.context_cache) if self.journal == "redelivered" else None
 
     def deliver(self, session: Session, message: Message) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
 
-class InHand:
+class KeysInHand:
     """The keys of the messages whose histories are in one cache, and which some worker has in hand."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class InHand:
             self._keys.discard(key)
 
 
-_known: WeakKeyDictionary[object, InHand] = WeakKeyDictionary()
+_known: WeakKeyDictionary[object, KeysInHand] = WeakKeyDictionary()
 _making = threading.Lock()
 
 
@@ -52,9 +52,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_anew)
 
 
-def in_hand_of(cache: object) -> InHand | None:
+def in_hand_of(cache: object) -> KeysInHand | None:
     """What is shared by all who use the cache; None if other processes use it too."""
     if getattr(cache, "shared", True):
         return None
     with _making:
-        return _known.setdefault(cache, InHand())
+        return _known.setdefault(cache, KeysInHand())
