@@ -33,7 +33,7 @@ from retrykit.sql import (
 from retrykit.sql import statements as sql
 from retrykit.sql.dialects import SQLITE
 from retrykit.sql.statements import statements_of
-from tests.written_by_others import WrittenByOthers
+from tests.sql_written_by_others import SqlWrittenByOthers
 
 MARK = {"completed_at": 1.0, "expires_at": 100.0, "retry_count": 0}
 
@@ -425,48 +425,8 @@ def test_what_a_process_of_the_version_before_made_a_history_again_is_one(opened
     assert cache.load("a/1") is None
 
 
-class TestWrittenByOthers(WrittenByOthers):
-    @pytest.fixture
-    def overwrite(self):
-        def put(cache, key, written):
-            with cache.engine.begin() as connection:
-                connection.execute(update(rk_context).where(rk_context.c.context_key == key).values(snapshot=written))
-
-        return put
-
-    @pytest.fixture
-    def pruned_often(self, monkeypatch):
-        monkeypatch.setattr(dropping, "PRUNE_EVERY", 40)
-        return 10
-
-
-def test_what_was_over_first_goes_first_whatever_it_is(opened):
-    cache = opened(time_to_live=10, tombstones=50)
-    for number in range(6):
-        cache.save(f"a/{number}", {"retry_count": 1, "last_failed_at": 4e9 + number}, None)
-    cache.save("mark", {"completed_at": 4e9, "expires_at": 4e9 + 13.5}, None)
-    assert cache.expire(4e9 + 20.0, limit=2) == 2
-    assert cache.load("mark") is not None
-    assert [key for key, _ in cache.evicted()] == ["a/0", "a/1"]
-    assert cache.expire(4e9 + 20.0, limit=3) == 3
-    assert (cache.load("mark"), len(list(cache.evicted()))) == (None, 4)
-    assert cache.expire(4e9 + 20.0) == 2
-
-
-def test_mark_that_a_process_of_the_version_before_makes_of_a_tombstone_is_a_mark(opened):
-    cache = opened(capacity=1, on_full="evict_oldest", tombstones=1)
-    cache.save("a/1", {"retry_count": 1}, None)
-    cache.save("a/2", {"retry_count": 1}, None)
-    with cache.engine.begin() as connection:
-        revision = rows._next(cache.load("a/1").version, mark=True) % rows.REVISIONS
-        mark = {"completed_at": 1.0, "expires_at": 9e9, "snapshot": '{"completed_at":1.0}'}
-        # It knows nothing of the column that says when it was evicted.
-        done = update(rk_context).where(rk_context.c.context_key == "a/1").values(revision=revision, **mark)
-        connection.execute(done)
-    for number in range(3, 8):
-        cache.save(f"a/{number}", {"retry_count": 1}, None)
-    assert keys(cache) == ["a/1", "a/7"]
-    assert "a/1" not in [key for key, _ in cache.evicted()]
+class TestWrittenByOthers(SqlWrittenByOthers):
+    pass
 
 
 @pytest.mark.parametrize("revision", [0, 1, 2, 3, 4, 2**24 - 6, 2**24 - 5])
