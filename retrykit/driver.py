@@ -13,10 +13,13 @@ from retrykit.call import Call
 from retrykit.context import RetryContext
 from retrykit.flight import renew
 from retrykit.lease import hold
+from retrykit.outage import heard, is_outage, known, log_outage
 from retrykit.owner import end, is_running
 from retrykit.steps import (
     BEGIN,
     COMMIT,
+    HOLD,
+    JOIN,
     NOW,
     VALUE,
     Died,
@@ -76,11 +79,8 @@ class Driver(Call):
 
     def perform(self, step: Any) -> Any:
         """Do what the step says: the answer, or an awaitable of it."""
-        return _PERFORMERS[type(step)](self, step)
-
-    def simple(self, step: Any) -> Any:
-        """The steps that have no data."""
-        return _SIMPLE[step.name](self)
+        simple = _SIMPLE.get(step)
+        return _PERFORMERS[type(step)](self, step) if simple is None else simple(self)
 
     # -- time
 
@@ -112,7 +112,8 @@ class Driver(Call):
 
     def load(self, step: Load) -> Any:
         """Read from the cache, or through the open transaction."""
-        return self._store(step).load(step.key)
+        found = self._store(step).load(step.key)
+        return heard(self, "reading", found) if known else found
 
     def look_back(self, step: Recent) -> Any:
         """What this process stored last, as the cache remembers it."""
@@ -174,11 +175,12 @@ class Driver(Call):
         """Compare-and-set."""
         saved = self._store(step).save(step.key, step.snapshot, step.expected)
         self.awaits_store = saved.__class__ is CoroutineType
-        return saved
+        return heard(self, "writing", saved) if known else saved
 
     def remove(self, step: Remove) -> Any:
         """Forget."""
-        return self._store(step).remove(step.key, step.expected)
+        removed = self._store(step).remove(step.key, step.expected)
+        return heard(self, "writing", removed) if known else removed
 
     def _store(self, step: Load | Save | Remove) -> Any:
         return self.view if step.joined else self.template.context_cache
@@ -231,7 +233,7 @@ class Driver(Call):
             raise TypeError(msg)
         return method  # type: ignore[no-any-return]
 
-    def leave(self, error: BaseException | None) -> Any:
+    def leave(self, error: BaseException | None = None) -> Any:
         """Leave the transaction: commit without an error, roll back with one."""
         leaving = self._method(self.manager, "exit")
         self.context.transaction = None
@@ -274,16 +276,16 @@ def _always(error: BaseException | None) -> bool:  # noqa: ARG001 - asked as `re
     return True
 
 
-_SIMPLE: dict[str, Callable[[Driver], Any]] = {
-    "NOW": Driver.wall,
-    "HOLD": Driver.hold,
-    "JOIN": Driver.join,
-    "BEGIN": Driver.begin,
-    "COMMIT": lambda driver: driver.leave(None),
+# The steps that have no data.
+_SIMPLE: dict[Any, Callable[[Driver], Any]] = {
+    NOW: Driver.wall,
+    HOLD: Driver.hold,
+    JOIN: Driver.join,
+    BEGIN: Driver.begin,
+    COMMIT: Driver.leave,
 }
 
 _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
-    type(NOW): Driver.simple,
     Load: Driver.load,
     Recent: Driver.look_back,
     Save: Driver.save,
@@ -293,7 +295,7 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Probe: lambda _, step: is_running(step.owner),
     Take: lambda _, step: step.budget.take(),
     Give: lambda _, step: step.budget.deposit(),
-    Report: lambda driver, step: log_fault(driver, step.what, step.fault),
+    Report: lambda driver, step: (log_outage if is_outage(step.fault) else log_fault)(driver, step.what, step.fault),
     Died: lambda driver, step: log_death(driver.context, step),
 }
 
