@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Final
 
 from sqlalchemy import Connection, Engine, Row, Select, Table, insert
+from sqlalchemy.exc import DBAPIError, StatementError
 from sqlalchemy.orm import Session
 
 from retrykit.check import shown, wrong_type, wrong_value
 from retrykit.sql.sqlite import reading
 from retrykit.sql.transaction import is_asynchronous
+
+_SYNC: Final = (Connection, Session)
 
 
 class SqlCursorReader:
@@ -106,37 +109,58 @@ class SqlWriter:
         """
         if not hasattr(transaction, "execute"):
             raise wrong_type("transaction", "a Session or a Connection", transaction)
-        if _are_alike(items):
+        if not isinstance(transaction, _SYNC) and is_asynchronous(transaction):
+            return self._insert_later(transaction, self._runs(items))
+        if _may_be_alike(items):
             self._check(items[0])
-            return transaction.execute(self._insert, items)
-        # One statement would take the columns of the first, and leave out what the others have besides.
-        runs = [list(run) for _, run in groupby(items, key=_keys)]
-        for run in runs:
-            self._check(run[0])
-        if is_asynchronous(transaction):
-            return self._insert_later(transaction, runs)
-        for run in runs:
+            try:
+                return transaction.execute(self._insert, items)
+            except StatementError as error:
+                if isinstance(error, DBAPIError) or _are_alike(items):
+                    raise
+                # SQLAlchemy has refused an item that lacks a column of the first, before anything was sent.
+        for run in self._runs(items):
             transaction.execute(self._insert, run)
         return None
 
+    async def _insert_later(self, transaction: Any, runs: list[Sequence[Mapping[str, Any]]]) -> None:
+        for run in runs:
+            await transaction.execute(self._insert, run)
+
+    def _runs(self, items: Sequence[Mapping[str, Any]]) -> list[Sequence[Mapping[str, Any]]]:
+        """The items, parted where their columns change. One statement would take those of the first for all, and leave
+        out what others have besides.
+        """
+        alike = _are_alike(items)
+        runs: list[Sequence[Mapping[str, Any]]] = [items] if alike else [list(run) for _, run in groupby(items, _keys)]
+        for run in runs:
+            self._check(run[0])
+        return runs
+
     def _check(self, item: Mapping[str, Any]) -> None:
         """A statement leaves out what it has no column for, and says nothing."""
-        if self._columns.issuperset(item.keys()):
+        if self._columns.issuperset(_keys(item)):
             return
         unknown = [name for name in item.keys() if name not in self._columns]  # noqa: SIM118 - as in `_keys`
         known, table = shown(self.table.c.keys()), self.table.name
         raise wrong_value("items", f"mappings of columns of {table!r} ({known}), which has no {shown(unknown)}", item)
 
-    async def _insert_later(self, transaction: Any, runs: list[list[Mapping[str, Any]]]) -> None:
-        for run in runs:
-            await transaction.execute(self._insert, run)
+
+def _may_be_alike(items: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no item has more columns than the first: what lacks one of those SQLAlchemy refuses by itself.
+
+    That is a fraction of what `_are_alike` costs, and this is asked of every item that is ever written.
+    """
+    try:
+        return max(map(len, items)) <= len(items[0])
+    except TypeError:
+        return False
 
 
 def _are_alike(items: Sequence[Mapping[str, Any]]) -> bool:
     keys = _keys(items[0])
     try:
-        # Not by `_keys`: this is asked of every item that is ever written.
-        return all([item.keys() == keys for item in items])  # noqa: C419 - faster than a generator
+        return all(item.keys() == keys for item in items)
     except AttributeError:
         return False
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from sqlalchemy import (
     Column,
+    Engine,
     Integer,
     MetaData,
     String,
@@ -21,6 +22,7 @@ from sqlalchemy import (
     literal,
     select,
 )
+from sqlalchemy.exc import IntegrityError
 from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import sessionmaker
 
@@ -177,6 +179,42 @@ def test_items_with_different_columns_lose_nothing_and_absent_ones_have_their_de
     with engine.connect() as connection:
         found = connection.execute(select(table.c.id, table.c.name).order_by(table.c.number)).all()
     assert found == [(1, "nobody"), (2, "b"), (3, "c"), (4, None), (5, "nobody")]
+
+
+@pytest.mark.parametrize("begin", [Engine.begin, lambda engine: sessionmaker(engine).begin()])
+def test_as_many_columns_with_other_names_lose_nothing_and_keep_their_order(engine, begin):
+    table = Table(
+        "named",
+        MetaData(),
+        Column("number", Integer, primary_key=True),
+        Column("id", Integer),
+        Column("name", String(20), server_default="nobody"),
+        Column("size", Integer, server_default="7"),
+    )
+    table.metadata.drop_all(engine)
+    table.metadata.create_all(engine)
+    items = [{"id": 1, "name": "a"}, {"id": 2, "size": 3}, {"size": 4}, {"id": 5, "name": "e"}]
+    with begin(engine) as transaction:
+        SqlWriter(table)(transaction, items)
+    with engine.connect() as connection:
+        found = connection.execute(select(table.c.id, table.c.name, table.c.size).order_by(table.c.number)).all()
+    assert found == [(1, "a", 7), (2, "nobody", 3), (None, "nobody", 4), (5, "e", 7)]
+
+
+@pytest.mark.parametrize("later", ["id", {"id"}, ("id",), 5])
+def test_a_later_item_that_is_no_mapping_is_named_and_nothing_is_inserted(engine, later):
+    with engine.begin() as connection:
+        with pytest.raises(TypeError, match=r"^items: must be mappings of column names to values, not "):
+            SqlWriter(target)(connection, [{"id": 1}, later])
+        assert connection.scalars(select(target.c.id)).all() == []
+
+
+def test_items_that_the_database_refuses_are_sent_to_it_once(engine):
+    sent = []
+    event.listen(engine, "before_cursor_execute", lambda *facts: sent.append(facts[2]))
+    with pytest.raises(IntegrityError), engine.begin() as connection:
+        SqlWriter(target)(connection, [{"id": 1}, {"id": 1}])
+    assert len([text for text in sent if text.startswith("INSERT")]) == 1
 
 
 def test_an_asynchronous_writer_inserts_items_with_different_columns(tmp_path):
