@@ -204,7 +204,7 @@ class Driver(Call):
         """Open the transaction; what it gives becomes `context.transaction`."""
         assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
         self.opening = manager = self.transaction()
-        entering = self._method(manager, "enter")
+        entering = self._method(manager, "__aenter__", "__enter__")
         if self.template.asynchronous and hasattr(manager, "__aenter__"):
             return entering()
         # In one statement: between a call that has returned and the next one no signal is handled.
@@ -223,10 +223,10 @@ class Driver(Call):
                 self.manager = self.opening
         return self.manager is not None
 
-    def _method(self, manager: Any, name: str) -> Callable[..., Any]:
+    def _method(self, manager: Any, later: str, now: str) -> Callable[..., Any]:
         """Entering or leaving a context manager: asynchronously where this template can and the manager does."""
-        method = getattr(manager, f"__a{name}__", None) if self.template.asynchronous else None
-        method = method or getattr(manager, f"__{name}__", None)
+        method = getattr(manager, later, None) if self.template.asynchronous else None
+        method = method or getattr(manager, now, None)
         if method is None:
             asynchronous = " an asynchronous one needs an AsyncRetryTemplate;" if hasattr(manager, "__aenter__") else ""
             msg = f"transaction: must give a context manager;{asynchronous} got {type(manager).__name__}"
@@ -235,7 +235,7 @@ class Driver(Call):
 
     def leave(self, error: BaseException | None = None) -> Any:
         """Leave the transaction: commit without an error, roll back with one."""
-        leaving = self._method(self.manager, "exit")
+        leaving = self._method(self.manager, "__aexit__", "__exit__")
         self.context.transaction = None
         try:
             left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)

@@ -186,6 +186,13 @@ def _always(context: RetryContext) -> None:
 
 
 def _check_execute(callback: Any, recover: Any, state: Any, transaction: Any) -> None:
+    if (
+        callable(callback)
+        and (recover is None or callable(recover))
+        and (transaction is None or callable(transaction))
+        and (state is None or type(state) is RetryState)
+    ):
+        return
     for name, value in (("callback", callback), ("recover", recover), ("transaction", transaction)):
         if not callable(value) and (value is not None or name == "callback"):
             raise wrong_type(name, "callable", value)
