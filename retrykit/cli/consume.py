@@ -88,8 +88,8 @@ def consume(**options: Any) -> None:
     MODULE:NAME is a ListenerContainer, a Consumers registry, or a function without arguments that makes one; the
     current directory is importable: `retrykit consume shop.orders:consumers --processes 4 --health 8080`.
 
-    SIGTERM or SIGINT (Ctrl-C): the messages in hand are finished, no other is taken, and it ends. After --grace, or a
-    second signal, it ends at once: what was in hand goes back to the broker.
+    SIGTERM or SIGINT (Ctrl-C): the messages in hand are finished, no other is taken, and it ends. After --grace, or
+    another signal a second or more later, it ends at once: what was in hand goes back to the broker.
 
     With --processes a process that dies is replaced, after a pause that grows while it dies soon after its start. One
     that gives up for a reason that each would have (messages have no stable id, say) ends them all. So does a module

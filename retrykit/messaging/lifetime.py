@@ -20,8 +20,11 @@ _log = logging.getLogger("retrykit.messaging")
 
 Event = Literal["failed", "finished"]
 Lifespan = Callable[[], AbstractAsyncContextManager[Any]]
-_Heard = Literal["failed", "finished", "signal", "late"]
+_Heard = Literal["failed", "finished", "signal", "echo", "late"]
 _LOOK: Final = 0.2
+SEPARATE: Final = 1.0
+"""Signals that come within so many seconds of the first are one and the same: service managers, shells and supervisors
+signal a process and its group, or say SIGTERM and SIGINT in one breath."""
 
 
 class Ending:
@@ -117,7 +120,9 @@ class Lifetime(ABC):
         self._ending.watch(tell)
 
     def run(self, *, grace: float | None = None) -> bool:
-        """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; a second one stops at once.
+        """Consume until stopped. In the main thread SIGTERM and SIGINT stop in good order; another one stops at once.
+
+        Another one is one that comes a second or more after the first: what comes sooner is that one once more.
 
         `grace`: the messages in hand may take so many seconds (None: as long as they do), then it stops at once. True
         if they were finished. If not, a handler may still be running in its thread: nothing that it does will be
@@ -172,6 +177,8 @@ def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, hee
             asked = True
             _log.info("stopping when the messages in hand are finished")
             one.stop()
+        if event == "echo" and heed_repeated:
+            _log.info("a signal so soon after the first is that one again; one that comes later stops at once")
         if deadline is None and grace is not None:
             deadline = time.monotonic() + grace
     return True
@@ -179,7 +186,7 @@ def _obey(one: Lifetime, heard: SimpleQueue[_Heard], grace: float | None, *, hee
 
 def _linger(heard: SimpleQueue[_Heard], deadline: float) -> None:
     """Leave a moment to what was cancelled, unless one more signal comes."""
-    while _next(heard, deadline) == "failed":
+    while _next(heard, deadline) in {"failed", "echo"}:
         pass
 
 
@@ -198,9 +205,15 @@ def _signals(heard: SimpleQueue[_Heard]) -> Iterator[None]:
         yield
         return
 
+    came: list[float] = []
+
     def note(_number: int, _frame: FrameType | None) -> None:
         # A signal comes anywhere, also while the main thread holds a lock: SimpleQueue.put is made for that.
-        heard.put("signal")
+        came.append(time.monotonic())
+        if len(came) == 1 or came[-1] - came[0] >= SEPARATE:
+            heard.put("signal")
+        elif len(came) == 2:  # noqa: PLR2004 - said once
+            heard.put("echo")
 
     before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 pytest.importorskip("click")
 
+from retrykit.messaging.lifetime import SEPARATE
 from retrykit.sql import SqlRetryContextCache
 from retrykit.testing import StompServer
 from tests import waiting
@@ -250,6 +252,12 @@ def test_a_process_that_is_killed_is_replaced_and_one_that_lives_goes_on(tmp_pat
     # Somebody hangs: it is not waited for, and the message is not lost.
     running.process.terminate()
     running.wait_for_log("stopping when the messages in hand", times=3)
+    # The same signal once more at once is no other one.
+    running.process.terminate()
+    running.wait_for_log("is that one again")
+    assert running.process.poll() is None
+    told = time.monotonic()
+    wait_for(lambda: time.monotonic() - told > SEPARATE)
     running.process.terminate()
     assert running.wait() == 1
     wait_for(lambda: server.depth(ORDERS) == 1)

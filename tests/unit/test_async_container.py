@@ -19,7 +19,7 @@ import pytest
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy, current_context
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, park
+from retrykit.messaging import Consumers, ContainerGroup, ListenerContainer, Message, Park, lifetime, park
 from retrykit.messaging.coroutines import desk, loop
 from retrykit.messaging.errors import LoopEndedError
 from retrykit.messaging.memory import MemoryBroker
@@ -812,7 +812,8 @@ def test_handler_that_does_not_let_itself_be_cancelled_commits_nothing(broker):
     assert (database.log, bodies(broker)) == (["begin", "rollback"], [b"x"])
 
 
-def test_second_signal_cancels_and_leaves_the_coroutine_a_moment_to_put_things_straight(broker):
+def test_second_signal_cancels_and_leaves_the_coroutine_a_moment_to_put_things_straight(broker, monkeypatch):
+    monkeypatch.setattr(lifetime, "SEPARATE", 0.0)
     broker.publish("x")
     database, cache = Database(), MapRetryContextCache()
 
@@ -893,7 +894,7 @@ def test_process_that_was_told_twice_to_stop_ends_although_a_call_in_a_thread_ha
     code = """
 import asyncio, os, signal, sys, threading
 from retrykit import AsyncRetryTemplate
-from retrykit.messaging import ListenerContainer, container
+from retrykit.messaging import ListenerContainer, container, lifetime
 from retrykit.messaging.memory import MemoryBroker
 
 def hangs():
@@ -906,6 +907,7 @@ async def handler(message):
     await asyncio.to_thread(hangs)
 
 container.FAREWELL = 0.05
+lifetime.SEPARATE = 0.0
 broker = MemoryBroker("/queue/a")
 broker.publish("x")
 made = ListenerContainer(broker, handler, template=AsyncRetryTemplate())

@@ -17,6 +17,7 @@ from retrykit.messaging import (
     ContainerGroup,
     ListenerContainer,
     NoStableIdError,
+    lifetime,
     park,
 )
 from retrykit.messaging.memory import MemoryBroker
@@ -275,7 +276,8 @@ def test_a_signal_drains_every_consumer(broker, consumers):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_signal_stops_every_consumer_at_once(broker, consumers):
+def test_a_second_signal_stops_every_consumer_at_once(broker, consumers, monkeypatch):
+    monkeypatch.setattr(lifetime, "SEPARATE", 0.0)
     go_on = threading.Event()
 
     def hang(message):

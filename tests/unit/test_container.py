@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import logging
 import os
 import signal
 import threading
@@ -29,6 +30,7 @@ from retrykit.messaging import (
     Redeliver,
     Republish,
     discard,
+    lifetime,
     park,
     republish,
 )
@@ -928,7 +930,8 @@ def test_a_signal_that_another_thread_is_given_drains_the_container_too(broker):
 
 
 @plain_only
-def test_a_second_signal_stops_at_once(broker):
+def test_a_second_signal_stops_at_once(broker, monkeypatch):
+    monkeypatch.setattr(lifetime, "SEPARATE", 0.0)
     broker.publish("1")
     go_on = threading.Event()
     database = Database()
@@ -946,6 +949,25 @@ def test_a_second_signal_stops_at_once(broker):
     go_on.set()
     assert made.wait(PATIENCE)
     assert database.log == ["rollback"]
+
+
+@plain_only
+def test_signals_of_one_moment_are_one_signal(broker, caplog):
+    broker.publish("1")
+    caplog.set_level(logging.INFO, "retrykit.messaging")
+    database, handled = Database(), []
+
+    def handler(message):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+            wait_for(made._stopping.is_set)
+        wait_for(lambda: "that one again" in caplog.text)
+        handled.append(message.text)
+
+    made = container(broker, handler, transaction=database.begin)
+    assert made.run() is True
+    assert (handled, database.log, broker.messages()) == (["1"], ["commit"], ())
+    assert caplog.text.count("that one again") == 1
 
 
 def test_running_outside_the_main_thread_ends_when_stopped(broker):
