@@ -6,6 +6,7 @@ import uuid
 
 import pytest
 
+from tests.servers.databases import DATABASES, empty_database
 from tests.servers.fixtures import activemq, embedded, embedded_rabbit, mariadb, postgresql, rabbitmq, redis_server
 
 __all__ = ["activemq", "embedded", "embedded_rabbit", "mariadb", "postgresql", "rabbitmq", "redis_server"]
@@ -25,6 +26,12 @@ def rabbit(request):
 def double(request):
     """A server that can be told to fail at a moment of our choice."""
     return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(params=DATABASES)
+def url(request):
+    """The URL of an empty database, of each kind."""
+    return empty_database(request, request.param)
 
 
 @pytest.fixture

@@ -18,18 +18,13 @@ from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import ChunkStep, run_partitions
 from retrykit.errors import JobError, JobRunningError
 from retrykit.sql import SqlJobStore, create_tables, rk_job, stored_jobs
-from tests.servers.databases import DATABASES, empty_database
+from tests.servers.databases import empty_database
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 60.0
 PARTS = 3
 ITEMS = range(30)
-
-
-@pytest.fixture(params=DATABASES)
-def url(request):
-    return empty_database(request, request.param)
 
 
 @pytest.fixture

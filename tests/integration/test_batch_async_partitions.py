@@ -12,17 +12,12 @@ from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import AsyncChunkStep, ChunkStep, async_run_partitions, run_partitions, stop
 from retrykit.errors import JobError
 from retrykit.sql import AsyncSqlJobStore, SqlJobStore, async_sqlite_engine, create_tables, stored_jobs
-from tests.servers.databases import ASYNC_DRIVERS, DATABASES, empty_database, with_driver
+from tests.servers.databases import ASYNC_DRIVERS, with_driver
 
 metadata = MetaData()
 # Nothing is unique: what is written twice shows.
 work = Table("work", metadata, Column("item", Integer, nullable=False))
 ITEMS = range(40)
-
-
-@pytest.fixture(params=DATABASES)
-def url(request):
-    return empty_database(request, request.param)
 
 
 @pytest.fixture

@@ -46,15 +46,10 @@ from retrykit.sql import (
     stored_jobs,
 )
 from tests.doubles import ManualClock
-from tests.servers.databases import ASYNC_DRIVERS, DATABASES, empty_database, with_driver
+from tests.servers.databases import ASYNC_DRIVERS, empty_database, with_driver
 
 metadata = MetaData()
 work = Table("work", metadata, Column("id", Integer, primary_key=True, autoincrement=False))
-
-
-@pytest.fixture(params=DATABASES)
-def url(request):
-    return empty_database(request, request.param)
 
 
 @pytest.fixture

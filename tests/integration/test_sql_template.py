@@ -13,12 +13,6 @@ from sqlalchemy.orm import sessionmaker
 from retrykit import RetryState, RetryTemplate, SimpleRetryPolicy
 from retrykit.message import Message
 from retrykit.sql import SqlRetryContextCache, park_in_transaction, parked_items
-from tests.servers.databases import DATABASES, empty_database
-
-
-@pytest.fixture(params=DATABASES)
-def url(request):
-    return empty_database(request, request.param)
 
 
 @pytest.fixture(params=["of a URL", "of the work's engine"])
