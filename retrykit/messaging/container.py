@@ -12,7 +12,7 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_off
 from retrykit.check import callable_with, is_callable_or_none, one_of, whole, wrong_type, wrong_value
-from retrykit.failure import type_name
+from retrykit.failure import message_of, type_name
 from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
@@ -136,7 +136,7 @@ class ListenerContainer(Lifetime):
     _doors: list[Desk] = attrs.field(factory=list, init=False, repr=False)
     _running: int = attrs.field(default=0, init=False, repr=False)
     _failure: str = attrs.field(default="", init=False, repr=False)
-    _reasons: list[BaseException] = attrs.field(factory=list, init=False, repr=False)
+    _reasons: list[tuple[type, str]] = attrs.field(factory=list, init=False, repr=False)
 
     def __attrs_post_init__(self) -> None:
         # Refuses what is no handler, before anything runs.
@@ -305,10 +305,11 @@ class ListenerContainer(Lifetime):
         self._failure = type(cause if isinstance(cause, OSError) else error).__name__
 
     def _give_up(self, error: BaseException) -> None:
+        reason = type(error), message_of(error)
         with self._lock:
-            known = error in self._reasons
-            self._reasons.append(error)
-        # Several workers may have the same one.
+            known = reason in self._reasons
+            self._reasons.append(reason)
+        # Several workers may have the same one, or each one of its own that says the same.
         if not known:
             # What is to be changed is said in a sentence; where in here it was noticed helps nobody.
             traceback = in_detail(error.__cause__) if isinstance(error, MISCONFIGURED) else error

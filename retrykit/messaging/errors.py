@@ -22,6 +22,14 @@ class LoginRefusedError(BrokerUnavailableError):
     """The broker {broker} did not let us in: {reason}"""
 
 
+class CredentialsError(BrokerError):
+    """What credentials() gives for the broker {broker} is no login: {reason}
+
+    Nothing was sent, and the error does not say what it gave, which may be half a secret. It would give the same again,
+    so a container stops. A secret that is not there yet is to be raised as an error: that is tried again.
+    """
+
+
 class ConnectionLostError(BrokerError):
     """The connection to the broker {broker} was lost: {reason}
 

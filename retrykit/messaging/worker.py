@@ -20,6 +20,7 @@ from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import (
     BrokerError,
     BrokerUnavailableError,
+    CredentialsError,
     DelayUnavailableError,
     LoopEndedError,
     NoStableIdError,
@@ -43,6 +44,7 @@ MISCONFIGURED: Final = (
     DelayUnavailableError,
     NotSupportedError,
     SubscriptionRefusedError,
+    CredentialsError,
 )
 """What would be so again with every connection, and in every process, until somebody changes something."""
 

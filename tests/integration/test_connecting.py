@@ -13,7 +13,13 @@ from functools import partial
 import pytest
 
 from retrykit.backoff import FixedBackOffPolicy
-from retrykit.messaging import BrokerUnavailableError, ConnectionLostError, ListenerContainer, Publisher
+from retrykit.messaging import (
+    BrokerUnavailableError,
+    ConnectionLostError,
+    CredentialsError,
+    ListenerContainer,
+    Publisher,
+)
 from retrykit.messaging.stomp import StompBroker
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
@@ -455,25 +461,46 @@ def vault_is_sealed():
     raise PermissionError("sealed")
 
 
+def test_credentials_that_cannot_be_had_are_told_with_what_was_raised(queue):
+    broker = StompBroker("stomp://127.0.0.1:1", destination=queue, credentials=vault_is_sealed)
+    words = r"credentials\(\) raised builtins.PermissionError"
+    with pytest.raises(BrokerUnavailableError, match=words) as unavailable:
+        broker.connect()
+    assert isinstance(unavailable.value.__cause__, PermissionError)
+
+
+class Asynchronous:
+    async def __call__(self):
+        return "me", "sesame"
+
+
 @pytest.mark.parametrize(
-    ("credentials", "reason"),
+    ("given", "reason"),
     [
-        (vault_is_sealed, "raised builtins.PermissionError"),
-        ("sesame", "gave a str"),
-        (("me", None), "gave a tuple"),
-        (("me", b"sesame"), "gave a tuple"),
-        (("me", "sesame", "open"), "gave a tuple"),
-        (("me", "sesame\nhost:other"), "gave a line break"),
+        ("sesame", "a str, and not two texts"),
+        (["me", 7, "sesame"], "a list, and not two texts"),
+        (("me", None), r"a tuple of \(str, NoneType\), and not of two texts"),
+        (("me", b"sesame"), r"a tuple of \(str, bytes\)"),
+        (("me", "sesame", "open"), r"a tuple of \(str, str, str\)"),
+        (("me", "sesame\n"), "there is a line break or NUL in it"),
+        (Asynchronous(), "a coroutine, and credentials= must be a plain function"),
     ],
 )
-def test_credentials_that_cannot_be_had_are_told_without_them(credentials, reason, queue, caplog):
+def test_credentials_of_a_wrong_shape_end_the_container_with_a_sentence_that_does_not_show_them(
+    given, reason, queue, caplog
+):
     caplog.set_level(logging.DEBUG)
-    asked = credentials if callable(credentials) else lambda: credentials
-    broker = StompBroker("stomp://127.0.0.1:1", destination=queue, credentials=asked)
-    with pytest.raises(BrokerUnavailableError, match=rf"credentials\(\) {reason}") as unavailable:
-        broker.connect()
-    assert isinstance(unavailable.value.__cause__, PermissionError) is (credentials is vault_is_sealed)
-    assert "sesame" not in f"{unavailable.value}{broker!r}{caplog.text}"
+    asked = given if callable(given) else lambda: given
+    broker = StompBroker("failover:(stomp://127.0.0.1:1,stomp://127.0.0.1:2)", destination=queue, credentials=asked)
+    container = ListenerContainer(broker, print, template=RetryTemplate(name="orders"), concurrency=2)
+    container.start()
+    with pytest.raises(CredentialsError, match=f"is no login: {reason}") as wrong:
+        container.wait(60)
+    (line,) = [record for record in caplog.records if record.levelname == "CRITICAL"]
+    assert line.exc_info is None
+    with pytest.raises(CredentialsError, match=reason), Publisher(broker) as publisher:
+        publisher.send(queue, b"x")
+    assert "sesame" not in f"{wrong.value}{vars(wrong.value)}{broker!r}{caplog.text}"
 
 
 def test_the_log_says_why_a_container_is_not_connected(queue, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import ssl
 from typing import Any, Final
@@ -10,7 +11,7 @@ import attrs
 
 from retrykit.check import wrong_value
 from retrykit.failure import type_name
-from retrykit.messaging.errors import BrokerUnavailableError
+from retrykit.messaging.errors import BrokerUnavailableError, CredentialsError
 from retrykit.messaging.stomp.address import Address, can_be_sent, located
 from retrykit.messaging.stomp.session import StompSession
 from retrykit.messaging.stomp.settings import StompSettings
@@ -39,7 +40,7 @@ class StompBroker(StompSettings):
     theirs, beginning after the one that was lost.
 
     `credentials()` gives `(login, passcode)` and is asked at each connection, for secrets that change; what it raises
-    is a `BrokerUnavailableError`.
+    is a `BrokerUnavailableError`, and what it gives besides two texts a `CredentialsError`.
 
     `host` is the virtual host; RabbitMQ's own default one where none is given. `declare` are headers that RabbitMQ
     makes a queue by (`{"x-queue-type": "quorum"}`): they go with the subscription and with each message sent to a
@@ -70,7 +71,8 @@ class StompBroker(StompSettings):
         """Open a session, on the first server that has one.
 
         `BrokerUnavailableError` when no broker is there, lets us in, and answers in time; it names each that was tried.
-        `LoginRefusedError`, which is one, when it refuses the login. `NotSupportedError` when the broker cannot do what
+        `LoginRefusedError`, which is one, when it refuses the login. `CredentialsError` when `credentials` gives none,
+        ever. `NotSupportedError` when the broker cannot do what
         was asked for (`selector`, `durable`), `SubscriptionRefusedError` when it will never accept the subscription.
         """
         if consume and not self.destination:
@@ -122,18 +124,12 @@ class StompBroker(StompSettings):
         try:
             given: Any = self.credentials()
         except Exception as error:
-            raise self._no_credentials(address, f"raised {type_name(type(error))}") from error
-        # What was given is not shown: half of it may be a password.
+            reason = f"credentials() raised {type_name(type(error))}"
+            raise BrokerUnavailableError(broker=located(address.name, self.destination), reason=reason) from error
         match given:
             case (str(login), str(passcode)) if can_be_sent(login, passcode):
                 return login, passcode
-            case (str(), str()):
-                raise self._no_credentials(address, "gave a line break or NUL, which cannot be sent")
-            case _:
-                raise self._no_credentials(address, f"gave a {type(given).__name__} that is not (login, passcode)")
-
-    def _no_credentials(self, address: Address, reason: str) -> BrokerUnavailableError:
-        return BrokerUnavailableError(broker=located(address.name, self.destination), reason=f"credentials() {reason}")
+        raise CredentialsError(broker=self.name, reason=_no_login(given))
 
     def _context(self) -> ssl.SSLContext:
         context = self.ssl_context or ssl.create_default_context()
@@ -149,3 +145,17 @@ class StompBroker(StompSettings):
             session.close(wait=False)
             raise
         return session
+
+
+def _no_login(given: Any) -> str:
+    """Why it is none, without showing it: half of it may be a password."""
+    if inspect.iscoroutine(given):
+        given.close()
+        return "a coroutine, and credentials= must be a plain function that gives (login, passcode)"
+    match given:
+        case (str(), str()):
+            return "there is a line break or NUL in it, which cannot be sent"
+        case tuple():
+            kinds = ", ".join(type(part).__name__ for part in given)
+            return f"a tuple of ({kinds}), and not of two texts, (login, passcode)"
+    return f"a {type(given).__name__}, and not two texts, (login, passcode)"
