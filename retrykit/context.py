@@ -160,6 +160,11 @@ class RetryContext:
             history.fence = first_fence(self._wall_of(self._started))
         return history.fence
 
+    @property
+    def has_history(self) -> bool:
+        """Whether anything is known of the item, or noted to be stored: a failure, an attempt that runs, a veto."""
+        return self._history is not None
+
     # -- counts and failures
 
     @property

@@ -9,7 +9,7 @@ Its transaction opens by itself with the first `send` or with `commit`, and ends
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import attrs
@@ -92,6 +92,22 @@ class Session(Protocol):
         """Leave: what is not committed is undone and goes back.
 
         In good order and in bounded time, or at once without `wait`.
+        """
+
+
+Told = Callable[[Exception | None], None]
+"""Told that an acknowledgement is confirmed (None), or why nobody can know."""
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A session that need not wait, message by message, until its acknowledgement is confirmed."""
+
+    def acknowledge(self, message: Message, told: Told) -> None:
+        """As `commit` where nothing was sent; but it may return before that is confirmed.
+
+        `told` is called once, by this call or a later one, and before another message is acknowledged, or `close` ends:
+        with None, or with what left it in doubt. When this call itself raises, as `commit` does, it is not called.
         """
 
 

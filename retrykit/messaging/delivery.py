@@ -19,6 +19,11 @@ with the mark, until 5 is confirmed; the duplicate delivery sends it again, unde
 `retrykit.messaging.outbox`). A recovery that parks is no other. Without a mark in the database whatever sends settles
 its history in 6 only, never in 4, and so does every recovery: after a crash it is done again, not forgotten.
 
+Where an attempt has left nothing but its success (no database, no sends, no history, nobody to be told), 6 is empty and
+nothing hangs on 5 being confirmed. A source that can (`Overlapping`) then lets the next message that is at hand be
+handled meanwhile; the one is confirmed before the other is acknowledged. A connection that is lost in between brings
+both again.
+
 All of this is decided here, for plain functions and for coroutines (`retrykit.messaging.coroutines.delivery`), whose
 template runs elsewhere, and whose sends wait for 3.
 """
@@ -29,7 +34,7 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import attrs
 
@@ -47,7 +52,7 @@ from retrykit.message import (
     Settlement,
     with_sender,
 )
-from retrykit.messaging.broker import Session
+from retrykit.messaging.broker import Overlapping, Session
 from retrykit.messaging.counters import Tally
 from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
@@ -86,11 +91,17 @@ class Work:
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
     pauses: Pauses | None = None
+    overlaps: bool = False
+    """Whether a message may be handled before it is confirmed that the one before is acknowledged."""
     in_hand: KeysInHand | None = attrs.field(init=False)
 
     @in_hand.default
     def _in_hand(self) -> KeysInHand | None:
         return in_hand_of(self.template.context_cache) if self.journal == "redelivered" else None
+
+    def may_overlap(self) -> bool:
+        """Whether a success leaves nothing behind that has to wait until it is confirmed."""
+        return self.transaction is None and self.template.plan.quiet and self.template.forgets
 
     def deliver(self, session: Session, message: Message) -> None:
         """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
@@ -122,14 +133,18 @@ class Work:
             self.tally.add(withheld=1)
             raise TransactionMisuseError(str(misused)) from None
         except CommitInDoubtError as doubt:
-            self.tally.add(in_doubt=1)
-            text = "message %r: its commit was not confirmed, so nothing is counted; it comes again, or is done: %s"
-            _log.warning(text, message.key, doubt.__cause__ or doubt, extra=delivery.named())
+            self.note_doubt(delivery, doubt.__cause__ or doubt)
             raise
         except BaseException as error:
             delivery.give_back(error)
             if isinstance(error, LoopEndedError) or not isinstance(error, Exception):
                 raise
+
+    def note_doubt(self, delivery: Delivery, why: BaseException) -> None:
+        """Count, and tell, that nobody knows whether a message is acknowledged."""
+        self.tally.add(in_doubt=1)
+        text = "message %r: its commit was not confirmed, so nothing is counted; it comes again, or is done: %s"
+        _log.warning(text, delivery.message.key, why, extra=delivery.named())
 
 
 class Delivery:
@@ -142,7 +157,7 @@ class Delivery:
         self.key: Any = message.key
         self.settlement: Settlement = Ack()
         self.context: RetryContext | None = None
-        self.committed = False
+        self.answered = False
         self.recovering = False
         self._sending = threading.Lock()
         self._sender: object | None = None
@@ -168,7 +183,7 @@ class Delivery:
             _log.error("message %r is not the one that has this key already: %s", key, collision)
             self.context = None
             self.execute((key, facts["fingerprint"]))
-        if not self.committed:
+        if not self.answered:
             self.acknowledge_duplicate()
         self.work.patience.forgive(self.message.key)
 
@@ -323,9 +338,29 @@ class Delivery:
             context.transaction = None
         return result
 
+    def acknowledge(self) -> None:
+        """The last act at the source: acknowledge the message, and commit what was sent."""
+        if self._hangs_on_nothing():
+            cast("Overlapping", self.session).acknowledge(self.message, self._told)
+        else:
+            self.session.commit(self.message)
+            self.settled()
+        self.answered = True
+
+    def _hangs_on_nothing(self) -> bool:
+        """Whether nothing is to be done once the source has confirmed: see the end of the essay above."""
+        context = self.context
+        known = context is None or context.has_history
+        return self.work.overlaps and not (known or self.sent or self.recovering)
+
+    def _told(self, doubt: Exception | None) -> None:
+        if doubt is None:
+            self.settled()
+        else:
+            self.work.note_doubt(self, doubt)
+
     def settled(self) -> None:
         """Everything is committed: count it, and tell."""
-        self.committed = True
         tally, key = self.work.tally, self.message.key
         if self.recovering:
             tally.add(recovered=1)

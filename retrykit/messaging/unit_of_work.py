@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
-from functools import partial
 from inspect import iscoroutine, iscoroutinefunction
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
@@ -72,11 +71,10 @@ class UnitOfWork:
         try:
             if delivery.sent or self._database is not _NO_DATABASE:
                 yield from self._committing_first()
-            yield _AtBroker(partial(delivery.session.commit, delivery.message))
+            yield _AtBroker(delivery.acknowledge)
         except BrokerRefusedError as refused:
             delivery.refused = refused if delivery.recovering else None
             raise
-        delivery.settled()
 
     def _committing_first(self) -> _Steps:
         """What comes before the acknowledgement."""

@@ -13,7 +13,7 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
-from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.broker import Broker, Overlapping, Session
 from retrykit.messaging.connecting import connected
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
@@ -28,6 +28,7 @@ from retrykit.messaging.errors import (
     SubscriptionRefusedError,
 )
 from retrykit.messaging.open_keys import OpenKeys, open_keys_of
+from retrykit.messaging.recoverers import misplaced_by
 from retrykit.messaging.unit_of_work import TransactionMisuseError
 from retrykit.messaging.waiting import WaitingClock
 from retrykit.policy import PredicateRetryPolicy
@@ -121,6 +122,8 @@ class Worker:
 
     def _work_in(self, session: Session) -> Work:
         """The work with a template whose pauses end when this session does."""
+        if fault := misplaced_by(self.work.recover, session):
+            raise NotSupportedError(broker=self.broker.name, reason=f"recover: {fault}")
         template = self.work.template
         self.work.delays.tell(f"{template.name} from {self.broker.name}", session, template.back_off_policy)
         pauses = Pauses(self.work.delays, session)
@@ -133,6 +136,7 @@ class Worker:
             open_keys=known,
             desk=self.desk,
             pauses=pauses,
+            overlaps=self.work.may_overlap() and isinstance(session, Overlapping),
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:

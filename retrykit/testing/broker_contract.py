@@ -7,17 +7,19 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 from retrykit.errors import CommitInDoubtError
 from retrykit.message import Message
-from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.broker import Broker, Overlapping, Session
 from retrykit.messaging.errors import ConnectionLostError, NoStableIdError
 from retrykit.messaging.recoverers import ID
 
 if TYPE_CHECKING:
+    from retrykit.messaging.broker import Told
     from retrykit.messaging.delays import Postponing
 
 BINARY = bytes(range(256)) * 3
@@ -158,6 +160,41 @@ class BrokerContract:
         with self.session(broker) as session:
             session.commit(self.next(session))
         assert self.nothing_is_left(broker)
+
+    def test_what_is_acknowledged_without_waiting_is_confirmed_before_the_next(
+        self, broker: Broker, queue: str
+    ) -> None:
+        bodies = [b"1", b"2", b"3"]
+        self.publish(broker, queue, *bodies)
+        told: list[tuple[bytes, Exception | None]] = []
+        with self.session(broker) as session:
+            for number, body in enumerate(bodies):
+                message = self.next(session)
+                self._acknowledge(session, message, partial(_note, told, body))
+                assert len(told) >= number
+        assert told == [(body, None) for body in bodies]
+        assert self.nothing_is_left(broker)
+
+    def test_whoever_acknowledges_without_waiting_is_told_once_however_the_session_ends(
+        self, broker: Broker, queue: str
+    ) -> None:
+        self.publish(broker, queue, b"x")
+        told: list[tuple[bytes, Exception | None]] = []
+        with self.session(broker) as session:
+            self._acknowledge(session, self.next(session), partial(_note, told, b"x"))
+            session.close(wait=False)
+            session.close()
+        # In doubt or not, which only chance decides: the broker may have been told, and that has to be heard.
+        assert [body for body, _ in told] == [b"x"]
+
+    @staticmethod
+    def _acknowledge(session: Session, message: Message, told: Told) -> None:
+        """Without waiting, if the session can."""
+        if isinstance(session, Overlapping):
+            session.acknowledge(message, told)
+        else:
+            session.commit(message)
+            told(None)
 
     def test_what_is_not_committed_is_never_seen(self, broker: Broker, queue: str) -> None:
         with self.session(broker, consume=False) as session:
@@ -436,6 +473,10 @@ class BrokerContract:
 
 def _lacks_all(_way: str) -> str:
     return "it does not say"
+
+
+def _note(told: list[tuple[bytes, Exception | None]], body: bytes, doubt: Exception | None) -> None:
+    told.append((body, doubt))
 
 
 def _record(results: list[object], session: Session, wait: str) -> None:

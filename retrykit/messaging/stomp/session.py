@@ -7,6 +7,7 @@ import itertools
 import logging
 import time
 import uuid
+from collections import deque
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +16,7 @@ import attrs
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
 from retrykit.message import EXPIRES_AT, Message, delivered
-from retrykit.messaging.broker import Capabilities
+from retrykit.messaging.broker import Capabilities, Told
 from retrykit.messaging.delays import Way, origin_of
 from retrykit.messaging.errors import (
     BrokerError,
@@ -29,6 +30,7 @@ from retrykit.messaging.kept import Kept
 from retrykit.messaging.recoverers import COPY_OF, ID, SENT_BACK
 from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
 from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
+from retrykit.messaging.stomp.places import misplaced
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
 from retrykit.messaging.stomp.refusals import not_subscribed
 from retrykit.messaging.stomp.subscription import (
@@ -71,6 +73,8 @@ class StompSession:
         self._transactions = itertools.count(1)
         self._sends: list[str] = []
         self._in_hand: set[str] = set()
+        # The acknowledgement that was sent and is not confirmed yet: its receipt, and who wants to know. At most one.
+        self._unconfirmed: deque[tuple[str, Told]] = deque(maxlen=1)
         self._kept = Kept()
         self._stale = 0
 
@@ -140,6 +144,8 @@ class StompSession:
                 raise self._wire.error()
             if (kept := self._kept.due(self._in_hand_still)) is not None:
                 return kept
+            if not self._wire.has_delivery:
+                self._confirm()
             frame = self._wire.delivery(self._kept.wait(limit))
             if frame is None:
                 if limit is not None and limit <= time.monotonic():
@@ -204,6 +210,10 @@ class StompSession:
 
     # -- settling
 
+    def misplaced(self, destination: str) -> str:
+        """Why nothing can be sent to a destination of this broker; "" for nothing that is known."""
+        return misplaced(self._profile, destination)
+
     def send(self, destination: str, body: bytes, headers: Mapping[str, str]) -> None:
         """Send in the transaction; the receipt is waited for by `flush` or `commit`.
 
@@ -211,6 +221,11 @@ class StompSession:
         kind of broker.
         """
         check_headers({"destination": destination, **headers})
+        if fault := misplaced(self._profile, destination):
+            raise ValueError(f"destination: {fault}")
+        # What the broker refuses from here on is of this transaction. Should the connection be lost, `flush` says so.
+        with contextlib.suppress(BrokerError):
+            self._confirm()
         special = self._name(headers) | self._expiry(headers)
         marks = self._profile.text_headers if is_text(headers, body) else {}
         ours = {"destination": destination, "transaction": self._begun()}
@@ -271,6 +286,7 @@ class StompSession:
             if self._profile.commit == "together":
                 self._commit_together(message)
             else:
+                self._confirm()
                 self._commit_sends()
                 self._acknowledge(message)
         except BrokerRefusedError as error:
@@ -303,6 +319,33 @@ class StompSession:
             self._wire.put_confirmed("ACK", {"id": self._own(message).ack})
             self._wire.settle(self._broker.receipt_timeout)
 
+    def acknowledge(self, message: Message, told: Told) -> None:
+        """As `commit`; the confirmation is waited for when there is nothing else to do, or the next one is due."""
+        if self._profile.commit == "together" or self._transaction is not None:
+            self.commit(message)
+            told(None)
+            return
+        try:
+            self._confirm()
+        except BrokerError as error:
+            raise CommitInDoubtError from error
+        handle = self._own(message)
+        self._in_hand.discard(handle.ack)
+        self._unconfirmed.append((self._wire.put_confirmed("ACK", {"id": handle.ack}), told))
+
+    def _confirm(self) -> None:
+        """Wait until the last acknowledgement is confirmed, and tell; `ConnectionLostError` if it will not be."""
+        try:
+            receipt, told = self._unconfirmed.pop()
+        except IndexError:
+            return
+        try:
+            self._wire.settle(self._broker.receipt_timeout, receipt)
+        except BrokerError as error:
+            told(error)
+            raise
+        told(None)
+
     def rollback(self, message: Message | None = None, delay: float = 0.0) -> None:
         """ABORT what is open; give the message back as the profile says."""
         if self._transaction is not None:
@@ -333,6 +376,8 @@ class StompSession:
             case "nack":
                 self._nack(message)
             case _:
+                with contextlib.suppress(BrokerError):
+                    self._confirm()
                 self._wire.lose("given up, to give a message back")
                 self._wire.hang_up()
 
@@ -358,6 +403,7 @@ class StompSession:
         except ValueError as fault:
             raise BrokerRefusedError(broker=self._broker.name, what="a copy", reason=str(fault)) from fault
         body = message.body if _LENGTH in headers else to_java(message.body)
+        self._confirm()
         self._wire.put_confirmed("SEND", headers, body, f"a copy to {headers['destination']!r}")
         try:
             self._wire.settle(self._broker.receipt_timeout)
@@ -415,7 +461,10 @@ class StompSession:
     def close(self, *, wait: bool = True) -> None:
         """DISCONNECT and wait for its receipt for at most 2 s, or just drop the connection."""
         if wait and self._wire.lost is None:
-            self._wire.put_confirmed("DISCONNECT", {})
             with contextlib.suppress(BrokerError):
+                self._confirm()
+                self._wire.put_confirmed("DISCONNECT", {})
                 self._wire.settle(GOODBYE_SECONDS)
         self._wire.hang_up()
+        with contextlib.suppress(BrokerError):
+            self._confirm()

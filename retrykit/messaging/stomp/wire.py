@@ -194,6 +194,11 @@ class Wire:
             for receipt in receipts:
                 self._awaited.pop(receipt, None)
 
+    @property
+    def has_delivery(self) -> bool:
+        """Whether one has been read, and not taken."""
+        return bool(self._deliveries)
+
     def delivery(self, timeout: float | None) -> Frame | None:
         """The next delivery; None if none came in time, or none will."""
         if self._deliveries:
