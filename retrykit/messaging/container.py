@@ -23,7 +23,7 @@ from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
 from retrykit.messaging.logs import ATTRIBUTE, in_detail
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
-from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.recoverers import Recoverer, misplaced_by
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.worker import MISCONFIGURED, Worker
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
@@ -142,6 +142,8 @@ class ListenerContainer(Lifetime):
         # Refuses what is no handler, before anything runs.
         calls_with(self.handler, self.template)
         refuse_generators("recover", self.recover)
+        if fault := misplaced_by(self.recover, self.broker):
+            raise ValueError(f"recover: {fault}")
         if self.template.asynchronous:
             self.loop = _new_loop()
             return

@@ -161,6 +161,15 @@ class discard:  # noqa: N801 - as `park`
         return Discard(self.reason)
 
 
+def misplaced_by(recover: Recoverer | None, broker: Any) -> str:
+    """What is wrong with the destination of a recovery that says one, as a broker or its session sees it; "": nothing.
+
+    Asked before anything is consumed: there would be no other answer when the first message is to be put there.
+    """
+    place, ask = getattr(recover, "destination", None), getattr(broker, "misplaced", None)
+    return str(ask(place)) if ask is not None and isinstance(place, str) else ""
+
+
 def may_travel(headers: Mapping[str, str]) -> dict[str, str]:
     """The headers without those that belong to one frame, delivery or original, whoever asks for them."""
     return {name: value for name, value in headers.items() if name not in _NEVER}

@@ -24,6 +24,7 @@ from retrykit.messaging import (
     ListenerContainer,
     NoStableIdError,
     NotSupportedError,
+    Publisher,
     Republish,
     by_content,
     by_header,
@@ -35,7 +36,7 @@ from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
 from tests import waiting
-from tests.servers import RabbitMq, Wire, is_rabbit
+from tests.servers import RabbitMq, StompErrorFrame, Wire, is_rabbit
 from tests.servers.rabbitmq import USER
 
 PATIENCE = 90.0
@@ -588,3 +589,25 @@ def test_a_send_that_is_refused_while_the_commit_is_under_way_is_in_doubt(embedd
     with pytest.raises(CommitInDoubtError):
         session.commit()
     session.close()
+
+
+def test_a_destination_that_is_mistyped_is_refused_since_brokers_do_as_the_profile_says(real, queue):
+    mistyped = queue.replace("/queue/", "/quene/")
+    with closing(Wire(real.host, real.port, virtual_host=None if is_rabbit(real) else "localhost")) as wire:
+        if is_rabbit(real):
+            with pytest.raises(StompErrorFrame, match="Unknown destination"):
+                wire.publish(mistyped, b"lost")
+        else:
+            wire.publish(mistyped, b"astray")
+            wire.subscribe(f"/queue/{mistyped}")
+            assert wire.next(PATIENCE).body == b"astray"
+    broker = StompBroker(real.url, destination=queue)
+    with Publisher(broker) as publisher:
+        publisher.send(queue, b"x")
+    container = ListenerContainer(broker, print, template=RetryTemplate(), recover=park(mistyped))
+    with pytest.raises(NotSupportedError, match=f"recover: '{mistyped}' begins neither"):
+        container.run()
+    with closing(broker.connect()) as session:
+        message = session.receive(PATIENCE)
+        assert message.body == b"x"
+        session.commit(message)

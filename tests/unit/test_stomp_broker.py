@@ -9,9 +9,10 @@ import time
 from contextlib import closing, contextmanager, nullcontext
 from types import SimpleNamespace
 
+import attrs
 import pytest
 
-from retrykit.messaging import ListenerContainer, by_content, by_header
+from retrykit.messaging import Consumers, ListenerContainer, Publisher, by_content, by_header, park, republish
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NotSupportedError
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
@@ -69,6 +70,56 @@ def test_a_destination_that_would_silently_be_a_queue_of_its_whole_name_is_refus
 @pytest.mark.parametrize("destination", ["/queue/a", "/topic/a", "a", "queue://a", "/temp-queue/a", ""])
 def test_a_destination_that_activemq_knows_is_not_refused(destination):
     assert StompBroker("stomp://host", destination=destination, profile="activemq").destination == destination
+
+
+MISPLACED = {
+    "activemq": "'/quene/a' begins neither with /queue/ nor with /topic/, and brokers of the kind 'activemq' would",
+    "rabbitmq": "'/quene/a' begins neither with /queue/ nor with /topic/, and brokers of the kind 'rabbitmq' refuse",
+}
+
+
+@pytest.mark.parametrize("recover", [park, republish])
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_a_recovery_to_where_nothing_can_be_is_refused_before_anything_is_consumed(profile, recover):
+    wrong, own = recover("/quene/a"), {"template": RetryTemplate()}
+    with pytest.raises(ValueError, match=f"recover: {MISPLACED[profile]}"):
+        ListenerContainer(
+            StompBroker("stomp://host", destination="/queue/a", profile=profile), print, recover=wrong, **own
+        )
+    with pytest.raises(ValueError, match="recover: '/quene/a'"):
+        Consumers(StompBroker("stomp://host", profile=profile), **own).consumer("/queue/a", recover=wrong)(print)
+    with StompServer(profile=profile) as server:
+        server.publish("/queue/a", b"x", {"amqp-message-id": "m-1"})
+        made = ListenerContainer(StompBroker(server.url, destination="/queue/a"), print, recover=wrong, **own)
+        with pytest.raises(NotSupportedError, match=f"recover: {MISPLACED[profile]}"):
+            made.run()
+        assert (made.counters.received, server.depth("/queue/a")) == (0, 1)
+
+
+@pytest.mark.parametrize("profile", ["activemq", "rabbitmq"])
+def test_nothing_is_sent_to_where_nothing_can_be_and_the_next_message_is(profile):
+    with StompServer(profile=profile) as server, Publisher(StompBroker(server.url)) as publisher:
+        with pytest.raises(ValueError, match=f"destination: {MISPLACED[profile]}"):
+            publisher.send("/quene/a", b"x")
+        with pytest.raises(ValueError, match="destination: '/queue/' has no name behind the last slash"):
+            publisher.send("/queue/", b"x")
+        publisher.send("/queue/a", b"x")
+        assert server.depth("/queue/a") == 1
+
+
+def test_a_profile_can_know_other_places_and_one_that_knows_none_refuses_nothing():
+    own = attrs.evolve(ACTIVEMQ, places=(*ACTIVEMQ.places, "/dsub/"))
+    assert StompBroker("stomp://host", destination="/dsub/a", profile=own).misplaced("/dsub/b") == ""
+    assert StompBroker("stomp://host", profile=own).misplaced("/dsub/") == "'/dsub/' has no name behind the last slash"
+    assert StompBroker("stomp://host", destination="/quene/a", profile="generic").misplaced("/quene/") == ""
+    assert StompBroker("stomp://host").misplaced("/quene/a") == ""
+
+
+@pytest.mark.parametrize(
+    "start", ["/queue/", "/topic/", "/exchange/e/", "/amq/queue/", "/temp-queue/", "/reply-queue/", ""]
+)
+def test_a_destination_that_rabbitmq_knows_is_not_refused(start):
+    assert StompBroker("stomp://host", profile="rabbitmq").misplaced(f"{start}a") == ""
 
 
 def test_a_password_is_never_shown():

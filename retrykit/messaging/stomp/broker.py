@@ -28,7 +28,7 @@ class StompBroker(StompSettings):
     """A STOMP broker (`stomp://user:password@host:port`), and the destination to consume from, such as "/queue/orders".
 
     The destination may be the path of the URL. It begins with "/queue/" or "/topic/", or in another way that the broker
-    knows; what ActiveMQ would silently take for a queue of a strange name ("/quene/orders") is refused. `prefetch`
+    knows (`Profile.places`); what cannot be meant ("/quene/orders") is refused. `prefetch`
     bounds how many deliveries are on their way: 1 is the fastest for transactional sessions on ActiveMQ. `profile`
     ("activemq", "rabbitmq", "generic") is what the broker calls itself, unless given. `identify` says by what a message
     is known again at its next delivery, where the profile's own rule does not do: `by_header("order-id")`,

@@ -55,7 +55,9 @@ class Profile:
     browses: bool = False
     """SUBSCRIBE with the header `browser` shows what lies in a queue, and takes nothing."""
     places: tuple[str, ...] = ()
-    """How a destination with a slash in front must begin, where any other would silently be a queue of that name."""
+    """How a destination with a slash in front must begin; empty: nothing is known of that."""
+    makes_any_place: bool = False
+    """Any other one would silently be a queue of that name, and is no error."""
     made_queues: str = "/queue/"
     """How a destination begins that is to be found, not made, where those are told apart."""
     delays: Literal["scheduler", "queues"] | None = None
@@ -93,6 +95,7 @@ ACTIVEMQ: Final = Profile(
     expiry="expires",
     browses=True,
     places=("/queue/", "/topic/", "/temp-queue/", "/temp-topic/", "/remote-temp-queue/", "/remote-temp-topic/"),
+    makes_any_place=True,
     delays="scheduler",
     longest_delay=365 * 86_400.0,
 )
@@ -125,6 +128,7 @@ RABBITMQ: Final = Profile(
     # The arguments of queues are milliseconds in 32 bits.
     longest_delay=30 * 86_400.0,
     made_queues="/amq/queue/",
+    places=("/queue/", "/topic/", "/exchange/", "/amq/queue/", "/temp-queue/", "/reply-queue/"),
     wrong_subscriptions={
         "Unknown destination": "destination",
         "PRECONDITION_FAILED": "declare has to say how the queue was made",

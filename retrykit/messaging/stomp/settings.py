@@ -14,6 +14,7 @@ from retrykit.messaging.headers import check_headers, given_headers
 from retrykit.messaging.identity import Identify
 from retrykit.messaging.stomp.address import Servers, can_be_sent, located, parse_servers, redacted
 from retrykit.messaging.stomp.failover import Rota
+from retrykit.messaging.stomp.places import misplaced
 from retrykit.messaging.stomp.profiles import Profile, to_profile
 
 Credentials = Callable[[], tuple[str, str]]
@@ -110,6 +111,10 @@ class StompSettings:
             raise ValueError("ssl_context: is of no use without stomp+ssl:// in the URL: nothing would be encrypted")
         if self.credentials is not None and any(address.login or address.passcode for address in addresses):
             raise ValueError("credentials: are given twice, by the URL too: leave one of them out")
+
+    def misplaced(self, destination: str) -> str:
+        """Why nothing can be sent to a destination, as far as the profile was given; "" for nothing that is known."""
+        return "" if self.profile is None else misplaced(self.profile, destination)
 
     @property
     def name(self) -> str:

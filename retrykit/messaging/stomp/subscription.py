@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final
 
 from retrykit.check import wrong_value
 from retrykit.messaging.errors import NotSupportedError
+from retrykit.messaging.stomp.places import misplaced
 from retrykit.messaging.stomp.profiles import Profile
 
 if TYPE_CHECKING:
@@ -42,12 +43,9 @@ def check_durable(broker: StompSettings) -> None:
 
 
 def check_supported(broker: StompSettings, profile: Profile) -> None:
-    """`NotSupportedError` for what this kind of broker would pass over in silence."""
-    place = broker.destination
-    if profile.places and place.startswith("/") and not place.startswith(profile.places):
-        words = f"{place!r} begins neither with /queue/ nor with /topic/"
-        reason = f"{words}, and brokers of the kind {profile.name!r} would take it for a queue of that whole name"
-        raise NotSupportedError(broker=broker.name, reason=f"destination: {reason} (which is '/queue/{place}')")
+    """`NotSupportedError` for what this kind of broker would pass over in silence, or never accept."""
+    if fault := misplaced(profile, broker.destination):
+        raise NotSupportedError(broker=broker.name, reason=f"destination: {fault}")
     if broker.selector is not None and not profile.selectors:
         reason = f"brokers of the kind {profile.name!r} know no selectors, and would deliver everything"
         raise NotSupportedError(broker=broker.name, reason=f"selector: {reason}")
