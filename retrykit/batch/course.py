@@ -1,100 +1,27 @@
-"""THE course of a step: what is written together, what is tried again, what is put aside, and from where it goes on.
-
-*A chunk* is so many items, read before any transaction is begun and kept until each of them is settled: written,
-filtered out, or skipped. It is written in one transaction if all goes well. Readers are not part of it: nothing is read
-twice, and no transaction is open while a reader waits.
-
-*Who decides.* Each test of a group of items is one call of the template: `execute(attempt, recover, transaction=…)`.
-Whether a failed attempt is made again, and after what pause, is the answer of its policies, and the pause is spent
-between two transactions. Nothing here counts attempts or computes delays. What is asked here is what follows when the
-template gives up: is the failure an item's own fault (`SkipPolicy`)? If not, the step stops, and the failure goes to
-the caller as it is.
-
-*One transaction*, in this order: the items are processed; the writer writes them, and a Session is flushed, so that
-their failures are theirs; the skipped ones are recorded, and position and counts stored; commit. What is ours comes
-last: it takes its lock late, and when it fails (`JobLostError`, a table that is not there) that is no item's fault:
-the step stops.
-
-*The counts follow the commit.* What an attempt has come to is a `Tally`, which is added when its transaction has
-committed, and in no other case. The position that is stored in the transaction is the one behind its last item.
-
-*Who was it?* A failure that the processor raised is that of the item it was given. A writer may name the culprit
-(`ItemError`). Then that item is condemned, and the next transaction writes the others and records it: one more, not
-several; provided that each failed attempt named the same one. A failure without a name is searched for
-(`retrykit.batch.isolation`): groups from the first unsettled item on, each in a transaction of its own, that commit if
-they are good. An attempt of several suspects is made once: repeating would not tell more about each of them. A failure
-that is no item's fault is repeated there too, as the policy says. A single item has all the attempts that the policy
-gives it, and a history of its own if it has a key. Then its recovery, in a transaction of its own, records it. Nobody
-is condemned but by his own failure.
-
-*Vetoes from outside* are asked for once a chunk, before its first transaction and beside it (`retrykit.batch.vetoes`),
-and again before it is tried again.
-What somebody has forbidden is skipped as if it had been condemned before it was read. One that is tried alone is looked
-up anew by the template: then a veto ends the call without an attempt, and the chunk is asked again whose it was. What a
-processor vetoes is its own item: another one that fails beside it is not judged by an attempt that this has made the
-last, but searched for.
-
-*The end of a chunk.* A recovery may close it (`none_closes_chunk`): its transaction ends with that item, and the items
-behind it are settled as a chunk of their own.
-
-*Recovered once.* A source without positions, which is told what is settled, may not hear it, and gives items again. For
-those that are tried alone a completion mark of the template answers; so there each culprit is, named or not, and each
-item that is put aside untried, vetoed or unreadable, is settled alone too, if it has a key. What a mark answers for is
-settled like an item that was filtered out.
-
-*Too many.* Limits are counted in the order of the items. When one is found that cannot be skipped any more, the items
-before it are settled first, and then the step stops: a restart begins with it.
-
-*A crash* at any moment leaves what was committed last. Position and counts commit with the items where the job store
-can join the transaction: then a restart loses nothing and repeats nothing. Else they are stored after it, and a crash
-between the two has the chunk written again: at least once.
-
-*An item that kills* its process is found too, if such items are to be skipped (`skip_crashes`): the chunk that comes
-after a crash is written carefully, one item first and then in groups that double. So each run that dies leaves less
-before the killer, until it is alone, and then its history counts the attempts that never ended.
-
-*A commit that is not confirmed*, because the connection was lost in it, looks like one that failed. So after a failed
-commit the job store is asked before anything is done again: each transaction advances its revision by one, and a
-revision that has advanced says that it was committed after all.
-
-*Somebody else's job.* A job is claimed before it runs, under a fence that grows with each claim; the lease is renewed
-while it runs. A process that was believed dead and is overtaken finds another fence when it stores its position, and
-its transaction cannot commit.
-"""
+"""THE course of a step: from its claim on the job, chunk by chunk, to its report; and who is told of it meanwhile."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from time import perf_counter
-from typing import Any, NoReturn
-
-import attrs
+from typing import Any
 
 from retrykit.batch.arguments import check_position
-from retrykit.batch.attempt import Attempt
-from retrykit.batch.errors import SkipLimitError, StepStopped, is_veto
-from retrykit.batch.findings import Where
+from retrykit.batch.errors import StepStopped, is_veto
 from retrykit.batch.frames import forget_frames
-from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
-from retrykit.batch.lending import Ended
-from retrykit.batch.limits import Refusal, refused
-from retrykit.batch.report import SHOWN, Counts, Report, SkippedItem, Status, Tally, kind_of
-from retrykit.batch.source import Chunk, Source, Unreadable
-from retrykit.batch.vetoes import vetoed
+from retrykit.batch.ledger import Ledger
+from retrykit.batch.report import SHOWN, Report, SkippedItem, Status, Tally, kind_of
+from retrykit.batch.settling import Settling
+from retrykit.batch.source import Source
 from retrykit.batch.work import Work
 from retrykit.check import wrong_type
-from retrykit.errors import TerminatedRetryError
 from retrykit.failure import message_of
 
 _log = logging.getLogger("retrykit.batch")
-
-
-class ChunkClosed(Exception):  # noqa: N818 - says to the course where a transaction has ended; nobody else hears of it
-    """The recovery of an item has closed its chunk: what stands behind it begins another one."""
 
 
 class Course:
@@ -104,20 +31,16 @@ class Course:
         self.step = step
         self.parameters = parameters
         self.perform = perform
-        self.counts = Counts()
-        self.claim: Any = None
-        self.source: Source | None = None
-        self.doubt = False
-        """The last commit may have happened although it failed."""
-        self.continues_a_crash = False
-        """The run before was not ended by its program: what it has begun to count goes on."""
-        self.careful = False
-        """The next chunk may be the one in which that run died, because of one of its items."""
-        self.place = ""
-        """Where the failure happened that stops the step: the item, or the items, and what was done with them."""
+        self.ledger = Ledger()
+        self.settling: Settling | None = None
         self.skipped: list[SkippedItem] = []
         self.started_at = datetime.now(UTC)
         self.started = perf_counter()
+
+    @property
+    def claim(self) -> Any:
+        """The claim on the job; None if there is none yet, or no job store."""
+        return self.ledger.claim
 
     # -- from beginning to end
 
@@ -125,10 +48,10 @@ class Course:
         """The whole run."""
         if not isinstance(again, bool):
             raise wrong_type("again", "True or False (an instant is for run_partitions)", again)
-        position = yield from self._claim(again=again)
+        position = yield from self.ledger.open(self.step, self.parameters, again=again)
         source = None
         try:
-            source = self.source = Source(self.step.reader, position, self.counts.read)
+            source = Source(self.step.reader, position, self.ledger.counts.read)
             yield from self._write_all(source)
         except GeneratorExit:
             if self.claim is not None:
@@ -137,43 +60,45 @@ class Course:
         except StepStopped as stopped:
             forget_frames(stopped, locals_only=True)
             if stopped.job and self.claim is not None:
-                claim = self.claim
-                yield from self._quietly(partial(self.step.jobs.stop_others, claim, stopped.reason), "stopping the job")
+                yield from self._quietly(partial(self.ledger.stop_others, stopped.reason), "stopping the job")
             return (yield from self._leave(source, "stopped", stopped.reason))
         except BaseException as error:
             status: Status = "failed" if isinstance(error, Exception) else "stopped"
             if status == "stopped":
                 forget_frames(error, locals_only=True)
-            where = f"{self.place}: " if self.place and status == "failed" else ""
-            if where:
+            place = "" if self.settling is None or status == "stopped" else self.settling.place
+            where = f"{place}: " if place else ""
+            if place:
                 # Not every exception can carry a note: one that is frozen goes on its way without.
                 with suppress(Exception):
-                    error.add_note(f"retrykit: step {self.step.name} has stopped at {self.place}")
+                    error.add_note(f"retrykit: step {self.step.name} has stopped at {place}")
             yield from self._leave(source, status, f"{where}{type(error).__name__}: {message_of(error)}")
             raise
         return (yield from self._leave(source, "finished", ""))
 
-    def _claim(self, *, again: bool) -> Work[Any]:
-        jobs = self.step.jobs
-        if jobs is None:
-            return None
-        claim = self.claim = yield lambda: jobs.claim(self.step.name, self.parameters, again=again)
-        self.counts = Counts.from_json(claim.counts)
-        self.continues_a_crash = claim.crashed
-        self.careful = claim.crashed and self.step.skip.skip_crashes
-        return claim.position
+    def _write_all(self, source: Source) -> Work[None]:
+        tells_all = source.settled is not None or self.step.on_progress is not None
+        settling = self.settling = Settling(self.ledger, self.perform, partial(self._tell, source), tells_all=tells_all)
+        take = partial(source.take, self.step.chunk_size)
+        unchecked = self.claim is not None and source.positioned
+        while True:
+            self.ledger.mark = perf_counter()
+            chunk = yield take
+            self.ledger.spend("read")
+            if chunk is None:
+                return
+            if unchecked:
+                check_position(chunk.positions)
+                unchecked = False
+            yield from settling.bring_to_its_end(chunk, positioned=source.positioned)
 
     def _leave(self, source: Source | None, status: Status, reason: str) -> Work[Report]:
         """Let go of everything: what fails here is logged, the outcome stands."""
         if source is not None:
             yield from self._quietly(source.close, "closing the reader")
         if self.claim is not None:
-            claim, counts = self.claim, self.counts.to_json()
-            yield from self._quietly(
-                lambda: self.step.jobs.release(claim, status=status, reason=reason, counts=counts),
-                "telling the job store of the end",
-                raises=status == "finished",
-            )
+            end = partial(self.ledger.release, status, reason)
+            yield from self._quietly(end, "telling the job store of the end", raises=status == "finished")
         return self.report(status, reason)
 
     def _quietly(self, call: Callable[[], Any], what: str, *, raises: bool = False) -> Work[None]:
@@ -191,217 +116,25 @@ class Course:
             parameters=self.parameters,
             status=status,
             reason=reason,
-            counts=self.counts.copy(),
+            counts=self.ledger.counts.copy(),
             skipped=tuple(self.skipped),
             started_at=self.started_at,
             seconds=perf_counter() - self.started,
         )
 
-    # -- chunks
+    # -- who is told
 
-    def _write_all(self, source: Source) -> Work[None]:
-        take = partial(source.take, self.step.chunk_size)
-        unchecked = self.claim is not None and source.positioned
-        while True:
-            began = perf_counter()
-            chunk = yield take
-            self.counts.spend("read", perf_counter() - began)
-            if chunk is None:
-                return
-            if unchecked:
-                check_position(chunk.positions)
-                unchecked = False
-            if source.positioned:
-                yield from self._condemn_unreadable(chunk)
-            if self.step.key is not None:
-                yield from self._heed_vetoes(chunk, chunk.live(len(chunk.items)))
-            yield from self._settle(chunk, len(chunk.items))
-            self.careful = False
-
-    def _condemn_unreadable(self, chunk: Chunk) -> Work[None]:
-        for index, item in enumerate(chunk.items):
-            if not isinstance(item, Unreadable):
-                continue
-            if not self.step.skip.may_skip(item.error):
-                self.place = f"item {chunk.number + index + 1} (read)"
-                raise item.error
-            skipped = chunk.once(index, item.error, "read", "cannot be read")
-            if self.step.settles_once:
-                skipped = attrs.evolve(skipped, key=self.step.key_of(item.raw))
-            yield from self._condemn(chunk, index, skipped)
-
-    def _heed_vetoes(self, chunk: Chunk, asked: Sequence[int]) -> Work[bool]:
-        """Have items skipped that somebody has forbidden from outside. Whether there were any."""
-        found = yield from vetoed(self.step, chunk, asked)
-        chunk.condemned.update(found)
-        return bool(found)
-
-    def _settle(self, chunk: Chunk, size: int) -> Work[None]:
-        """Bring the first so many items of the chunk to their end. Where it is closed, the rest is another chunk."""
-        while chunk.done < size:
-            try:
-                yield from self._settle_at_once(chunk, size)
-            except ChunkClosed:
-                continue
-
-    def _settle_at_once(self, chunk: Chunk, size: int) -> Work[None]:
-        """In one transaction, or after a search for the culprits."""
-        if self.careful:
-            yield from self._search(chunk, size, tread_carefully)
-        elif (yield from self._test(chunk, size, whole=True)) is Verdict.FAILED:
-            yield from self._search(chunk, size, isolate)
-
-    def _search(self, chunk: Chunk, size: int, method: Callable[[int], Search]) -> Work[None]:
-        live = chunk.live(size)
-        if not live:
-            yield from self._test(chunk, size, whole=False)
-        yield from searched(method, live, size, lambda _, end: self._test(chunk, end, whole=False))
-
-    def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
-        """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
-        found = False
-        # Of a group that failed, a part may have been settled already.
-        while chunk.done < end:
-            goal, condemned = end, chunk.condemned.copy()
-            if condemned and self.step.settles_once and (yield from self._set_aside(chunk, end)):
-                found = True
-                continue
-            if condemned and self.step.none_closes_chunk:
-                goal = self._goal(chunk, end)
-            attempt = Attempt(self, chunk, goal, whole=whole)
-            error = yield from self._execute(attempt)
-            if error is None:
-                if attempt.closes:
-                    raise ChunkClosed
-                found = found or attempt.recovered
-                continue
-            culprit = attempt.culprit
-            if culprit is None and chunk.condemned == condemned:
-                return Verdict.FAILED
-            if culprit is not None and self.step.settles_once and len(attempt.live) > 1:
-                yield from self._settle(chunk, culprit)
-                yield from self._settle(chunk, culprit + 1)
-            elif culprit is not None:
-                yield from self._condemn(chunk, culprit, attempt.skipped(culprit, error, attempt.where))
-            found = True
-        return Verdict.FOUND if found else Verdict.DONE
-
-    def _set_aside(self, chunk: Chunk, end: int) -> Work[bool]:
-        """Settle the first item before `end` that leaves a mark although nobody tried it, unless it is the only one.
-
-        Whether there was one.
-        """
-        index = chunk.marked(end)
-        if index is None or (index == chunk.done and end == index + 1):
-            return False
-        yield from self._settle(chunk, index)
-        yield from self._settle(chunk, index + 1)
-        return True
-
-    def _goal(self, chunk: Chunk, end: int) -> int:
-        """How far the next transaction may go: a recovery that may close the chunk has one for itself."""
-        live = chunk.live(end)
-        if len(live) != 1:
-            return end
-        return live[0] + 1 if chunk.done == live[0] else live[0]
-
-    def _execute(self, attempt: Attempt) -> Work[Exception | None]:
-        """One call of the template. None: its items are settled; else the failure, which is an item's own."""
-        try:
-            tally = yield attempt.execute
-            attempt.committed()
-            if attempt.failures:
-                self._note(attempt)
-        except Ended as over:
-            self._note(attempt)
-            self.place = attempt.place()
-            raise over.error from over.__cause__
-        except Exception as error:  # noqa: BLE001 - the attempt has ended; what is no item's fault is raised on
-            where = attempt.where
-            attempt.note_failed_commit()
-            self._note(attempt)
-            tally = yield from self._happened_after_all(attempt)
-            if tally is None and attempt.begins_anew(error):
-                return (yield from self._execute(attempt))
-            if tally is None:
-                return (yield from self._judged(attempt, error, where))
-        if tally is None:
-            return self._settled_before(attempt)
-        yield from self._settled(attempt, tally)
-        return None
-
-    def _settled_before(self, attempt: Attempt) -> Exception:
-        """Nothing was done, because the single item was brought to its end before.
-
-        As in a run whose acknowledgment was lost: that is said to the source again.
-        """
-        step = self.step
-        facts = {"name": step.name, "key": attempt.context and attempt.context.key}
-        error = TerminatedRetryError(reason="its history was settled by somebody else", **facts)
-        if not step.settles_once:
-            raise error
-        attempt.chunk.condemned[attempt.chunk.done if attempt.aside else attempt.live[0]] = None
-        return error
-
-    def _note(self, attempt: Attempt) -> None:
-        self.counts.rollbacks += attempt.failures
-        self.counts.retries += max(0, attempt.tries - 1) if attempt.failures else 0
-
-    def _happened_after_all(self, attempt: Attempt) -> Work[Tally | None]:
-        """The tally, if the last commit only seemed to fail."""
-        if not self.doubt:
-            return None
-        claim, self.doubt = self.claim, False
-        return attempt.tally if (yield lambda: self.step.jobs.moved(claim)) else None
-
-    def _judged(self, attempt: Attempt, error: Exception, where: Where) -> Work[Exception]:
-        """The failure, if it is an item's own; raises it if it is not, or if nobody may recover from it."""
-        attempt.where, chunk = where, attempt.chunk
-        if attempt.refusal is not None:
-            yield from self._refuse(chunk, attempt.refusal)
-        if not attempt.tries and self.step.key is not None and (yield from self._heed_vetoes(chunk, attempt.live)):
-            # It came after the chunk was read.
-            return error
-        if not attempt.live or attempt.is_unrecoverable or not attempt.is_items_fault(error):
-            self.place = attempt.place()
-            raise error
-        return error
-
-    def _settled(self, attempt: Attempt, tally: Tally) -> Work[None]:
-        """The transaction has committed: only now it counts."""
-        chunk, step = attempt.chunk, self.step
-        if self.claim is not None and attempt.revision is None:
-            yield from self._store_position(attempt, tally)
-        self._count(self.counts, tally)
-        if self.claim is not None:
-            # After the counts: a signal between the two leaves those in the store, which are right.
-            self.claim.revision = attempt.revision
-        done, chunk.done = chunk.done, attempt.end
-        if self.source is not None and self.source.settled is not None:
-            yield partial(self.source.settled, chunk.items[done : attempt.end])
+    def _tell(self, source: Source, items: list[Any], tally: Tally) -> Work[None]:
+        """The transaction of these items has committed, and counts."""
+        if source.settled is not None:
+            yield partial(source.settled, items)
         for skipped in tally.skipped:
-            self._tell(skipped)
-        if step.on_progress is not None:
-            yield lambda: step.on_progress(self.report("running"))
+            self._tell_of(skipped)
+        hears = self.step.on_progress
+        if hears is not None:
+            yield lambda: hears(self.report("running"))
 
-    def _store_position(self, attempt: Attempt, tally: Tally) -> Work[None]:
-        """After the transaction, since it was not done in it."""
-        claim, jobs = self.claim, self.step.jobs
-        position, counts = attempt.chunk.position(attempt.end), self.counts_with(tally)
-        parked = self.step.parked(tally.skipped)
-        attempt.revision = yield lambda: jobs.book(claim, position, counts, parked)
-
-    def _count(self, counts: Counts, tally: Tally) -> None:
-        errors = [skipped.error for skipped in tally.skipped] if tally.skipped else ()
-        counts.add(tally, [None if is_veto(error) else self.step.skip.limited_as(error) for error in errors])
-
-    def counts_with(self, tally: Tally) -> dict[str, Any]:
-        """The counts as they are when this has committed, in JSON."""
-        counts = self.counts.copy()
-        self._count(counts, tally)
-        return counts.to_json()
-
-    def _tell(self, skipped: SkippedItem) -> None:
+    def _tell_of(self, skipped: SkippedItem) -> None:
         if len(self.skipped) < SHOWN:
             forget_frames(skipped.error)
             self.skipped.append(skipped)
@@ -411,26 +144,3 @@ class Course:
         times = "once" if skipped.attempts == 1 else f"{skipped.attempts} times"
         facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), times)
         _log.warning("step %s: item %d is skipped: %s raised %s (%s)", *facts)
-
-    # -- verdicts
-
-    def _condemn(self, chunk: Chunk, index: int, skipped: SkippedItem) -> Work[None]:
-        """An item is to be skipped. `SkipLimitError` if there are too many."""
-        refused = self.refusal(chunk, index, skipped.error)
-        if refused is not None:
-            yield from self._refuse(chunk, refused)
-        chunk.condemned[index] = skipped
-
-    def _refuse(self, chunk: Chunk, refused: Refusal) -> Work[NoReturn]:
-        """Stop at an item that cannot be skipped, when all before it are settled: a restart begins with it."""
-        index, error, reason = refused
-        chunk.condemned = {at: skipped for at, skipped in chunk.condemned.items() if at < index}
-        if index > chunk.done:
-            yield from self._settle(chunk, index)
-        raise SkipLimitError(name=self.step.name, number=chunk.number + index + 1, reason=reason) from error
-
-    def refusal(
-        self, chunk: Chunk, index: int, error: BaseException, besides: Iterable[SkippedItem] = ()
-    ) -> Refusal | None:
-        """The first item that cannot be skipped if this one is; None if all of them can."""
-        return refused(self.step.skip, self.counts, chunk, index, error, besides)

@@ -13,13 +13,13 @@ from retrykit.batch.isolation import Verdict, isolate, searched
 from retrykit.batch.work import Work
 
 if TYPE_CHECKING:
-    from retrykit.batch.attempt import Attempt
+    from retrykit.batch.effects import Effects
 
 
 class WriteInPlace:
     """One write of the processed items of an attempt; `aside` are the indexes of outputs that were not written."""
 
-    def __init__(self, attempt: Attempt, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> None:
+    def __init__(self, attempt: Effects, transaction: Any, outputs: list[Any], origins: Sequence[int]) -> None:
         self.attempt = attempt
         self.transaction = transaction
         self.outputs = outputs

@@ -7,10 +7,10 @@ from inspect import isawaitable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrykit.batch.attempt import Attempt
+    from retrykit.batch.effects import Effects
 
 
-def processed(attempt: Attempt) -> tuple[list[Any], Sequence[int]]:
+def processed(attempt: Effects) -> tuple[list[Any], Sequence[int]]:
     """Process what is left of the attempt's items, one after the other; each is blamed while it is in hand."""
     items, processor = attempt.chunk.items, attempt.step.processor
     outputs, origins = [], []
@@ -27,7 +27,7 @@ def processed(attempt: Attempt) -> tuple[list[Any], Sequence[int]]:
     return outputs, origins
 
 
-async def processed_later(attempt: Attempt) -> tuple[list[Any], Sequence[int]]:
+async def processed_later(attempt: Effects) -> tuple[list[Any], Sequence[int]]:
     """As `processed`, awaiting what the processor gives."""
     items, processor = attempt.chunk.items, attempt.step.processor
     outputs, origins = [], []

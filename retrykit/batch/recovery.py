@@ -10,14 +10,14 @@ from retrykit.batch.work import Work
 from retrykit.context import RetryContext
 
 if TYPE_CHECKING:
-    from retrykit.batch.attempt import Attempt
+    from retrykit.batch.effects import Effects
     from retrykit.batch.findings import Where
 
 
 class Recovery:
     """What the template calls when a single item may not be tried again: the item is recorded, and the step goes on."""
 
-    def __init__(self, attempt: Attempt) -> None:
+    def __init__(self, attempt: Effects) -> None:
         self._attempt = attempt
         self._where: Where = "before"
 
@@ -27,12 +27,12 @@ class Recovery:
         self._where = attempt.where
         if error is None or not attempt.live or not attempt.is_items_fault(error):
             return False
-        attempt.refusal = attempt.course.refusal(attempt.chunk, attempt.live[0], error)
+        attempt.refusal = attempt.ledger.refusal(attempt.chunk, attempt.live[0], error)
         return attempt.refusal is None
 
     def __call__(self, context: RetryContext) -> Any:
         """The recovery of the template: the tally, or an awaitable of it."""
-        return self._attempt.course.perform(self._record(context))
+        return self._attempt.perform(self._record(context))
 
     def _record(self, context: RetryContext) -> Work[Tally]:
         attempt = self._attempt

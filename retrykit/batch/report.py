@@ -101,10 +101,6 @@ class Counts:
             if limiting is not None:
                 self.limited[limiting] = self.limited.get(limiting, 0) + 1
 
-    def spend(self, phase: Phase, seconds: float) -> None:
-        """Add the time that was spent."""
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + seconds
-
     def copy(self) -> Counts:
         """Another one that says the same."""
         return attrs.evolve(self, skipped=dict(self.skipped), limited=dict(self.limited), seconds=dict(self.seconds))
