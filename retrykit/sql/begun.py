@@ -14,6 +14,8 @@ from retrykit.sql.transaction import connections_in, unwrapped
 class Begun:
     """The transaction that a Session or Connection was in when it was lent. Nothing is asked of the database."""
 
+    __slots__ = ("_handle", "_root")
+
     def __init__(self, handle: Session | Connection, root: Any) -> None:
         self._handle = handle
         self._root = root
@@ -21,7 +23,7 @@ class Begun:
     @classmethod
     def of(cls, transaction: object) -> Begun | None:
         """None for what is not SQLAlchemy's, or has begun nothing."""
-        handle = unwrapped(transaction)
+        handle = transaction if isinstance(transaction, Connection) else unwrapped(transaction)
         root = None if handle is None else handle.get_transaction()
         return None if handle is None or root is None else cls(handle, root)
 
@@ -32,12 +34,17 @@ class Begun:
 
     def fault(self) -> Literal["over", "aborted"] | None:
         """What would come of a commit: nothing, because it is over, or a roll-back, because an error was swallowed."""
-        if self.is_over:
+        handle = self._handle
+        if handle.get_transaction() is not self._root:
             return "over"
-        used = [self._handle] if isinstance(self._handle, Connection) else connections_in(self._root)
-        return "aborted" if any(_is_aborted(connection) for connection in used) else None
+        for connection in (handle,) if isinstance(handle, Connection) else connections_in(self._root):
+            if _is_aborted(connection):
+                return "aborted"
+        return None
 
 
 def _is_aborted(connection: Connection) -> bool:
     database = database_of(connection)
-    return database is not None and not connection.invalidated and database.is_aborted(connection)
+    if database is None or database.is_aborted is None:
+        return False
+    return not connection.invalidated and database.is_aborted(connection)

@@ -73,8 +73,8 @@ class Database:
     hint: Callable[[BaseException, URL], str]
     # Whether a fault says that there is no such table, or that one may not read it.
     hides: Callable[[DBAPIError], bool] = attrs.field(default=lambda _error: False)
-    # Whether the transaction can only be rolled back, as far as the driver knows without asking.
-    is_aborted: Callable[[Connection], bool] = attrs.field(default=lambda _connection: False)
+    # Whether the transaction can only be rolled back, as far as the driver knows without asking. None: it never is.
+    is_aborted: Callable[[Connection], bool] | None = None
     oldest: tuple[int, ...] = (0,)
 
 

@@ -143,7 +143,7 @@ def keeps_a_snapshot(connection: Connection) -> bool:
 def _check_committable(connection: Connection) -> None:
     """Joined or not: the work is lost if the server answers its COMMIT with a ROLLBACK."""
     database = database_of(connection)
-    if database is not None and database.is_aborted(connection):
+    if database is not None and database.is_aborted is not None and database.is_aborted(connection):
         raise ContextCacheError(
             "the work's transaction is aborted, so its COMMIT would be a ROLLBACK: an error of the database was "
             "swallowed (let it pass, or catch it around a savepoint, as `begin_nested` makes)"
