@@ -39,7 +39,8 @@ class AttemptsInFlightError(TerminatedRetryError):
     """Attempts of {name} {key!r} are running elsewhere ({running}) and may use up its limit: deliver it again later.
 
     Nothing was run, counted or stored: the caller's session rolls back and the item comes again, when the others are
-    done.
+    done. `until`: when the first of them is believed dead unless it says that it still runs (epoch seconds, by the
+    clock of the store).
     """
 
 

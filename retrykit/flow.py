@@ -190,8 +190,14 @@ def _standing(call: Call) -> Flow:
     running = len(history.in_flight)
     if running and not (decision.retry and allowed(call, Branch(context, "", extra=running, paid=True)).retry):
         # What runs elsewhere may still succeed, so it is neither repeated beyond the limit nor recovered.
-        return raising(AttemptsInFlightError, call, context.last_error, running=running, reason=f"{running} running")
+        return _in_flight(call, context.last_error, f"{running} running")
     return None if decision.retry else decision
+
+
+def _in_flight(call: Call, cause: BaseException | None, reason: str) -> Raise:
+    flights = call.context._facts().in_flight
+    until = min(flight.until for flight in flights)
+    return raising(AttemptsInFlightError, call, cause, running=len(flights), until=until, reason=reason)
 
 
 def _wait_until_due(call: Call) -> Flow:
@@ -349,8 +355,7 @@ def _claim(call: Call) -> Flow:
             return ANSWER_NOTHING
         history = context._facts()
         if history.in_flight:
-            running = len(history.in_flight)
-            return raising(AttemptsInFlightError, call, error, running=running, reason="it is being recovered")
+            return _in_flight(call, error, "it is being recovered")
         history.exhausted = True
     return None
 

@@ -88,10 +88,16 @@ class AsyncSqlJobStore(SqlJobStore):
         return await self._run(super().stop_others, claim, reason)
 
     async def release(  # type: ignore[override]
-        self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]
+        self,
+        claim: Claim,
+        *,
+        status: str,
+        reason: str = "",
+        counts: Mapping[str, Any],
+        pause: float | None = None,
     ) -> None:
         """As `SqlJobStore.release`."""
-        await self._run(super().release, claim, status=status, reason=reason, counts=counts)
+        await self._run(super().release, claim, status=status, reason=reason, counts=counts, pause=pause)
 
 
 class AsyncJoinedJobs:

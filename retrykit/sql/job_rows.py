@@ -165,9 +165,16 @@ class JobRows:
         return connection.execute(ours.values(lease_until=until)).rowcount == 1
 
     def release(
-        self, connection: Connection, claim: Claim, status: str, *, reason: str, counts: Mapping[str, Any]
+        self,
+        connection: Connection,
+        claim: Claim,
+        status: str,
+        *,
+        reason: str,
+        counts: Mapping[str, Any],
+        pause: float | None,
     ) -> None:
-        """The run is over. `JobLostError`."""
+        """The run is over, or goes on after a pause. `JobLostError`."""
         now = self.clock.now()
         # A runner that was interrupted in its last commit does not know what that has stored: it stays.
         known = _c.revision == claim.revision
@@ -176,7 +183,7 @@ class JobRows:
             "reason": storable(reason)[:_REASON] or None,
             "counts": case((known, literal(json.dumps(counts), _c.counts.type)), else_=_c.counts),
             "owner": None,
-            "lease_until": None,
+            "lease_until": None if pause is None else now + pause,
             "updated_at": now,
             "finished_at": now if status == "finished" else None,
         }
@@ -191,14 +198,15 @@ class JobRows:
 
     def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
         now, instance = self.clock.now(), instance_of(claim.name, parameters)
-        found = connection.execute(select(_c.id, _c.status).where(_c.instance == instance).with_for_update()).first()
+        query = select(_c.id, _c.status, _c.lease_until).where(_c.instance == instance)
+        found = connection.execute(query.with_for_update()).first()
         values: dict[str, Any] = {"status": "stopped", "reason": storable(reason)[:_REASON], "updated_at": now}
         if found is None:
             connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
             return 1
         if found.id == claim.id or found.status == "finished":
             return 0
-        if found.status in {"failed", "stopped"}:
+        if found.status in {"failed", "stopped"} and found.lease_until is None:
             # Its own reason stays. That it is not started again by those who run the others follows from the time.
             connection.execute(update(rk_job).where(_c.id == found.id).values(updated_at=now))
             return 0
@@ -294,6 +302,13 @@ def check_free(row: Any, now: float, *, again: bool) -> None:
         raise JobFinishedError(finished_at=instant_of(row.finished_at), **facts)
     if row.status == "running" and believed(row.owner, row.lease_until, now):
         raise JobRunningError(owner=row.owner, until=instant_of(row.lease_until), **facts)
+
+
+def is_taken(status: str, owner: str | None, lease_until: float | None, now: float) -> bool:
+    """Whether a job is to be left alone for now: somebody runs it, or it pauses."""
+    if status == "running":
+        return believed(owner, lease_until, now)
+    return status == "stopped" and lease_until is not None and lease_until > now
 
 
 def believed(owner: str | None, lease_until: float | None, now: float) -> bool:

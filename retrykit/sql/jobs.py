@@ -27,7 +27,7 @@ from retrykit.sql.dialects import Database, database_of
 from retrykit.sql.divisions import partition
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
-from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of
+from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of, is_taken
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.resilience import Resilience, resilience
@@ -278,15 +278,31 @@ class SqlJobStore:
         """Stop the other partitions of the claim's job, those that run at their next commit; how many."""
         return self._do(lambda connection: self._rows.stop_others(connection, claim, reason))
 
-    def release(self, claim: Claim, *, status: str, reason: str = "", counts: Mapping[str, Any]) -> None:
+    def is_taken(self, job: Job) -> bool:
+        """Whether a job is to be left alone for now: somebody is believed to run it, or it pauses."""
+        until = None if job.lease_until is None else job.lease_until.timestamp()
+        return is_taken(job.status, job.owner, until, self._rows.clock.now())
+
+    def release(
+        self,
+        claim: Claim,
+        *,
+        status: str,
+        reason: str = "",
+        counts: Mapping[str, Any],
+        pause: float | None = None,
+    ) -> None:
         """End the run. `JobLostError` if the job is another's by now and this one has finished it.
 
-        While the database is busy or away it is tried again for a lease; for five seconds if the run was stopped.
+        `pause`: of a job that is "stopped", and to go on after so many seconds: those who share its partitions wait for
+        that. While the database is busy or away it is tried again for a lease; for five seconds if the run was stopped.
         """
         try:
             self._surely(
                 _PATIENCE if status == "stopped" else self.lease,
-                lambda connection: self._rows.release(connection, claim, status, reason=reason, counts=counts),
+                lambda connection: self._rows.release(
+                    connection, claim, status, reason=reason, counts=counts, pause=pause
+                ),
             )
         except JobLostError as lost:
             if status == "finished":

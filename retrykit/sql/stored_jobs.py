@@ -29,7 +29,8 @@ _PAGE: Final = 200
 class Job:
     """A job as people see it; `position` and `counts` as they were stored last.
 
-    `started_at`: when it was begun, from its beginning. Instants are UTC.
+    `started_at`: when it was begun, from its beginning. `lease_until`: until when it is believed to be run; of a job
+    that is "stopped", when it is to go on. Instants are UTC.
     """
 
     id: int
