@@ -9,19 +9,21 @@ they run takes part.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from datetime import datetime
 from functools import partial
 from typing import Any, Final, Protocol
 
 import attrs
 
+from retrykit.batch.postponing import Pauses, Withholding
 from retrykit.batch.report import Report
 from retrykit.batch.step import AsyncChunkStep, ChunkStep
 from retrykit.batch.work import Work, async_drive, drive
-from retrykit.check import wrong_type, wrong_value
+from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.clock import SYSTEM_CLOCK, Clock
 from retrykit.errors import (
+    AttemptsInFlightError,
     JobBusyError,
     JobError,
     JobFinishedError,
@@ -32,6 +34,9 @@ from retrykit.errors import (
 _log = logging.getLogger("retrykit.batch")
 
 Make = Callable[[int, int], ChunkStep | AsyncChunkStep]
+
+POLL: Final = 1.0
+"""Seconds between two looks at what others run."""
 
 _SAID: Final = {
     "begun": "all partitions of %s begin anew (%d)",
@@ -69,16 +74,19 @@ def run_partitions(
     *,
     again: bool | datetime = False,
     since: float | None = None,
-    poll: float = 1.0,
+    poll: Seconds = POLL,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Division:
     """Run partitions until all of them are finished, or have failed: here, or in other processes that do the same.
 
-    `make(part, parts)`: the step for a partition, counted from 1; with a job store that all share. The job of a
-    partition has the parameters, and `"partition": "3/8"`. Steps that are asynchronous run in an event loop that lasts
+    `make(part, parts)`: the step for a partition, counted from 1; with a name and a job store that all share. It is
+    called when a partition is to be run here, and for the first one before anything else. The job of a partition has
+    the parameters, and `"partition": "3/8"`. Steps that are asynchronous run in an event loop that lasts
     as long as the call. One that failed is not started again by this call, nor one that failed elsewhere at `since`
     (epoch seconds, by the clock of the store; default: now) or later. While others run what is left it is looked at
-    every `poll` seconds: should they die, it is taken over. `JobError` if the job was begun with another number of
+    every `poll` seconds: should they die, it is taken over. A partition that finds an item in the hands of another
+    process (`AttemptsInFlightError`) is left for later: it pauses, `poll` seconds at first and 30 at most, never beyond
+    the lease of what it waits for. `JobError` if the job was begun with another number of
     parts, or undivided. `ValueError` if a parameter is named "partition".
 
     `again`: when each partition is finished they all begin anew, in this number of parts. If some are not, those are
@@ -87,10 +95,8 @@ def run_partitions(
     begun before it, by the clock of the store; `JobError` if a run that was begun before it is not finished yet, or if
     it is in the future. `JobError` too if the job was begun in another number of parts and is not finished.
     """
-    worker = Worker(make, parts, dict(parameters or {}), again=again, since=since)
-    if not worker.asynchronous:
-        return drive(worker.run(partial(clock.sleep, poll)))
-    return _run_in_a_loop(worker.run(partial(clock.async_sleep, poll)))
+    worker = Worker(make, parts, dict(parameters or {}), again=again, since=since, poll=poll, clock=clock)
+    return _run_in_a_loop(worker.run()) if worker.asynchronous else drive(worker.run())
 
 
 def _run_in_a_loop(work: Work[Division]) -> Division:
@@ -111,18 +117,22 @@ async def async_run_partitions(
     *,
     again: bool | datetime = False,
     since: float | None = None,
-    poll: float = 1.0,
+    poll: Seconds = POLL,
     clock: Clock = SYSTEM_CLOCK,
 ) -> Division:
     """`run_partitions` of steps that are asynchronous, in the caller's event loop: one partition after the other."""
-    worker = Worker(make, parts, dict(parameters or {}), again=again, since=since)
+    worker = Worker(make, parts, dict(parameters or {}), again=again, since=since, poll=poll, clock=clock)
     if not worker.asynchronous:
-        raise wrong_type("make", "a function that gives an AsyncChunkStep", worker.step(1))
-    return await async_drive(worker.run(partial(clock.async_sleep, poll)))
+        raise wrong_type("make", "a function that gives an AsyncChunkStep", worker.first)
+    return await async_drive(worker.run())
 
 
 class Worker:
-    """One process that runs partitions. `watch`: who is told of them."""
+    """One process that runs partitions. `watch`: who is told of them. `poll`: seconds between two looks at the others.
+
+    The step of a partition is made when it is to be run, and once. That of the first one says before what all have in
+    common: the name, the job store, the class.
+    """
 
     def __init__(
         self,
@@ -132,6 +142,8 @@ class Worker:
         *,
         again: bool | datetime = False,
         since: float | None = None,
+        poll: Seconds = POLL,
+        clock: Clock = SYSTEM_CLOCK,
         watch: Watch | None = None,
     ) -> None:
         if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
@@ -144,6 +156,9 @@ class Worker:
             raise wrong_value("parameters", 'without "partition", which says of each job which one it is', parameters)
         if isinstance(again, datetime) and again.tzinfo is None:
             raise wrong_value("again", "an instant with its time zone", again)
+        interval = seconds("poll", poll)
+        if interval <= 0:
+            raise wrong_value("poll", "more than 0 seconds", poll)
         self.make = make
         self.parts = parts
         self.parameters = parameters
@@ -152,25 +167,37 @@ class Worker:
         self.watch = watch
         self.reports: dict[int, Report] = {}
         self.failures: dict[int, str] = {}
-        self._waiting: dict[int, ChunkStep | AsyncChunkStep] = {}
-        """The steps of partitions that others run, for the next look at them."""
-        self.asynchronous: bool | None = None
-        self.asynchronous = self.step(1).asynchronous
+        self.first = self._checked(make(1, parts))
+        self.name, self.jobs, self.asynchronous = self.first.name, self.first.jobs, self.first.asynchronous
+        self._made = {1: self.first}
+        """Steps that have not read anything."""
         self._perform: Any = async_drive if self.asynchronous else drive
+        self._pause = partial(clock.async_sleep if self.asynchronous else clock.sleep, interval)
+        self._pauses = Pauses(interval)
 
-    def run(self, pause: Callable[[], Awaitable[None] | None]) -> Work[Division]:
+    def run(self) -> Work[Division]:
         """All of it."""
         yield from self.begin()
-        return (yield from self.share(pause))
+        return (yield from self.share())
 
-    def share(self, pause: Callable[[], Awaitable[None] | None]) -> Work[Division]:
-        """Run what is free until nothing is left; `pause` before looking again at what others run."""
+    def begin(self) -> Work[None]:
+        """Let them begin anew, if that is wanted; what fails from now on is not started again."""
+        if self.since is None:
+            self.since = yield self.jobs.now
+        if self.again is False:
+            return
+        before = self.again if isinstance(self.again, datetime) else None
+        found = yield lambda: self.jobs.begin_again(self.name, self.parameters, self.parts, before=before)
+        _log.info(_SAID[found], self.name, self.parts)
+
+    def share(self) -> Work[Division]:
+        """Run what is free until nothing is left, looking again and again at what is not."""
         left = list(range(1, self.parts + 1))
         while True:
             left = yield from self._left_of(left)
             if not left:
                 return Division(reports=self.reports, failures=self.failures)
-            yield pause
+            yield self._pause
 
     def _left_of(self, parts: list[int]) -> Work[list[int]]:
         left = []
@@ -179,92 +206,133 @@ class Worker:
                 left.append(part)  # noqa: PERF401 - no comprehension may yield
         return left
 
-    def begin(self) -> Work[None]:
-        """Let them begin anew, if that is wanted; what fails from now on is not started again."""
-        step = self.step(1)
-        if self.since is None:
-            self.since = yield step.jobs.now
-        if self.again is False:
-            return
-        before = self.again if isinstance(self.again, datetime) else None
-        found = yield lambda: step.jobs.begin_again(step.name, self.parameters, self.parts, before=before)
-        _log.info(_SAID[found], step.name, self.parts)
+    # -- one partition
+
+    def state_of(self, part: int) -> Any:
+        """The stored job of a partition, None if it was never begun; or an awaitable of it."""
+        return self.jobs.state(self.name, self.parameters_of(part))
+
+    def parameters_of(self, part: int) -> dict[str, Any]:
+        """What identifies the job of a partition, beside the name."""
+        return self.jobs.partition(self.parameters, part, self.parts)  # type: ignore[no-any-return]
 
     def _is_over(self, part: int) -> Work[bool]:
-        """Run a partition, if it is to be run and nobody does. False: somebody does."""
-        step = self._waiting.pop(part, None) or self.step(part)
-        parameters = step.jobs.partition(self.parameters, part, self.parts)
-        if (yield from self._has_failed(step, part, parameters)):
+        """Run a partition, if it is to be run and nobody does. False: somebody does, or it waits."""
+        job = yield partial(self.state_of, part)
+        if job is None:
+            return (yield from self._try(part))
+        if job.status == "finished" or self._has_failed(part, job):
             return True
-        course = self._course(step, part, parameters)
+        return not self.jobs.is_taken(job) and (yield from self._try(part))
+
+    def _try(self, part: int) -> Work[bool]:
+        step = self._step(part)
+        course = self._course(step, part)
         try:
             report = self.reports[part] = yield from self._run(course, part)
         except JobFinishedError:
             return True
         except (JobRunningError, JobBusyError):
-            # It has not read anything: the next time it does as well as another one.
-            self._waiting[part] = step
+            self._keep(part, step)
+            return False
+        except AttemptsInFlightError:
             return False
         except JobLostError as error:
-            return (yield from self._has_lost(step, part, parameters, error))
+            return (yield from self._has_lost(part, error))
         except Exception as error:
             if isinstance(error, JobError) and course.claim is None:
                 # Not this partition's: the job was begun in another number of them.
                 raise
             # The others have nothing to do with it.
-            _log.exception("partition %d of %d of %s has failed", part, self.parts, step.name)
+            _log.exception("partition %d of %d of %s has failed", part, self.parts, self.name)
             self.failures[part] = f"{type(error).__name__}: {error}"
             # As others are told it, if it could be stored.
-            yield from self._has_failed(step, part, parameters)
+            self._has_failed(part, (yield partial(self.state_of, part)))
             return True
         if report.status != "finished":
             self.failures[part] = f"stopped: {report.reason}"
         return True
 
-    def _has_lost(
-        self, step: ChunkStep | AsyncChunkStep, part: int, parameters: Mapping[str, Any], error: JobLostError
-    ) -> Work[bool]:
+    def _has_failed(self, part: int, job: Any) -> bool:
+        """Whether the partition has failed, or was stopped, since this run of all of them began; not for a while."""
+        if job is None or job.status not in {"failed", "stopped"} or job.lease_until is not None:
+            return False
+        if job.updated_at.timestamp() < self.since:
+            return False
+        self.failures[part] = f"{job.status}: {job.reason}" if job.status == "stopped" else str(job.reason)
+        return True
+
+    def _has_lost(self, part: int, error: JobLostError) -> Work[bool]:
         """Whether the partition is over: it was stopped from elsewhere, which its state says; else it is another's."""
-        if (yield from self._has_failed(step, part, parameters)):
-            _log.info("partition %d of %d of %s is %s", part, self.parts, step.name, self.failures[part])
+        if self._has_failed(part, (yield partial(self.state_of, part))):
+            _log.info("partition %d of %d of %s is %s", part, self.parts, self.name, self.failures[part])
             return True
-        _log.warning("partition %d of %d of %s: %s", part, self.parts, step.name, error)
+        _log.warning("partition %d of %d of %s: %s", part, self.parts, self.name, error)
         return False
 
-    def _course(self, step: ChunkStep | AsyncChunkStep, part: int, parameters: Mapping[str, Any]) -> Any:
+    # -- its run
+
+    def _course(self, step: ChunkStep | AsyncChunkStep, part: int) -> Any:
+        course: Any = step.course(self.parameters_of(part), self._perform)
         watch, told = self.watch, step.on_progress
-        if watch is None:
-            return step.course(parameters, self._perform)
 
         def heard(report: Report) -> Any:
-            watch(part, report, course.claim.counts)
+            if watch is not None:
+                watch(part, report, course.claim.counts)
             return None if told is None else told(report)
 
-        course = attrs.evolve(step, on_progress=heard).course(parameters, self._perform)
+        hears = told if watch is None else heard
+        course.step = attrs.evolve(step, on_progress=hears, jobs=Withholding(step.jobs))
         return course
 
     def _run(self, course: Any, part: int) -> Work[Report]:
+        jobs = course.step.jobs
         try:
             return (yield from course.run(again=False))  # type: ignore[no-any-return]
+        except AttemptsInFlightError as error:
+            pause = self._pauses.next(part, error, course.step.template.time())
+            _log.info("partition %d of %d of %s goes on in %.3g s: %s", part, self.parts, self.name, pause, error)
+            yield from self._tell(part, partial(jobs.tell, pause))
+            raise
+        except Exception:
+            yield from self._tell(part, partial(jobs.tell, None))
+            raise
         finally:
+            jobs.close()
             if self.watch is not None and course.claim is not None:
                 # Of attempts that failed after the last commit nobody has heard yet.
                 self.watch(part, course.report("running"), course.claim.counts)
 
-    def step(self, part: int) -> ChunkStep | AsyncChunkStep:
-        """The step of a partition. `TypeError`, `JobError` for one that cannot be run."""
-        step = self.make(part, self.parts)
+    def _tell(self, part: int, call: Callable[[], Any]) -> Work[None]:
+        """Have the store told of the end of a run that has failed: what it has failed with is what counts."""
+        try:
+            yield call
+        except Exception:  # noqa: BLE001 - the run has ended with another failure, which is raised on
+            _log.exception("partition %d of %d of %s: telling the job store failed", part, self.parts, self.name)
+
+    # -- steps
+
+    def _step(self, part: int) -> ChunkStep | AsyncChunkStep:
+        """The step of a partition. `TypeError`, `ValueError`, `JobError` for one that cannot be run."""
+        kept = self._made.pop(part, None)
+        if kept is not None:
+            return kept
+        step = self._checked(self.make(part, self.parts))
+        if self.asynchronous != step.asynchronous:
+            raise wrong_type("make", "a function that gives steps of one class", step)
+        if self.name != step.name:
+            raise wrong_value("make", f"a function that gives steps of one name ({self.name!r})", step.name)
+        return step
+
+    @staticmethod
+    def _checked(step: Any) -> ChunkStep | AsyncChunkStep:
         if not isinstance(step, ChunkStep | AsyncChunkStep):
             raise wrong_type("make", "a function that gives a ChunkStep or an AsyncChunkStep", step)
-        if self.asynchronous not in {None, step.asynchronous}:
-            raise wrong_type("make", "a function that gives steps of one class", step)
         if step.jobs is None:
             raise JobError(f"{step.name}: partitions are claimed in a job store: give the step `jobs`")
         return step
 
-    def _has_failed(self, step: ChunkStep | AsyncChunkStep, part: int, parameters: Mapping[str, Any]) -> Work[bool]:
-        job = yield lambda: step.jobs.state(step.name, parameters)
-        if job is None or job.status not in {"failed", "stopped"} or job.updated_at.timestamp() < self.since:
-            return False
-        self.failures[part] = f"{job.status}: {job.reason}" if job.status == "stopped" else str(job.reason)
-        return True
+    def _keep(self, part: int, step: ChunkStep | AsyncChunkStep) -> None:
+        """Keep a step that has not read anything for the next time, unless it can be begun only once."""
+        if not isinstance(step.reader, Iterator | AsyncIterator):
+            self._made[part] = step

@@ -12,14 +12,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final, Literal
 
 import attrs
 import click
 
-from retrykit.batch import AsyncChunkStep, ChunkStep, Division, Report
+from retrykit.batch import Division, Report
 from retrykit.batch.partitions import Worker
 from retrykit.batch.work import async_drive, drive
 from retrykit.cli.calls import Do, calls
@@ -29,11 +28,9 @@ from retrykit.cli.progress import progress_of_parts
 from retrykit.cli.screen import say_json
 from retrykit.cli.steps import made_by
 from retrykit.cli.words import safe
-from retrykit.clock import SYSTEM_CLOCK
 
 _log = logging.getLogger("retrykit.batch")
 
-POLL: Final = 1.0
 MARK: Final = b"\x1eretrykit "
 """What an increment begins with, and no line that an application prints."""
 
@@ -93,27 +90,22 @@ class _Running:
 
     def share(self) -> Division:
         """Begin, and run what is free, as the others do."""
-        worker, asynchronous = self.worker, self.worker.asynchronous
-        perform: Any = async_drive if asynchronous else drive
-        pause = partial(SYSTEM_CLOCK.async_sleep if asynchronous else SYSTEM_CLOCK.sleep, POLL)
+        worker = self.worker
+        perform: Any = async_drive if worker.asynchronous else drive
         self.do(lambda: perform(worker.begin()))
         assert worker.since is not None  # noqa: S101 - it has begun
         if self.asked.is_for_another:
-            return self.do(lambda: perform(worker.share(pause)))  # type: ignore[no-any-return]
-        with (
-            progress_of_parts(worker.step(1).name) as self.gathered.show,
-            _others(self.asked, worker.since, self.gathered),
-        ):
-            return self.do(lambda: perform(worker.share(pause)))  # type: ignore[no-any-return]
+            return self.do(lambda: perform(worker.share()))  # type: ignore[no-any-return]
+        with progress_of_parts(worker.name) as self.gathered.show, _others(self.asked, worker.since, self.gathered):
+            return self.do(lambda: perform(worker.share()))  # type: ignore[no-any-return]
 
     def tell(self, failures: Mapping[int, str]) -> None:
         """What has become of each partition, here and elsewhere; one that another process has started says nothing."""
         asked = self.asked
         if asked.is_for_another:
             return
-        step = self.worker.step(1)
-        name = step.name
-        rows = [self._row(step, part, failures.get(part)) for part in range(1, self.worker.parts + 1)]
+        name = self.worker.name
+        rows = [self._row(part, failures.get(part)) for part in range(1, self.worker.parts + 1)]
         finished = sum(row["status"] == "finished" for row in rows)
         draw(asked.plot, f"{name}: {finished} of {len(rows)} partitions are finished", *self.gathered.lines())
         if asked.as_json:
@@ -122,13 +114,12 @@ class _Running:
         for row in rows:
             click.echo(_shown(row))
 
-    def _row(self, step: ChunkStep | AsyncChunkStep, part: int, failure: str | None) -> dict[str, Any]:
-        parameters = step.jobs.partition(self.asked.parameters, part, self.worker.parts)
-        job = self.do(lambda: step.jobs.state(step.name, parameters))
-        facts: dict[str, Any] = {"partition": parameters["partition"], "status": "new", "reason": failure, "counts": {}}
-        if job is not None:
-            facts |= {"status": job.status, "reason": job.reason or failure, "counts": dict(job.counts)}
-        return facts
+    def _row(self, part: int, failure: str | None) -> dict[str, Any]:
+        job = self.do(lambda: self.worker.state_of(part))
+        named = {"partition": f"{part}/{self.worker.parts}", "id": None if job is None else job.id}
+        if job is None:
+            return named | {"status": "new", "reason": failure, "counts": {}}
+        return named | {"status": job.status, "reason": job.reason or failure, "counts": dict(job.counts)}
 
 
 def _shown(row: Mapping[str, Any]) -> str:

@@ -130,7 +130,7 @@ def _facts(job: Job) -> Iterator[tuple[str, Cell]]:
     yield "reason", job.reason
     yield "runs", job.runs
     yield "run by", job.owner
-    yield "believed until", job.lease_until
+    yield ("goes on" if job.status == "stopped" else "believed until"), job.lease_until
     yield "position", None if job.position is None else str(job.position)
     for name in ("read", "written", "filtered"):
         yield name, counts.get(name, 0)

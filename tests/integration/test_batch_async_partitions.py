@@ -10,7 +10,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import AsyncChunkStep, ChunkStep, async_run_partitions, run_partitions, stop
-from retrykit.errors import JobError
+from retrykit.errors import AttemptsInFlightError, JobError
 from retrykit.sql import AsyncSqlJobStore, SqlJobStore, async_sqlite_engine, create_tables, stored_jobs
 from tests.servers.databases import ASYNC_DRIVERS, with_driver
 
@@ -105,6 +105,21 @@ def test_asynchronous_partitions_fail_and_are_stopped_as_others_are(database):
     assert division.failures == {3: "stopped: wrong file", 4: "stopped: wrong file"}
     assert [job.status for job in stored_jobs(engine)] == ["finished", "failed", "stopped", "stopped"]
     assert run_partitions(steps(url), 4).finished
+    assert written(engine) == list(ITEMS)
+
+
+def test_an_asynchronous_partition_waits_for_attempts_that_others_make_of_its_items(database):
+    engine, url = database
+    errors = [AttemptsInFlightError(name="load", key=5, running=1)]
+
+    async def process(item):
+        if item == 5 and errors:
+            raise errors.pop()
+        return item
+
+    division = run_partitions(steps(url, process), 4, poll=0.01)
+    assert (division.finished, sorted(division.reports)) == (True, [1, 2, 3, 4])
+    assert [(job.status, job.runs) for job in stored_jobs(engine)] == [("finished", runs) for runs in (1, 2, 1, 1)]
     assert written(engine) == list(ITEMS)
 
 

@@ -15,17 +15,11 @@ from retrykit.batch import ChunkStep, run_partitions, stop
 from retrykit.errors import JobError, JobLostError
 from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stored_jobs
 from tests.doubles import ManualClock
-from tests.servers.databases import DATABASES, empty_database
 
 metadata = MetaData()
 # Nothing is unique: what is written twice shows.
 work = Table("work", metadata, Column("item", Integer, nullable=False), Column("part", Integer, nullable=False))
 ITEMS = range(60)
-
-
-@pytest.fixture(params=DATABASES)
-def url(request):
-    return empty_database(request, request.param)
 
 
 @pytest.fixture
@@ -233,8 +227,48 @@ def test_a_step_is_made_once_for_a_partition_that_others_run(engine):
         return steps(engine)(part, parts)
 
     assert run_partitions(make, 2, clock=Clock()).finished
-    # The first one says of which kind they are.
-    assert made == [1, 1, 1, 2]
+    assert made == [1, 2]
+
+
+def test_steps_are_made_for_what_is_run_here_and_for_the_first_one_before(engine):
+    made = []
+
+    def make(part, parts):
+        made.append(part)
+        return steps(engine)(part, parts)
+
+    jobs = SqlJobStore(engine)
+    claim = jobs.claim("load", {"partition": "2/4"})
+    jobs.release(claim, status="finished", counts={})
+    assert run_partitions(make, 4).finished
+    assert made == [1, 3, 4]
+    # Nothing is left to be run.
+    made.clear()
+    assert run_partitions(make, 4).finished
+    assert made == [1]
+
+
+def test_a_step_that_can_be_begun_only_once_is_made_anew_when_somebody_else_was_faster(engine):
+    others, made = SqlJobStore(engine), []
+
+    def make(part, parts):
+        made.append(part)
+        items = (item for item in ITEMS if item % parts == part - 1)
+        step = attrs.evolve(steps(engine)(part, parts), reader=items)
+        if made == [1, 2]:
+            # Between the look at the partition and its claim.
+            claims.append(others.claim("load", {"partition": "2/2"}))
+        return step
+
+    class Clock(ManualClock):
+        def sleep(self, seconds):
+            super().sleep(seconds)
+            others.abandon(claims.pop())
+
+    claims = []
+    assert run_partitions(make, 2, clock=Clock()).finished
+    assert made == [1, 2, 2]
+    assert written(engine) == list(ITEMS)
 
 
 def test_a_partition_is_stopped_for_a_reason_and_goes_on_from_there(engine):
@@ -336,6 +370,23 @@ def test_a_worker_whose_partition_is_stopped_or_taken_says_so(engine, caplog):
 def test_a_bad_number_of_parts_is_refused(parts):
     with pytest.raises(ValueError, match=r"^parts: "):
         run_partitions(lambda *_: None, parts)
+
+
+@pytest.mark.parametrize("poll", [0, -1.0, "1", None])
+def test_a_pause_that_is_none_is_refused(poll):
+    with pytest.raises((TypeError, ValueError), match=r"^poll: "):
+        run_partitions(lambda *_: None, 2, poll=poll)
+
+
+def test_steps_of_different_names_are_refused(engine):
+    with pytest.raises(ValueError, match=r"^make: .*steps of one name \('part-1'\)"):
+        run_partitions(lambda part, parts: attrs.evolve(steps(engine)(part, parts), name=f"part-{part}"), 2)
+
+
+def test_an_iterator_that_all_steps_share_is_refused_when_it_was_read(engine):
+    step = attrs.evolve(steps(engine)(1, 2), reader=iter(ITEMS))
+    with pytest.raises(ValueError, match=r"^reader: .*for each run another iterator"):
+        run_partitions(lambda *_: step, 2)
 
 
 def test_a_parameter_that_would_be_overwritten_is_refused():
