@@ -81,6 +81,8 @@ def facts_of(item: ParkedItem | ParkedMessage) -> Iterator[tuple[str, Cell]]:
     yield "content type", item.content_type
     if item.headers:
         yield "headers", "\n".join(f"{name}: {safe(value)}" for name, value in sorted(item.headers.items()))
+    if left_out := getattr(item, "left_out", None):
+        yield "left out", ", ".join(f"{safe(name)} ({size:,} bytes)" for name, size in sorted(left_out.items()))
     for error in item.errors:
         yield f"error {error.get('attempt', '')}".rstrip(), f"{error.get('type')}: {error.get('message')}"
     yield "body", shown_body(item.payload, SHOWN)

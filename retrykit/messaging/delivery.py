@@ -62,7 +62,7 @@ from retrykit.messaging.logs import decision_facts, in_detail
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
-from retrykit.messaging.recoverers import ID, Recoverer, stable_id
+from retrykit.messaging.recoverers import ID, Recoverer, fitting, left_out, stable_id
 from retrykit.messaging.unit_of_work import MisusedError, Transaction, TransactionMisuseError, UnitOfWork
 from retrykit.state import RetryState
 
@@ -246,6 +246,9 @@ class Delivery:
     def first_or_unknown(self, key: Any) -> bool | None:
         """False if this surely is the first delivery; None if the history has to be asked."""
         can, template = self.session.capabilities, self.work.template
+        if self.work.in_hand is not None and getattr(template.context_cache, "is_empty", False):
+            # Nobody else stores there what could be of this message.
+            return False
         if can.trustworthy_flag:
             return False if template.remember_completed is None else None
         return False if can.flags_while_connected and self.work.open_keys.excludes(template, key) else None
@@ -329,7 +332,7 @@ class Delivery:
                 again = destination == self.message.destination
                 stable = None if again else stable_id(self.message.headers, self.message.id)
                 named = {name: value for name, value in headers.items() if name != ID} if again else headers
-                self.send(destination, self.message.body, named, stable)
+                self.send(destination, self.message.body, self._fitting(named), stable)
         # What was sent is now stored with the mark.
         self._close()
         if (self.sent or self.recovering) and self.work.template.remember_completed is None:
@@ -358,6 +361,15 @@ class Delivery:
             self.settled()
         else:
             self.work.note_doubt(self, doubt)
+
+    def _fitting(self, headers: Mapping[str, str]) -> dict[str, str]:
+        """What the broker takes of the headers of a copy: of one that is refused there is no copy, ever."""
+        fit, _ = fitting(headers, getattr(self.session, "longest_header", None))
+        if long := left_out(fit):
+            names = ", ".join(f"{name} ({size} bytes)" for name, size in long.items())
+            text = "message %r: its copy goes without headers that are too long for it: %s"
+            _log.warning(text, self.message.key, names, extra=self.named())
+        return fit
 
     def settled(self) -> None:
         """Everything is committed: count it, and tell."""

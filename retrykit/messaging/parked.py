@@ -44,7 +44,8 @@ class ParkedMessage:
 
     `id` is the stable id of the original, `message_id` the one that it was delivered under, and that its key and the
     log have; they are two where its sender gave it a `retrykit-id`. `errors` has the last failure only. `parked_at` is
-    the broker's timestamp, or the time of the last failure where it sets none. A message that `park` has not put there
+    the broker's timestamp, or the time of the last failure where it sets none. `left_out` are the headers of the
+    original that were too long for a copy, with their size in bytes. A message that `park` has not put there
     has an id and a body.
     """
 
@@ -62,6 +63,7 @@ class ParkedMessage:
     first_failed_at: datetime | None
     last_failed_at: datetime | None
     parked_at: datetime | None
+    left_out: Mapping[str, int] = attrs.field(factory=dict)
 
     @classmethod
     def of(cls, message: Message) -> ParkedMessage:
@@ -84,6 +86,7 @@ class ParkedMessage:
             first_failed_at=_instant(headers.get(header.FIRST_FAILED_AT)),
             last_failed_at=last,
             parked_at=_since_epoch(headers.get("timestamp")) or last,
+            left_out=header.left_out(headers),
         )
 
     def answers_to(self, name: str) -> bool:

@@ -40,6 +40,8 @@ DESTINATION: Final = "retrykit-destination"
 """Where the original came from, and where it is sent back to."""
 OTHER_HEADERS: Final = "retrykit-other-headers"
 """A JSON object of the original's headers that do not travel as headers."""
+LEFT_OUT: Final = "retrykit-left-out"
+"""A JSON object of the original's headers that no header can carry: their names, and how many bytes each takes."""
 SENT_BACK: Final = "retrykit-sent-back"
 """In a message that an operator has sent back: what tells it from the one that was parked, to consumers that know
 messages by what both of them have."""
@@ -60,6 +62,9 @@ DEFAULT_HEADERS: Final = (
 
 _MAX_TEXT: Final = 1_000
 _MAX_OTHER: Final = 8_000
+# Of headers that are left out; with six bytes a letter they fit into a line, too.
+_MAX_NAMES: Final = 20
+_MAX_NAME: Final = 40
 # Facts about one delivery or one frame: they say nothing about the message, so they are not kept even as text.
 _OF_THE_FRAME: Final = frozenset(
     {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
@@ -119,7 +124,8 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 
     `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are
     kept as JSON text in `retrykit-other-headers`, because brokers take some for commands (delays, expiry,
-    transactions); those travel under no pattern. Texts are bounded to 1,000 characters.
+    transactions); those travel under no pattern. Texts are bounded to 1,000 characters. A header that is too long for
+    the broker, or for that JSON text, is left out: `retrykit-left-out` says so, and so does the log.
     """
 
     destination: str = attrs.field(validator=is_nonempty_text)
@@ -130,7 +136,7 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
         reason = _reason(context)
         ours = _identity(message) | _history(context) | _others(message, self.headers) | {REASON: reason}
         if SENT_BACK in message.headers:
-            ours[SENT_BACK] = message.headers[SENT_BACK]
+            ours[SENT_BACK] = bounded(message.headers[SENT_BACK])
         return Park(self.destination, headers=_travelling(message, self.headers) | ours, reason=reason)
 
 
@@ -219,9 +225,52 @@ def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
         for name, value in message.headers.items()
         if name not in _OF_THE_FRAME and not name.startswith("retrykit-") and not _matches(name, patterns)
     }
-    text = json.dumps(kept, sort_keys=True)
-    # Beyond the bound they are left out whole: half a JSON object is of use to nobody.
-    return {OTHER_HEADERS: text} if kept and escaped_size(text) <= _MAX_OTHER else {}
+    # In JSON each takes as much as by itself: two braces less, a comma and a space more.
+    sizes = {name: escaped_size(json.dumps({name: value})) for name, value in kept.items()}
+    told, size = {}, 0
+    for name in sorted(kept, key=lambda name: (sizes[name], name)):
+        size += sizes[name]
+        if size <= _MAX_OTHER:
+            told[name] = kept[name]
+    others = {OTHER_HEADERS: json.dumps(told, sort_keys=True)} if told else {}
+    return with_left_out(others, {name: line_size(name, kept[name]) for name in kept.keys() - told.keys()})
+
+
+def fitting(headers: Mapping[str, str], longest: int | None) -> tuple[dict[str, str], tuple[str, ...]]:
+    """The headers of a copy without those whose lines are longer than so many bytes (None: than any), and the names
+    of these, which `retrykit-left-out` has as well.
+    """
+    long = {
+        name: size
+        for name, value in headers.items()
+        if longest is not None and (size := line_size(name, value)) > longest
+    }
+    short = {name: value for name, value in headers.items() if name not in long}
+    return with_left_out(short, long), tuple(sorted(long))
+
+
+def with_left_out(headers: dict[str, str], sizes: Mapping[str, int]) -> dict[str, str]:
+    """The headers of a copy, and which of the original's are not among them."""
+    if not sizes:
+        return headers
+    known = left_out(headers) | {name[:_MAX_NAME]: size for name, size in sizes.items()}
+    largest = sorted(known, key=lambda name: (-known[name], name))[:_MAX_NAMES]
+    return headers | {LEFT_OUT: json.dumps({name: known[name] for name in sorted(largest)})}
+
+
+def left_out(headers: Mapping[str, str]) -> dict[str, int]:
+    """What `retrykit-left-out` says, as far as anything can be made of it."""
+    try:
+        found = json.loads(headers.get(LEFT_OUT, "{}"))
+    except (ValueError, RecursionError):
+        return {}
+    whole = found.items() if isinstance(found, dict) else ()
+    return {name: size for name, size in whole if isinstance(size, int)}
+
+
+def line_size(name: str, value: str) -> int:
+    """How many bytes a header takes in a STOMP frame, without the end of its line."""
+    return escaped_size(name) + 1 + escaped_size(value)
 
 
 def escaped_size(text: str) -> int:

@@ -11,18 +11,21 @@ history, or the mark that the item is done with, would not handle it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import logging
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from retrykit.errors import RetryError
 from retrykit.histories import Histories
 from retrykit.messaging.broker import Session
-from retrykit.messaging.recoverers import DESTINATION, ID, SENT_BACK, may_travel, stable_id
+from retrykit.messaging.recoverers import DESTINATION, ID, SENT_BACK, fitting, may_travel, stable_id
 from retrykit.sql.parked import ParkedItem, remove_parked_in
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
+
+_log: Final = logging.getLogger("retrykit.messaging")
 
 # What was true of the first time only: how it failed then, and how long the broker was to keep it back.
 _OF_THE_FIRST_TIME = ("retrykit-", "AMQ_SCHEDULED_")
@@ -50,7 +53,8 @@ class Requeuer:
         """Send an item back to its destination, or to another. False: somebody else was first.
 
         Body and headers are the original's; `retrykit-id` says what its id was, or that of the message that it was a
-        copy of itself. Whatever is raised, the item is still parked; after `CommitInDoubtError`, or a database that
+        copy of itself. A header that is too long for the broker is left out, which `retrykit-left-out` and the log say.
+        Whatever is raised, the item is still parked; after `CommitInDoubtError`, or a database that
         does not commit, it may have been sent as well. `ValueError` for an item without a destination.
         """
         destination = to or item.destination
@@ -60,7 +64,11 @@ class Requeuer:
         with self.engine.begin() as connection:
             if not remove_parked_in(connection, item.id):
                 return False
-            self.session.send(destination, item.payload, headers_of(item))
+            headers, long = fitting(headers_of(item), getattr(self.session, "longest_header", None))
+            if long:
+                text = "item %d is sent back without headers that are too long for the broker: %s"
+                _log.warning(text, item.id, ", ".join(long))
+            self.session.send(destination, item.payload, headers)
             self.session.commit()
         return True
 

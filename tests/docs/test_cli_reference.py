@@ -49,7 +49,8 @@ def test_page_names_every_key_of_the_json_form_of_a_history():
 
 def test_page_names_every_key_of_the_json_form_of_a_parked_item():
     sql = pytest.importorskip("retrykit.sql")
-    fields = {field.name for field in attrs.fields(sql.ParkedItem)} - {"payload"}
+    kinds = (sql.ParkedItem, pytest.importorskip("retrykit.messaging.parked").ParkedMessage)
+    fields = {field.name for kind in kinds for field in attrs.fields(kind)} - {"payload"}
     assert documented("A parked item (`parked show --json`") == fields | {"format", "bytes", "body"}
 
 

@@ -377,6 +377,14 @@ def test_item_that_somebody_else_took_is_not_sent(run, cache, server):
     assert server.depths() == {}
 
 
+def test_a_header_that_is_too_long_for_the_broker_is_left_out_and_told(run, cache, server, caplog):
+    park(cache, headers={"x-long": "x" * 11_000, "x-tenant": "7"})
+    assert run("requeue", "--all", "--yes").stdout.strip() == "sent back: 1"
+    assert "item 1 is sent back without headers that are too long for the broker: x-long" in caplog.text
+    (sent,) = server.messages(QUEUE)
+    assert (sent.headers["x-tenant"], sent.headers["retrykit-left-out"]) == ("7", '{"x-long": 11007}')
+
+
 CRASHES = """
 import os, sys
 from retrykit.cli import main

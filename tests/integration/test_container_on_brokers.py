@@ -29,6 +29,7 @@ from retrykit.messaging import (
     by_content,
     by_header,
     park,
+    republish,
 )
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
@@ -547,6 +548,33 @@ def parked_of(server, queue, original, **options):
     reader.commit(copy)
     reader.close()
     return copy
+
+
+@pytest.mark.parametrize("put", [park, republish])
+def test_a_header_that_is_too_long_for_a_copy_is_left_out_and_told(server, queue, put, caplog):
+    # A client of STOMP 1.0 escapes nothing: what it may send is twice as long in a copy of ours.
+    value, place = ":" * 6_000, f"{queue}.copies"
+    login = {} if is_rabbit(server) else {"virtual_host": "localhost"}
+    with Wire(server.host, server.port, version="1.0", **{"virtual_host": None} | login) as wire:
+        wire.publish(queue, b"x", **{"x-long": value, "x-short": "s", "amqp-message-id": "m-1"})
+
+    def handler(message):
+        assert message.headers["x-long"] == value
+        raise ConnectionError
+
+    with consumer(server, queue, handler, recover=put(place, headers=("x-*",))) as container:
+        until(lambda: container.counters.recovered == 1)
+    assert (container.counters.generations, container.counters.withheld) == (1, 0)
+    with closing(StompBroker(server.url, destination=place, **SLOW_TO_FAIL).connect()) as session:
+        copy = session.receive(PATIENCE)
+        session.commit(copy)
+    left = json.loads(copy.headers.get("retrykit-left-out", "{}"))
+    assert copy.headers["x-short"] == "s"
+    if is_rabbit(server):
+        assert (left, copy.headers["x-long"]) == ({}, value)
+    else:
+        assert (left, copy.headers.get("x-long")) == ({"x-long": 12_007}, None)
+        assert "its copy goes without headers that are too long for it: x-long (12007 bytes)" in caplog.text
 
 
 @pytest.mark.parametrize("count", [150, 200])

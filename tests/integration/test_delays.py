@@ -182,6 +182,22 @@ def test_attempts_are_counted_over_the_copies_and_the_last_is_parked_with_its_hi
     assert others["my-header"] == HEADERS["my-header"]
 
 
+def test_a_message_with_a_header_that_is_too_long_for_a_copy_waits_in_its_session(server, queue, caplog):
+    value = ":" * 6_000
+    late = Late(server, queue, pause=0.2)
+    with Wire(server.host, server.port, version="1.0", virtual_host=None if is_rabbit(server) else "localhost") as wire:
+        wire.publish(queue, b"bad", **{"x-long": value, "amqp-message-id": "m-1"})
+    with late.running():
+        late.wait_for(lambda: late.settled() == 1)
+    instants, deliveries, numbers = late.attempts()
+    assert (numbers, late.container.counters.generations) == ((1, 2), 1)
+    assert [message.headers["x-long"] for message in deliveries] == [value, value]
+    assert instants[1] - instants[0] > 0.15
+    fits = is_rabbit(server)
+    assert late.container.counters.postponed == int(fits)
+    assert ("longer than the 10240 bytes that the broker takes: x-long" in caplog.text) is not fits
+
+
 def test_a_copy_is_no_first_delivery_to_a_worker_that_was_connected_before(server, queue):
     late = Late(server, queue, failures=9, pause=0.3, concurrency=3)
     bodies = [b"bad %d" % number for number in range(6)]

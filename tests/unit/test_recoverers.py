@@ -7,7 +7,7 @@ import pytest
 from retrykit.context import RetryContext
 from retrykit.message import Discard, Message, Park, Republish
 from retrykit.messaging import discard, park, republish
-from retrykit.messaging.recoverers import original_headers
+from retrykit.messaging.recoverers import fitting, left_out, original_headers
 
 HEADERS = {
     "content-type": "application/json",
@@ -141,9 +141,41 @@ def test_other_headers_that_are_none_of_ours_are_passed_over(text):
     assert original_headers({"retrykit-other-headers": text, "x-tenant": "blue"}) == {"x-tenant": "blue"}
 
 
-def test_too_many_other_headers_are_left_out():
-    many = HEADERS | {f"h{number}": "x" * 100 for number in range(100)}
-    assert "retrykit-other-headers" not in park("/queue/p")(message(headers=many), context()).headers
+def test_of_too_many_other_headers_the_longest_are_left_out_and_said():
+    many = HEADERS | {f"h{number:02}": "x" * 100 for number in range(100)} | {"long": "x" * 9_000}
+    headers = park("/queue/p")(message(headers=many), context()).headers
+    kept, told = (json.loads(headers[f"retrykit-{name}"]) for name in ("other-headers", "left-out"))
+    assert kept["x-tenant"] == "blue"
+    assert 60 < len(kept) < 100
+    assert told["long"] == 9_005
+    # The ones that are told are bounded, too.
+    assert len(told) == 20
+    assert not set(told) & set(kept)
+
+
+def test_a_header_that_no_line_can_carry_does_not_travel_and_the_others_do():
+    long = HEADERS | {"x-long": ":" * 6_000, "n" * 200: "x" * 20_000, "x-fits": "x" * 10_233}
+    headers = park("/queue/p", headers=("x-*", "n*"))(message(headers=long), context()).headers
+    fit, names = fitting(headers, 10_240)
+    assert names == ("n" * 200, "x-long")
+    assert left_out(fit) == {"x-long": 12_007, "n" * 40: 20_201}
+    assert fit == {name: value for name, value in headers.items() if name not in names} | {
+        "retrykit-left-out": fit["retrykit-left-out"]
+    }
+    assert fitting(headers, None) == (headers, ())
+    assert "retrykit-left-out" not in original_headers(fit)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "no JSON", "[]", '{"a": "b"}', "{}"])
+def test_what_was_left_out_is_read_as_far_as_it_can_be(text):
+    assert left_out({"retrykit-left-out": text}) == {}
+    headers, _ = fitting({"retrykit-left-out": text, "long": "x" * 200_000}, 150_000)
+    assert headers == {"retrykit-left-out": '{"long": 200005}'}
+
+
+def test_the_mark_of_one_that_was_sent_back_is_bounded():
+    marked = message(headers=HEADERS | {"retrykit-sent-back": "x" * 20_000})
+    assert len(park("/queue/p")(marked, context()).headers["retrykit-sent-back"]) < 100
 
 
 def test_the_stable_id_of_the_original_goes_through_every_copy():

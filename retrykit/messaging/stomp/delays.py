@@ -12,7 +12,7 @@ from urllib.parse import unquote
 from retrykit.message import EXPIRES_AT
 from retrykit.messaging.delays import Origin, Way, delay_queue, origin_of
 from retrykit.messaging.headers import number_in
-from retrykit.messaging.recoverers import COPY_OF, in_copies
+from retrykit.messaging.recoverers import COPY_OF, fitting, in_copies
 from retrykit.messaging.stomp.java_text import to_java
 
 if TYPE_CHECKING:
@@ -83,7 +83,13 @@ def copy_headers(profile: Profile, message: Message, delay: float) -> dict[str, 
         waiting = delay_queue(unquote(queue), bounded, time.time())
         ours |= {name: str(value) for name, value in waiting.arguments.items()}
         ours["destination"] = f"/queue/{queue}{waiting.name.removeprefix(unquote(queue))}"
-    return in_copies(message.headers, makes_queues=profile.delays == "queues") | ours | _form(profile, message)
+    headers = in_copies(message.headers, makes_queues=profile.delays == "queues") | ours | _form(profile, message)
+    # Nothing may be left out: the next attempt is to see the message that this one saw.
+    _, long = fitting(headers, profile.longest_header)
+    if long:
+        msg = f"a header is longer than the {profile.longest_header} bytes that the broker takes: {', '.join(long)}"
+        raise ValueError(msg)
+    return headers
 
 
 def end_of(message: Message) -> int:

@@ -42,6 +42,8 @@ class Profile:
     """What to do about a message without that."""
     id_of_sends: str | None = None
     """The header that gives what is sent its id, where the broker gives none itself."""
+    longest_header: int | None = None
+    """How many bytes the line of a header may have, escaped, without its end; None: as many as anybody sends."""
     prefetch_header: str | None = None
     """The header of SUBSCRIBE that bounds how many deliveries are on their way at once."""
     text_headers: Mapping[str, str] = attrs.field(factory=dict, hash=False)
@@ -86,6 +88,8 @@ ACTIVEMQ: Final = Profile(
     commit="together",
     identify=by_header("message-id"),
     remedy="ActiveMQ gives every message one; is this an ActiveMQ?",
+    # One more, in fact: what is longer is answered with an ERROR, and the connection closed.
+    longest_header=10_240,
     prefetch_header="activemq.prefetchSize",
     # JMS takes a body with a content-length for bytes, unless it is told.
     text_headers={"amq-msg-type": "text"},
@@ -118,6 +122,8 @@ RABBITMQ: Final = Profile(
         "know it: StompBroker(identify=by_header(…)) or, with care, by_content()"
     ),
     id_of_sends=AMQP_ID,
+    # The bound of its newer versions; 3.10 has none.
+    longest_header=102_400,
     prefetch_header="prefetch-count",
     names_virtual_hosts=True,
     tells_routes=True,
@@ -151,6 +157,8 @@ GENERIC: Final = Profile(
     identify=by_header(ID),
     remedy=f"its producer must set the header {ID!r}; or say which one it sets: StompBroker(identify=by_header(…))",
     id_of_sends=ID,
+    # The least that is known of any.
+    longest_header=10_240,
 )
 
 # In the order in which the server header is compared: the last one fits every server.

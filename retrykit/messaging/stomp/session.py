@@ -210,6 +210,11 @@ class StompSession:
 
     # -- settling
 
+    @property
+    def longest_header(self) -> int | None:
+        """How many bytes the line of a header may have; None: as many as anybody sends."""
+        return self._profile.longest_header
+
     def misplaced(self, destination: str) -> str:
         """Why nothing can be sent to a destination of this broker; "" for nothing that is known."""
         return misplaced(self._profile, destination)

@@ -218,7 +218,7 @@ class Connection(asyncio.Protocol):
     def __init__(self, engine: Engine) -> None:
         """Wait for the socket."""
         self._engine = engine
-        self._parser = FrameParser()
+        self._parser = FrameParser(longest_header=engine.broker.profile.longest_header)
         self._version = "1.0"
         self._out: list[bytes] = []
         self._finishing = False

@@ -65,9 +65,10 @@ def encode(frame: Frame, version: str) -> bytes:
 class FrameParser:
     """Turns chunks of bytes into frames; `version` may change between two frames (CONNECT decides it)."""
 
-    def __init__(self, version: str = "1.0", max_body: int = MAX_BODY) -> None:
-        """Start with an empty buffer."""
+    def __init__(self, version: str = "1.0", max_body: int = MAX_BODY, longest_header: int | None = None) -> None:
+        """Start with an empty buffer. `longest_header`: bytes that the line of a header may have."""
         self.version = version
+        self._longest_header = longest_header
         self._max_body = max_body
         self._buffer = bytearray()
         self._searched = 0
@@ -101,7 +102,10 @@ class FrameParser:
             if len(buffer) > MAX_HEAD:
                 raise FrameError(f"the headers exceed {MAX_HEAD} bytes")
             return None
-        head = _parse_head(bytes(buffer[: end.start()]), self.version)
+        lines = bytes(buffer[: end.start()])
+        if self._longest_header is not None and any(len(line) > self._longest_header for line in lines.split(b"\n")):
+            raise FrameError("The maximum header length was exceeded")
+        head = _parse_head(lines, self.version)
         self._length = _content_length(head)
         del buffer[: end.end()]
         self._searched = 0

@@ -19,6 +19,8 @@ class Profile:
     prefetch_header: str
     default_prefetch: int
     dead_letters: str | None
+    longest_header: int | None = None
+    """Bytes in the line of a header, without its end; a longer one is answered with ERROR, and the connection ends."""
     browses: bool = False
     """SUBSCRIBE with `browser:true` shows a queue and takes nothing."""
     scheduler: bool = True
@@ -34,6 +36,7 @@ PROFILES = {
         prefetch_header="activemq.prefetchSize",
         default_prefetch=1000,
         dead_letters="/queue/ActiveMQ.DLQ",
+        longest_header=10_241,
         browses=True,
     ),
     "rabbitmq": Profile(
