@@ -79,10 +79,10 @@ def run(call: Call) -> Flow:  # noqa: C901, PLR0912 - the one order of effects, 
     """A whole call: opened, attempted until an outcome is reached, closed. The last step is the outcome.
 
     `quiet` calls have nothing to load, to store and nobody to tell: they are most calls, and go through the same lines
-    without asking.
+    without asking. A first delivery is one until it fails.
     """
     plan, context = call.plan, call.context
-    stateful, quiet = call.state is not None, plan.quiet and call.key is None
+    stateful, quiet = call.state is not None, plan.quiet and (call.key is None or _is_news(call))
     first, call.first = call.first, None
     outcome: Any = None if quiet or first is not None else (yield from _open(call))
     while outcome is None:
@@ -105,6 +105,7 @@ def run(call: Call) -> Flow:  # noqa: C901, PLR0912 - the one order of effects, 
             count(call, error, None)
             decision = context.decision = decide(call) if quiet else (yield from pay(call, decide(call)))
         else:
+            quiet = False
             decision = context.decision = yield from store_failure(call, error)
         if not plan.quiet:
             decision = context.decision = yield from _tell(call, error, decision)
@@ -120,6 +121,12 @@ def run(call: Call) -> Flow:  # noqa: C901, PLR0912 - the one order of effects, 
     if plan.listeners:
         yield from close(call, outcome.error if type(outcome) is Raise else None)
     yield outcome
+
+
+def _is_news(call: Call) -> bool:
+    """Whether nothing is stored of the item, as its source says, and nothing is to be before an attempt has failed."""
+    state = call.state
+    return state is not None and state.redelivered is False and state.plain and call.plan.remember is None
 
 
 def _open(call: Call) -> Flow:
@@ -153,15 +160,16 @@ def _before_attempt(call: Call) -> Flow:
         if context._history is not None:
             context._history.pause = 0.0
         refusal = yield from _standing(call)
-        if refusal is None:
-            outcome = yield from _wait_until_due(call)
-            if outcome is not None:
+        due = 0.0 if refusal is not None else (yield from _due_in(call))
+        # Where what says no, or wait, is only what this process knew last, it is looked up first.
+        if not call.recent or (refusal is None and due <= 0):
+            if refusal is not None:
+                return refusal if type(refusal) is Raise else (yield from _recover(call, refusal))
+            if due > 0 and (outcome := (yield from _wait(call, due))) is not None:
                 return outcome
             if call.key is None or (yield from reserve(call)):
                 return (yield from _pass_the_gate(call))
-        elif not call.recent:
-            return refusal if type(refusal) is Raise else (yield from _recover(call, refusal))
-        # Somebody else stored something first; or what says no is only what this process knew last.
+            # Somebody else stored something first.
         yield from recall(call, again=True)
     return ANSWER_NOTHING
 
@@ -200,18 +208,20 @@ def _in_flight(call: Call, cause: BaseException | None, reason: str) -> Raise:
     return raising(AttemptsInFlightError, call, cause, running=len(flights), until=until, reason=reason)
 
 
-def _wait_until_due(call: Call) -> Flow:
+def _due_in(call: Call) -> Flow:
+    """For how many seconds the next attempt is not due."""
     history = call.context._history
     if history is None or history.not_before is None:
-        return None
+        return 0.0
     due = history.not_before - (yield NOW)
-    if history.last_delay:
-        # A wall clock that was set back makes no pause longer than the back-off asked for.
-        due = min(due, history.last_delay)
-    if due <= 0:
-        return None
-    fault = yield Pause(due)
-    return None if fault is None else raising(BackOffInterruptedError, call, fault, seconds=due)
+    # A wall clock that was set back makes no pause longer than the back-off asked for.
+    return min(due, history.last_delay) if history.last_delay else due
+
+
+def _wait(call: Call, seconds: float) -> Flow:
+    """The pause before an attempt. The outcome if it was interrupted."""
+    fault = yield Pause(seconds)
+    return None if fault is None else raising(BackOffInterruptedError, call, fault, seconds=seconds)
 
 
 def _pause(call: Call, decision: RetryDecision) -> Flow:

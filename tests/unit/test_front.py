@@ -10,6 +10,7 @@ import pytest
 from retrykit import (
     AsyncRetryTemplate,
     ExhaustedRetryError,
+    FixedBackOffPolicy,
     FrontContextCache,
     InconsistentKeyError,
     MapRetryContextCache,
@@ -20,7 +21,7 @@ from retrykit import (
 from retrykit.cache import StoredContext
 from retrykit.clock import StoreClock
 from retrykit.testing import TombstoneContract
-from tests.doubles import Fails, pickled
+from tests.doubles import Fails, ManualClock, pickled
 
 KEY = "retry/m-1"
 ERROR = OSError("broken")
@@ -110,6 +111,15 @@ def test_exhaustion_that_is_remembered_is_looked_up_before_anything_follows_from
     assert isinstance(deliver(ours, Fails()), ExhaustedRetryError)
     assert theirs.forget("m-1")
     assert deliver(ours, Fails()) == "done"
+
+
+def test_pause_that_another_process_made_pointless_is_not_taken():
+    clock = ManualClock()
+    _, ours, theirs = two_processes(back_off_policy=FixedBackOffPolicy(60), clock=clock)
+    deliver(ours, Fails(ERROR))
+    theirs.forget("m-1")
+    assert deliver(ours, Fails()) == "done"
+    assert clock.slept == []
 
 
 def test_veto_in_another_process_takes_effect_at_the_next_delivery():
