@@ -174,6 +174,11 @@ class MapRetryContextCache:
         """What it was made with."""
         return (self.capacity, self.on_full, self.time_to_live, self.tombstones, self.tombstone_time_to_live)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing at all is stored: no history, no mark, no tombstone."""
+        return not (self._entries or self._marks or self._graves)
+
     def __len__(self) -> int:
         return len(self._entries) + len(self._marks)
 

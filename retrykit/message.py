@@ -194,12 +194,15 @@ def delivered(**facts: Any) -> Message:
 
 
 def with_sender(message: Message, sender: Sender) -> Message:
-    """The same message, and it can send."""
-    return _made((*_values_of(message)[:-1], sender))
+    """The same message, and it can send. One that nobody has been given to send with is not copied for it."""
+    if message.sender is not None:
+        return _made((*_values_of(message)[:-1], sender))
+    _SETTERS["sender"](message, sender)
+    return message
 
 
-# Two are made for every delivery, of what has been checked before: to do that again would cost as much as all else
-# that happens between a frame and its handler.
+# One is made for every delivery, of what has been checked before: to do that again would cost as much as all else that
+# happens between a frame and its handler.
 def _made(values: Iterable[Any]) -> Message:
     made = object.__new__(Message)
     for put, value in zip(_SETTERS.values(), values, strict=True):

@@ -13,6 +13,8 @@ from typing import Final, NamedTuple
 
 _EOLS: Final = b"\r\n"
 _HEAD_END: Final = re.compile(rb"\r?\n\r?\n")
+# As brokers write it: half of all frames are such, and need no more of a look than this.
+_RECEIPT: Final = re.compile(rb"RECEIPT\nreceipt-id:([A-Za-z0-9-]+)\n\n\0")
 _LENGTH: Final = "content-length"
 # A longer number is no length of anything.
 _DIGITS: Final = 19
@@ -84,6 +86,9 @@ class FrameReader:
             if self._data[self._at] in _EOLS:
                 self._drop_line_ends()
                 return HEART_BEAT
+            if (receipt := _RECEIPT.match(self._data, self._at)) is not None:
+                self._leave(receipt.end())
+                return Frame("RECEIPT", {"receipt-id": receipt[1].decode()}, b"")
             self._find_head()
         end = self._find_end()
         if end is None:
@@ -91,13 +96,18 @@ class FrameReader:
         assert self._head is not None  # noqa: S101 - the end was found behind it
         command, headers, body = self._head
         frame = Frame(command, headers, self._part(body, end))
-        self._head, self._at = None, end + 1
+        self._head = None
+        self._leave(end + 1)
+        return frame
+
+    def _leave(self, end: int) -> None:
+        """The frame that ends there has been read."""
+        self._at = end
         # The line end that may follow a frame is no heart-beat.
         self._drop_line_ends()
         self._searched = self._at
         if self._at == len(self._data):
             self.feed(b"")
-        return frame
 
     def _drop_line_ends(self) -> None:
         data, at = self._data, self._at
@@ -146,17 +156,19 @@ def _said(head: bytes) -> tuple[str, dict[str, str]]:
     if "\r" in text:
         text = text.replace("\r\n", "\n")
     command, *lines = text.split("\n")
-    headers: dict[str, str] = {}
-    escaped = "\\" in text
-    for line in lines:
-        name, _, value = line.partition(":")
-        if escaped:
-            name, value = _unescaped(name), _unescaped(value)
-        if name and name not in headers and ":" in line:
-            headers[name] = value
+    pairs = [line.split(":", 1) for line in lines]
+    if "\\" in text:
+        pairs = [[_unescaped(part) for part in pair] for pair in pairs]
+    try:
+        headers = dict(pairs)
+    except ValueError:
+        headers = {}
+    if len(headers) < len(pairs) or "" in headers:
+        # Rare: of a header that is repeated the first counts, and what is none is passed over.
+        headers = dict(pair for pair in reversed(pairs) if len(pair) > 1 and pair[0])
     return command, headers
 
 
 def _unescaped(text: str) -> str:
     # What the protocol does not define stays as it is.
-    return _ESCAPED.sub(lambda escape: _PLAIN[escape[0]], text)
+    return text if "\\" not in text else _ESCAPED.sub(lambda escape: _PLAIN[escape[0]], text)
