@@ -145,6 +145,7 @@ class Worker:
         poll: Seconds = POLL,
         clock: Clock = SYSTEM_CLOCK,
         watch: Watch | None = None,
+        says_what_it_waits_for: bool = True,
     ) -> None:
         if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
             raise wrong_value("parts", "an int, at least 1", parts)
@@ -174,6 +175,7 @@ class Worker:
         self._perform: Any = async_drive if self.asynchronous else drive
         self._pause = partial(clock.async_sleep if self.asynchronous else clock.sleep, interval)
         self._pauses = Pauses(interval)
+        self._says = says_what_it_waits_for
 
     def run(self) -> Work[Division]:
         """All of it."""
@@ -192,11 +194,15 @@ class Worker:
 
     def share(self) -> Work[Division]:
         """Run what is free until nothing is left, looking again and again at what is not."""
-        left = list(range(1, self.parts + 1))
+        left, said = list(range(1, self.parts + 1)), None
         while True:
             left = yield from self._left_of(left)
             if not left:
                 return Division(reports=self.reports, failures=self.failures)
+            if self._says and left != said:
+                names = ", ".join(map(str, left))
+                _log.info("waiting for partitions of %s that others run: %s of %d", self.name, names, self.parts)
+                said = left
             yield self._pause
 
     def _left_of(self, parts: list[int]) -> Work[list[int]]:
@@ -227,6 +233,9 @@ class Worker:
 
     def _try(self, part: int) -> Work[bool]:
         step = self._step(part)
+        return step is None or (yield from self._try_with(step, part))
+
+    def _try_with(self, step: ChunkStep | AsyncChunkStep, part: int) -> Work[bool]:
         course = self._course(step, part)
         try:
             report = self.reports[part] = yield from self._run(course, part)
@@ -312,12 +321,20 @@ class Worker:
 
     # -- steps
 
-    def _step(self, part: int) -> ChunkStep | AsyncChunkStep:
-        """The step of a partition. `TypeError`, `ValueError`, `JobError` for one that cannot be run."""
+    def _step(self, part: int) -> ChunkStep | AsyncChunkStep | None:
+        """The step of a partition; None, and it has failed, if it could not be made. `TypeError`, `ValueError`,
+        `JobError` for one that cannot be run.
+        """
         kept = self._made.pop(part, None)
         if kept is not None:
             return kept
-        step = self._checked(self.make(part, self.parts))
+        try:
+            made = self.make(part, self.parts)
+        except Exception as error:  # noqa: BLE001 - the user's function: the other partitions have nothing to do with it
+            _log.exception("the step of partition %d of %d of %s cannot be made", part, self.parts, self.name)
+            self.failures[part] = f"{type(error).__name__}: {error}"
+            return None
+        step = self._checked(made)
         if self.asynchronous != step.asynchronous:
             raise wrong_type("make", "a function that gives steps of one class", step)
         if self.name != step.name:

@@ -125,7 +125,7 @@ def run(**options: Any) -> None:
         raise click.UsageError("--again-since needs --partitions, and stands in place of --again.")
     _check(asked)
     set_up(asked.log_level.lower(), asked.log_format)
-    with _told(), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
+    with _told(asked), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
         finished = _run_one(asked, interruption) if asked.partitions is None else run_divided(asked, asked.partitions)
     sys.exit(0 if finished else 1)
 
@@ -147,7 +147,7 @@ def _check(asked: Options) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(asked: Options) -> Iterator[None]:
     """What ends a job, in a line for people; of the user's own errors the log has the traceback."""
     try:
         yield
@@ -164,7 +164,9 @@ def _told() -> Iterator[None]:
     except click.ClickException:
         raise
     except KeyboardInterrupt:
-        _log.warning("interrupted: what was committed stays, and the next run goes on behind it")
+        # Said once: by the process that has started the others, which hear the signal too.
+        level = logging.DEBUG if asked.is_for_another else logging.WARNING
+        _log.log(level, "interrupted: what was committed stays, and the next run goes on behind it")
         sys.exit(INTERRUPTED)
     except Exception:  # noqa: BLE001 - whatever it is, the job has ended with it, and the log says so
         _log.critical("the job has failed", exc_info=True)

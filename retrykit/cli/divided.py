@@ -24,7 +24,7 @@ from retrykit.batch.work import async_drive, drive
 from retrykit.cli.calls import Do, calls
 from retrykit.cli.jobs import brief
 from retrykit.cli.plot import Point, Series, draw, spread
-from retrykit.cli.progress import progress_of_parts
+from retrykit.cli.progress import Shown, progress_of_parts
 from retrykit.cli.screen import say_json
 from retrykit.cli.steps import made_by
 from retrykit.cli.words import safe
@@ -69,7 +69,16 @@ def run_divided(asked: Options, parts: int) -> bool:
     make, gathered = made_by(asked.target, asked.parameters), Gathered()
     watch = Increments(ToTheParent() if asked.is_for_another else gathered.add)
     again = asked.again_since or asked.again
-    worker = Worker(make, parts, asked.parameters, again=again, since=asked.since, watch=watch)
+    worker = Worker(
+        make,
+        parts,
+        asked.parameters,
+        again=again,
+        since=asked.since,
+        watch=watch,
+        # One of them is enough.
+        says_what_it_waits_for=not asked.is_for_another,
+    )
     with calls(asynchronous=bool(worker.asynchronous)) as do:
         running = _Running(asked, worker, do, gathered)
         try:
@@ -96,7 +105,8 @@ class _Running:
         assert worker.since is not None  # noqa: S101 - it has begun
         if self.asked.is_for_another:
             return self.do(lambda: perform(worker.share()))  # type: ignore[no-any-return]
-        with progress_of_parts(worker.name) as self.gathered.show, _others(self.asked, worker.since, self.gathered):
+        with progress_of_parts(worker.name) as shown, _others(self.asked, worker.since, self.gathered):
+            self.gathered.shown = shown
             return self.do(lambda: perform(worker.share()))  # type: ignore[no-any-return]
 
     def tell(self, failures: Mapping[int, str]) -> None:
@@ -158,7 +168,7 @@ class _Other:
         self._listening = [_begun(gathered.listen, self.process.stdout)]
         if self.process.stderr is not None:
             # A terminal shows a bar: what is logged there is to stand above it.
-            self._listening.append(_begun(_say_all, self.process.stderr))
+            self._listening.append(_begun(gathered.repeat, self.process.stderr))
 
     def _watch(self) -> None:
         status = self.process.wait()
@@ -187,16 +197,6 @@ def _begun(work: Callable[..., None], *arguments: object) -> threading.Thread:
     thread = threading.Thread(target=work, args=arguments, daemon=True)
     thread.start()
     return thread
-
-
-def _say_all(pipe: IO[bytes]) -> None:
-    for line in pipe:
-        _say(line)
-
-
-def _say(line: bytes) -> None:
-    """What another process prints; not where the report goes."""
-    sys.stderr.write(line.decode(errors="backslashreplace"))
 
 
 # -- what the processes tell
@@ -246,8 +246,8 @@ class Gathered:
         self._began = time.monotonic()
         self._all = _Line(Series([Point(0.0, 0, 0)]))
         self._parts: dict[int, _Line] = {}
-        self.show: Callable[[int, int], None] = lambda _items, _failures: None
-        """Who is told of the whole."""
+        self.shown = Shown(lambda _items, _failures: None, sys.stderr.write)
+        """Where the whole is shown, and what others print."""
 
     def add(self, part: int, items: int, failures: int) -> None:
         """So much has come to a partition."""
@@ -255,16 +255,24 @@ class Gathered:
             seconds = time.monotonic() - self._began
             for line in (self._all, self._parts.setdefault(part, _Line())):
                 line.add(seconds, items, failures)
-            self.show(self._all.items, self._all.failures)
+            self.shown.tell(self._all.items, self._all.failures)
 
     def listen(self, pipe: IO[bytes]) -> None:
         """Add what another process tells, until it has ended. What its application prints goes to standard error."""
         for line in pipe:
             if not line.startswith(MARK):
-                _say(line)
+                self._repeat(line)
                 continue
             part, items, failures = json.loads(line.removeprefix(MARK))
             self.add(part, items, failures)
+
+    def repeat(self, pipe: IO[bytes]) -> None:
+        """Say on standard error what another process says there."""
+        for line in pipe:
+            self._repeat(line)
+
+    def _repeat(self, line: bytes) -> None:
+        self.shown.say(line.decode(errors="backslashreplace"))
 
     def lines(self) -> tuple[Sequence[Point], Mapping[int, Sequence[Point]]]:
         """The points of the whole, and of each partition."""

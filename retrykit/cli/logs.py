@@ -73,13 +73,16 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 @contextmanager
-def through(console: Console) -> Iterator[None]:
-    """As long as this lasts, what goes to standard error stands above what the console shows there in place."""
+def through(console: Console) -> Iterator[io.TextIOBase]:
+    """As long as this lasts, what goes to standard error stands above what the console shows there in place; and so
+    does what is written to this.
+    """
+    above = _Above(console)
     ours = [one for one in logging.getLogger().handlers if getattr(one, "stream", None) is sys.stderr]
     handlers = [one for one in ours if isinstance(one, logging.StreamHandler)]
-    before = [(handler, handler.setStream(_Above(console))) for handler in handlers]
+    before = [(handler, handler.setStream(above)) for handler in handlers]
     try:
-        yield
+        yield above
     finally:
         for handler, stream in before:
             handler.setStream(stream)

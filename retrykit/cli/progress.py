@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sized
 from contextlib import contextmanager
-from typing import Final
+from typing import Any, Final
+
+import attrs
 
 from retrykit.batch import AsyncChunkStep, ChunkStep, Report
 from retrykit.cli.logs import through
@@ -17,8 +20,20 @@ _log = logging.getLogger("retrykit.batch")
 EVERY: Final = 10.0
 
 
-Bar = Callable[[int, str], None]
-"""Shows so many items, and a few words behind the name."""
+@attrs.frozen
+class Bar:
+    """`show` so many items, and a few words behind the name; `say` a line above that."""
+
+    show: Callable[[int, str], None]
+    say: Callable[[str], Any]
+
+
+@attrs.frozen
+class Shown:
+    """Several processes: `tell` of items and attempts that were rolled back; `say` a line of theirs."""
+
+    tell: Callable[[int, int], None]
+    say: Callable[[str], Any]
 
 
 @contextmanager
@@ -30,7 +45,7 @@ def progress(step: ChunkStep | AsyncChunkStep) -> Iterator[Callable[[Report], No
         def show(report: Report) -> None:
             counts = report.counts
             if bar is not None:
-                bar(counts.read, f", {counts.all_skipped:,} skipped" if counts.all_skipped else "")
+                bar.show(counts.read, f", {counts.all_skipped:,} skipped" if counts.all_skipped else "")
             elif logged.is_due():
                 facts = (report.name, counts.read, counts.written, counts.all_skipped, counts.rollbacks)
                 _log.info("%s: %d read, %d written, %d skipped, %d rolled back", *facts)
@@ -39,18 +54,18 @@ def progress(step: ChunkStep | AsyncChunkStep) -> Iterator[Callable[[Report], No
 
 
 @contextmanager
-def progress_of_parts(name: str) -> Iterator[Callable[[int, int], None]]:
-    """Something to tell what all processes have come to: items, and attempts that were rolled back."""
+def progress_of_parts(name: str) -> Iterator[Shown]:
+    """Where to tell what all processes have come to."""
     with _bar(name, None) as bar:
         logged = _Logged()
 
         def show(items: int, failures: int) -> None:
             if bar is not None:
-                bar(items, f", {failures:,} rolled back" if failures else "")
+                bar.show(items, f", {failures:,} rolled back" if failures else "")
             elif logged.is_due():
                 _log.info("%s: %d read here, %d rolled back", name, items, failures)
 
-        yield show
+        yield Shown(show, sys.stderr.write if bar is None else bar.say)
 
 
 @contextmanager
@@ -65,9 +80,13 @@ def _bar(name: str, total: int | None) -> Iterator[Bar | None]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with through(console), Progress(*columns, console=console, transient=True) as shown:
+    with through(console) as above, Progress(*columns, console=console, transient=True) as shown:
         task = shown.add_task(safe(name), total=total)
-        yield lambda items, words: shown.update(task, completed=items, description=f"{safe(name)}{words}")
+
+        def show(items: int, words: str) -> None:
+            shown.update(task, completed=items, description=f"{safe(name)}{words}")
+
+        yield Bar(show, above.write)
 
 
 class _Logged:

@@ -178,6 +178,19 @@ def test_a_partition_that_fails_leaves_the_others_alone_and_is_not_started_again
     assert written(engine) == list(ITEMS)
 
 
+def test_a_partition_whose_step_cannot_be_made_leaves_the_others_alone(engine, caplog):
+    def make(part, parts):
+        if part == 2:
+            raise FileNotFoundError("part-2.csv")
+        return steps(engine)(part, parts)
+
+    division = run_partitions(make, 3)
+    assert division.failures == {2: "FileNotFoundError: part-2.csv"}
+    assert sorted(division.reports) == [1, 3]
+    assert "the step of partition 2 of 3 of load cannot be made" in caplog.messages
+    assert run_partitions(steps(engine), 3).finished
+
+
 def test_what_forbids_one_partition_to_go_on_leaves_the_others_alone(engine):
     def process(item):
         if item == 4:
@@ -197,7 +210,7 @@ def test_a_partition_of_a_dead_process_is_taken_over(engine):
     assert written(engine) == list(ITEMS)
 
 
-def test_what_runs_elsewhere_is_waited_for(engine):
+def test_what_runs_elsewhere_is_waited_for(engine, caplog):
     jobs = SqlJobStore(engine)
     claim = jobs.claim("load", {"partition": "2/2"})
 
@@ -207,9 +220,11 @@ def test_what_runs_elsewhere_is_waited_for(engine):
             jobs.abandon(claim)
 
     clock = Clock()
-    assert run_partitions(steps(engine), 2, clock=clock, poll=3).finished
+    with caplog.at_level("INFO", "retrykit.batch"):
+        assert run_partitions(steps(engine), 2, clock=clock, poll=3).finished
     assert clock.slept == [3]
     assert written(engine) == list(ITEMS)
+    assert caplog.messages == ["waiting for partitions of load that others run: 2 of 2"]
 
 
 def test_a_step_is_made_once_for_a_partition_that_others_run(engine):

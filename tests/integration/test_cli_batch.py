@@ -343,6 +343,8 @@ def test_ctrl_c_of_a_terminal_reaches_all_processes_and_leaves_no_partition_runn
     assert process.returncode == 130
     assert [(job.status, job.reason) for job in jobs(folder)] == [("stopped", "KeyboardInterrupt: SIGINT")] * 2
     assert "Exception ignored" not in err
+    # Once, by whoever has started the others.
+    assert err.count("what was committed stays") == 1
 
 
 def test_that_a_worker_has_died_is_said_when_it_dies(folder):
@@ -403,6 +405,9 @@ def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_
     assert written(folder) == list(range(100))
     found = json.loads(out)
     assert [row["status"] for row in found["partitions"]] == ["finished"] * 6
+    assert {row["id"]: row["partition"] for row in found["partitions"]} == {
+        job.id: job.parameters["partition"] for job in jobs(folder)
+    }
     assert sum(row["counts"]["written"] for row in found["partitions"]) == 100
     assert {job.parameters["day"] for job in jobs(folder)} == {"1"}
     drawn = picture_of((folder / "run.svg").read_text())
@@ -596,9 +601,12 @@ def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
     assert lines[0] == "load: 5 read here, 0 rolled back"
     assert lines[-1] == "load: 30 read here, 1 rolled back"
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress_of_parts("load") as show:
-        show(1_200, 3)
-    assert re.search(r"load, 3 rolled back.*1200/\?", capsys.readouterr().err, re.DOTALL)
+    with progress_of_parts("load") as shown:
+        shown.tell(1_200, 3)
+        shown.say("another process says that it " + "goes on and " * 10 + "on\n")
+    found = capsys.readouterr().err
+    assert re.search(r"load, 3 rolled back.*1200/\?", found, re.DOTALL)
+    assert "goes on and " * 10 + "on" in found
 
 
 def test_a_partition_that_was_stopped_is_told_with_its_reason(module, capsys):
@@ -613,15 +621,18 @@ def test_what_is_logged_stands_on_lines_of_its_own_above_the_bar():
     line = "item 14 is skipped " + "and this is a long story " * 4
     logging.getLogger().addHandler(handler)
     try:
-        with through(console), Progress(console=console) as bar:
+        with through(console) as above, Progress(console=console) as bar:
             bar.add_task("load", total=2)
             bar.refresh()
             logging.getLogger("retrykit.batch").warning(line)
+            # What another process says.
+            above.write(f"too: {line}\n")
         assert handler.stream is sys.stderr
     finally:
         logging.getLogger().removeHandler(handler)
     # The bar's line is erased, and the whole line takes its place; the bar comes below.
     assert f"\x1b[2K{line}\n" in shown.getvalue()
+    assert f"\x1b[2Ktoo: {line}\n" in shown.getvalue()
 
 
 def test_what_psycopg_says_of_a_pipeline_is_no_news():
@@ -709,7 +720,7 @@ def test_what_processes_tell_is_gathered_and_what_they_print_goes_to_standard_er
     told = b"".join(MARK + line for line in (b"[1, 10, 0]\n", b"[1, 5, 0]\n", b"[2, 5, 1]\n"))
     (tmp_path / "pipe").write_bytes(b"[1, 10, 0]\nhello\n" + told)
     gathered, shown = Gathered(), []
-    gathered.show = lambda *facts: shown.append(facts)
+    gathered.shown = attrs.evolve(gathered.shown, tell=lambda *facts: shown.append(facts))
     with (tmp_path / "pipe").open("rb") as pipe:
         gathered.listen(pipe)
     points, parts = gathered.lines()
