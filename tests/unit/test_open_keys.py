@@ -112,13 +112,37 @@ def test_message_with_an_open_history_is_looked_up_although_the_broker_has_forgo
     assert attempts == [3]
 
 
+class Flagless(MemoryBroker):
+    """A broker whose flag is worth nothing."""
+
+    def connect(self, *, consume=True):
+        session = super().connect(consume=consume)
+        real, own = type(session), attrs.evolve(session.capabilities, trustworthy_flag=False)
+
+        class Unflagged(real):
+            capabilities = own
+
+        session.__class__ = Unflagged
+        return session
+
+
+@pytest.mark.parametrize(("failures", "log"), [(0, []), (1, ["load", "load", "load"])])
+def test_nothing_is_looked_up_in_a_memory_of_the_process_that_is_empty(failures, log):
+    broker, cache = Flagless(ORDERS), Asked()
+    with_history(cache, failures)
+    for _ in range(3):
+        broker.publish("x")
+    consume(broker, lambda _: None, cache)
+    assert cache.log == log
+
+
 @pytest.mark.parametrize("reason", ["too many", "fault", "no such verb"])
 def test_every_message_is_looked_up_where_the_open_histories_are_not_known(monkeypatch, reason, caplog):
     broker = Forgetful(ORDERS)
     cache = Asked(ContextCacheError("no route") if reason == "fault" else None)
+    with_history(cache, failures=1)
     if reason == "too many":
         monkeypatch.setattr(open_keys, "LIMIT", 0)
-        with_history(cache, failures=1)
     if reason == "no such verb":
         monkeypatch.setattr(Asked, "open_keys", None)
     broker.publish("x")
