@@ -481,3 +481,18 @@ def test_a_count_that_a_producer_made_up_ends_no_connection(told, count):
     session = StompSession(broker, SimpleNamespace())
     headers = {"amqp-message-id": "m", "subscription": "s-1", "ack": "a", "x-delivery-count": told}
     assert session._message(Frame("MESSAGE", headers, b"x")).delivery_count == count
+
+
+def test_a_login_that_is_answered_after_the_end_leaves_no_heart_beats_behind():
+    with StompServer() as server:
+        broker = StompBroker(server.url, heart_beat=60)
+        wire = Wire(broker, Call(broker.servers.addresses[0]))
+        transport = wire._connection.transport
+        transport.start()
+        wire.hang_up()
+        transport._tell(Frame("CONNECTED", {"version": "1.2", "heart-beat": "60000,60000"}, b""))
+        beats = [thread for thread in threading.enumerate() if thread is wire._connection.heartbeat_thread]
+        for thread in beats:
+            thread.join(5)
+        assert not any(thread.is_alive() for thread in beats)
+        assert not transport.is_connected()

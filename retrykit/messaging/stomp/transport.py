@@ -236,6 +236,9 @@ class Connection(BaseConnection, Protocol12):  # type: ignore[misc] # stomp.py h
         """Expect heart-beats from now on: stomp.py gives a server that hangs at once twice the time."""
         super().on_connected(frame)
         self.received_heartbeat: float = time.monotonic()
+        if self.transport.socket is None:
+            # Closed while this was read: stomp.py would wait, interval by interval and for ever, to be connected.
+            self.heartbeat_terminate_event.set()
 
     def login(self, call: Call) -> None:
         """Send CONNECT past stomp.py's own `connect`, which logs the password when debugging."""
