@@ -24,7 +24,7 @@ _TITLES: Final = ("id", "name", "status", "runs", "read", "written", "skipped", 
 
 @click.group()
 def jobs() -> None:
-    """Look at batch jobs; let one begin anew.
+    """Look at batch jobs; stop one, or let it begin anew.
 
     A job is a step's name with parameters. One that failed, was stopped or has died goes on where it was when it is
     started again; one that is finished is refused, until `restart` lets it begin anew.
@@ -169,3 +169,29 @@ def restart(*, url: str, number: int, yes: bool) -> None:
         if restart_job(store.engine, number) is None:
             raise _nothing(number)
     click.echo(f"job {number} begins anew when it is started next")
+
+
+@jobs.command()
+@database_option
+@click.argument("number", type=NUMBER, metavar="ID")
+@click.option("--reason", required=True, metavar="TEXT", help="Why; told to whoever runs it.")
+@click.option("--partitions", is_flag=True, help="All partitions of its step too, also those that were not begun.")
+def stop(*, url: str, number: int, reason: str, partitions: bool) -> None:
+    """Stop a job that somebody runs, on whatever machine.
+
+    Its runner hears of it when he commits the next time: that transaction is rolled back, and what was committed before
+    stays. The job goes on from there when it is started again. Exit status: 1 if there was nothing to stop.
+    """
+    from retrykit.sql import stop_job, stored_job
+
+    if not reason.strip():
+        raise click.BadParameter("say why", param_hint="--reason")
+    with use(url) as store:
+        stopped = stop_job(store.engine, number, reason, partitions=partitions)
+        job = stored_job(store.engine, number)
+    if stopped is None or job is None:
+        raise _nothing(number)
+    for one in stopped:
+        click.echo(f"job {one.id}, {safe(one.name)} {safe(_shown(one.parameters))}, is stopped")
+    if not stopped:
+        raise click.ClickException(f"there is nothing to stop: job {number} is {job.status}")

@@ -26,7 +26,7 @@ from retrykit.sql.parked import (
 )
 from retrykit.sql.schema import check_version, create_tables
 from retrykit.sql.sqlite import async_sqlite_engine, sqlite_engine
-from retrykit.sql.stored_jobs import Job, restart_job, stored_job, stored_jobs
+from retrykit.sql.stored_jobs import Job, restart_job, stop_job, stored_job, stored_jobs
 from retrykit.sql.tables import SCHEMA_VERSION, metadata, rk_context, rk_job, rk_parked, rk_schema
 from retrykit.sql.tabular import SqlCursorReader, SqlWriter
 
@@ -59,6 +59,7 @@ __all__ = [
     "rk_parked",
     "rk_schema",
     "sqlite_engine",
+    "stop_job",
     "stored_job",
     "stored_jobs",
 ]

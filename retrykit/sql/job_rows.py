@@ -193,27 +193,32 @@ class JobRows:
 
     def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
         """Stop the other partitions, those that were never begun too; how many."""
-        stopped = [self._stop(connection, claim, one, reason) for one in partitions_of(claim.parameters)]
-        return sum(stopped)
+        others = partitions_of(claim.parameters)
+        now = self.clock.now
+        return sum(stop_row(connection, claim.name, one, reason, now=now(), but=claim.id) for one in others)
 
-    def _stop(self, connection: Connection, claim: Claim, parameters: Mapping[str, Any], reason: str) -> int:
-        now, instance = self.clock.now(), instance_of(claim.name, parameters)
-        query = select(_c.id, _c.status, _c.lease_until).where(_c.instance == instance)
-        found = connection.execute(query.with_for_update()).first()
-        values: dict[str, Any] = {"status": "stopped", "reason": storable(reason)[:_REASON], "updated_at": now}
-        if found is None:
-            connection.execute(insert(rk_job), _new(instance, claim.name, parameters, now) | values)
-            return 1
-        if found.id == claim.id or found.status == "finished":
-            return 0
-        if found.status in {"failed", "stopped"} and found.lease_until is None:
-            # Its own reason stays. That it is not started again by those who run the others follows from the time.
-            connection.execute(update(rk_job).where(_c.id == found.id).values(updated_at=now))
-            return 0
-        # Under another fence its runner cannot commit any more.
-        values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
-        connection.execute(update(rk_job).where(_c.id == found.id).values(values))
-        return 1
+
+def stop_row(
+    connection: Connection, name: str, parameters: Mapping[str, Any], reason: str, *, now: float, but: int | None = None
+) -> bool:
+    """Stop a job that has not ended, also one that was never begun, unless its number is `but`. Whether it was so."""
+    instance = instance_of(name, parameters)
+    query = select(_c.id, _c.status, _c.lease_until).where(_c.instance == instance)
+    found = connection.execute(query.with_for_update()).first()
+    values: dict[str, Any] = {"status": "stopped", "reason": storable(reason)[:_REASON], "updated_at": now}
+    if found is None:
+        connection.execute(insert(rk_job), _new(instance, name, parameters, now) | values)
+        return True
+    if found.id == but or found.status == "finished":
+        return False
+    if found.status in {"failed", "stopped"} and found.lease_until is None:
+        # Its own reason stays. That it is not started again by those who run the others follows from the time.
+        connection.execute(update(rk_job).where(_c.id == found.id).values(updated_at=now))
+        return False
+    # Under another fence its runner cannot commit any more.
+    values |= {"fence": _c.fence + 1, "owner": None, "lease_until": None}
+    connection.execute(update(rk_job).where(_c.id == found.id).values(values))
+    return True
 
 
 def _lost(connection: Connection, claim: Claim) -> JobLostError:

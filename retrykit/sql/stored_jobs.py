@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
@@ -11,11 +11,12 @@ import attrs
 from sqlalchemy import Engine, select, update
 from sqlalchemy.exc import DBAPIError
 
-from retrykit.check import wrong_type
+from retrykit.check import wrong_type, wrong_value
 from retrykit.errors import JobError
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
-from retrykit.sql.job_rows import begun_anew, check_free, instant_of, loaded
+from retrykit.sql.divisions import let_one_begin, partitions_of
+from retrykit.sql.job_rows import begun_anew, check_free, instance_of, instant_of, loaded, stop_row
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
@@ -89,12 +90,23 @@ def restart_job(bind: Engine, number: int) -> Job | None:
         raise JobError(f"job {number} is not changed: {error.orig}") from error
 
 
-def _restarted(bind: Engine, number: int) -> Job | None:
+def _database_of(bind: Engine) -> Any:
     database = database_of(bind)
     if database is None:
         raise wrong_type("bind", "an Engine of SQLite, PostgreSQL or MariaDB", bind)
-    clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
-    connections = connections_of(bind, database, None, in_loop=False)
+    return database
+
+
+def _clock_of(bind: Engine) -> Any:
+    return rows_for(_database_of(bind), capacity=None, on_full="reject", time_to_live=None, clock=None)
+
+
+def _connections_of(bind: Engine) -> Any:
+    return connections_of(bind, _database_of(bind), None, in_loop=False)
+
+
+def _restarted(bind: Engine, number: int) -> Job | None:
+    clock, connections = _clock_of(bind), _connections_of(bind)
     with connections.reading() as connection:
         # Before the lock, which on SQLite a runner has nearly always.
         row = connection.execute(select(rk_job).where(_c.id == number)).first()
@@ -107,6 +119,40 @@ def _restarted(bind: Engine, number: int) -> Job | None:
         check_free(row, clock.now(), again=True)
         connection.execute(update(rk_job).where(_c.id == number).values(begun_anew(row, clock.now())))
         return job_of(connection.execute(select(rk_job).where(_c.id == number)).one())
+
+
+def stop_job(bind: Engine, number: int, reason: str, *, partitions: bool = False) -> Sequence[Job] | None:
+    """Stop a job that somebody runs, for a reason: the jobs that were stopped; None if there is no such job.
+
+    Its runner commits nothing more, and hears of it at his next commit. It goes on from there when it is started again.
+    `partitions`: those of the same step too, also what was not begun, so that nobody who runs the others begins it. A
+    job that has ended stays as it is. `ValueError` for an empty reason, `JobError` where the database lets nothing be
+    changed.
+    """
+    if not isinstance(reason, str):
+        raise wrong_type("reason", "a str", reason)
+    if not reason:
+        raise wrong_value("reason", "a text that says why", reason)
+    try:
+        return _stopped(bind, number, reason, partitions=partitions)
+    except DBAPIError as error:
+        raise JobError(f"job {number} is not changed: {error.orig}") from error
+
+
+def _stopped(bind: Engine, number: int, reason: str, *, partitions: bool) -> Sequence[Job] | None:
+    now = _clock_of(bind).now
+    with telling(f"job {number} is not stopped yet", id=number), _connections_of(bind).several() as connection:
+        row = connection.execute(select(rk_job).where(_c.id == number)).first()
+        if row is None:
+            return None
+        parameters = json.loads(row.parameters)
+        all_of_them = partitions_of(parameters) if partitions else []
+        # Nobody begins one of them meanwhile.
+        let_one_begin(connection)
+        stopped = [one for one in all_of_them or [parameters] if stop_row(connection, row.name, one, reason, now=now())]
+        instances = [instance_of(row.name, one) for one in stopped]
+        found = connection.execute(select(rk_job).where(_c.instance.in_(instances)).order_by(_c.id))
+        return [job_of(one) for one in found]
 
 
 def job_of(row: Any) -> Job:

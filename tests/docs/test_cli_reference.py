@@ -21,7 +21,7 @@ COMMANDS = [
     ["contexts"],
     *(["contexts", name] for name in ("list", "show", "veto", "withdraw", "forget", "export", "prune")),
     ["jobs"],
-    *(["jobs", name] for name in ("list", "show", "restart")),
+    *(["jobs", name] for name in ("list", "show", "stop", "restart")),
     ["parked"],
     *(["parked", name] for name in ("list", "show", "requeue", "discard")),
 ]

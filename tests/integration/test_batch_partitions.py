@@ -13,7 +13,7 @@ from sqlalchemy.orm import sessionmaker
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import ChunkStep, run_partitions, stop
 from retrykit.errors import JobError, JobLostError
-from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stored_jobs
+from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stop_job, stored_jobs
 from tests.doubles import ManualClock
 
 metadata = MetaData()
@@ -379,6 +379,32 @@ def test_a_worker_whose_partition_is_stopped_or_taken_says_so(engine, caplog):
     assert division.failures == {2: "stopped: wrong file"}
     assert "partition 2 of 2 of load is stopped: wrong file" in caplog.messages
     assert not [message for message in caplog.messages if "claimed by somebody else" in message]
+
+
+@pytest.mark.parametrize("partitions", [True, False])
+def test_who_looks_on_can_stop_a_partition_that_somebody_runs_or_all_of_them(engine, partitions):
+    stopped = []
+
+    def make(part, parts):
+        def hear(report):
+            # Between two chunks: SQLite lets one write at a time.
+            if part == 1 and report.counts.written == 8:
+                (job,) = stored_jobs(engine)
+                stopped.extend(stop_job(engine, job.id, "the customer has cancelled", partitions=partitions))
+
+        return attrs.evolve(steps(engine)(part, parts), on_progress=hear)
+
+    division = run_partitions(make, 3)
+    which = (1, 2, 3) if partitions else (1,)
+    assert division.failures == dict.fromkeys(which, "stopped: the customer has cancelled")
+    assert [job.parameters["partition"] for job in stopped] == [f"{part}/3" for part in which]
+    assert len([item for item in written(engine) if item % 3 == 0]) == 8
+    assert stop_job(engine, stopped[0].id, "again", partitions=partitions) == []
+    assert run_partitions(steps(engine), 3).finished
+    assert written(engine) == list(ITEMS)
+    # What has ended stays as it is.
+    assert stop_job(engine, stopped[0].id, "too late", partitions=partitions) == []
+    assert set(states(engine).values()) == {("finished", None)}
 
 
 @pytest.mark.parametrize("parts", [0, -1, 1.5, True, "3"])

@@ -10,7 +10,8 @@ from click.testing import CliRunner
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import ChunkStep, SkipPolicy
 from retrykit.cli.commands import retrykit
-from retrykit.sql import SqlJobStore, sqlite_engine, stored_job
+from retrykit.errors import JobLostError
+from retrykit.sql import SqlJobStore, sqlite_engine, stop_job, stored_job
 
 
 @pytest.fixture
@@ -113,7 +114,52 @@ def test_restart_lets_a_finished_job_begin_anew(run, engine, jobs):
     assert "there is no job 9" in run("restart", "9", "--yes", status=1)
 
 
-@pytest.mark.parametrize("command", [["show"], ["restart", "--yes"]])
+def test_stop_ends_a_run_at_its_next_commit_and_it_goes_on_from_there(run, engine, jobs):
+    found = []
+
+    def hear(report):
+        if not found:
+            found.append(run("stop", "2", "--reason", "the customer\x1b[2J has cancelled"))
+
+    step = ChunkStep(name="load", reader=range(6), writer=lambda *_: None, chunk_size=2, jobs=jobs, on_progress=hear)
+    with pytest.raises(JobLostError, match="was stopped: the customer"):
+        step.run({"file": "a.csv"})
+    assert found == ["job 2, load file='a.csv', is stopped\n"]
+    job = stored_job(engine, 2)
+    assert (job.status, job.position, job.counts["read"]) == ("stopped", 2, 2)
+    assert "there is nothing to stop: job 2 is stopped" in run("stop", "2", "--reason", "why", status=1)
+    assert step.run({"file": "a.csv"}).counts.read == 6
+
+
+def test_stop_reaches_all_partitions_also_what_was_not_begun(run, engine, jobs):
+    claim = jobs.claim("load", {"partition": "1/3"})
+    lines = run("stop", "2", "--reason", "wrong file", "--partitions").splitlines()
+    assert lines == [f"job {1 + part}, load partition='{part}/3', is stopped" for part in (1, 2, 3)]
+    assert {stored_job(engine, 1 + part).reason for part in (1, 2, 3)} == {"wrong file"}
+    jobs.abandon(claim)
+
+
+def test_stop_wants_a_reason_and_a_job(run):
+    assert "--reason" in run("stop", "1", status=2)
+    assert "say why" in run("stop", "1", "--reason", " ", status=2)
+    assert "there is no job 9" in run("stop", "9", "--reason", "why", status=1)
+
+
+def test_when_a_stopped_job_goes_on_is_shown(run, jobs):
+    claim = jobs.claim("load", {})
+    jobs.release(claim, status="stopped", reason="running elsewhere", counts={}, pause=60)
+    shown = run("show", "2")
+    assert "goes on:" in shown
+    assert "believed until:" not in shown
+
+
+@pytest.mark.parametrize("reason", ["", 1, None])
+def test_a_reason_that_is_none_stops_nothing(engine, jobs, reason):
+    with pytest.raises((TypeError, ValueError), match=r"^reason: "):
+        stop_job(engine, 1, reason)
+
+
+@pytest.mark.parametrize("command", [["show"], ["restart", "--yes"], ["stop", "--reason", "why"]])
 def test_a_number_that_no_database_can_hold_is_refused(run, command):
     assert "is not in the range" in run(*command, "99999999999999999999", status=2)
     assert "there is no job" in run(*command, str((1 << 63) - 1), status=1)
@@ -136,6 +182,7 @@ def test_a_database_that_changes_nothing_is_a_line_for_people(run, engine, jobs)
             "CREATE TRIGGER frozen BEFORE UPDATE ON rk_job BEGIN SELECT raise(ABORT, 'it is read-only'); END"
         )
     assert run("restart", "2", "--yes", status=1) == "Error: job 2 is not changed: it is read-only\n"
+    assert run("stop", "1", "--reason", "why", status=1) == "Error: job 1 is not changed: it is read-only\n"
     assert stored_job(engine, 2).status == "finished"
 
 
