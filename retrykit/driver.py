@@ -13,7 +13,7 @@ from retrykit.call import Call
 from retrykit.context import RetryContext
 from retrykit.flight import renew
 from retrykit.lease import hold
-from retrykit.outage import heard, is_outage, known, log_outage
+from retrykit.outage import heard, is_of_a_store, known, log_store_fault
 from retrykit.owner import end, is_running
 from retrykit.steps import (
     BEGIN,
@@ -295,7 +295,7 @@ _PERFORMERS: dict[type, Callable[[Driver, Any], Any]] = {
     Probe: lambda _, step: is_running(step.owner),
     Take: lambda _, step: step.budget.take(),
     Give: lambda _, step: step.budget.deposit(),
-    Report: lambda driver, step: (log_outage if is_outage(step.fault) else log_fault)(driver, step.what, step.fault),
+    Report: lambda driver, step: _log_report(driver, step.what, step.fault),
     Died: lambda driver, step: log_death(driver.context, step),
 }
 
@@ -338,6 +338,10 @@ def log_fault(call: Call, what: str, fault: BaseException) -> None:
     logger.error(
         "%s key=%r: fault in %s, the operation goes on", call.plan.name, call.context.key, what, exc_info=fault
     )
+
+
+def _log_report(driver: Driver, what: str, fault: BaseException) -> None:
+    (log_store_fault if is_of_a_store(fault) else log_fault)(driver, what, fault)
 
 
 def log_lost_lease(call: Call) -> None:

@@ -22,7 +22,7 @@ _Told = Literal["all", "line", "reminder", ""]
 _KEPT: Final = 16
 _FIRST_REMINDER: Final = 10.0
 _LONGEST_SILENCE: Final = 300.0
-# Those tell of one item: the store is well, or at least can be read.
+# Those tell of one item, in a sentence: the store is well, or at least can be read.
 _OF_ONE_ITEM: Final = (CacheCapacityError, CodecError, InconsistentKeyError)
 
 
@@ -90,21 +90,21 @@ known: Final = outages.known
 """Empty as long as no store fails: a call that finds it so has nothing more to do here."""
 
 
-def is_outage(fault: BaseException) -> bool:
-    """Whether it is the store that is amiss, and not an item."""
-    return isinstance(fault, ContextCacheError) and not isinstance(fault, _OF_ONE_ITEM)
+def is_of_a_store(fault: BaseException) -> bool:
+    """Whether it says by itself what is amiss with a store."""
+    return isinstance(fault, ContextCacheError)
 
 
-def log_outage(driver: Any, what: str, fault: BaseException) -> None:
+def log_store_fault(driver: Any, what: str, fault: BaseException) -> None:
     """Tell of a fault of the store, as far as that is news."""
     import logging
 
     logger = logging.getLogger("retrykit")
     name, key, store, now = driver.plan.name, driver.context.key, driver.template.context_cache, driver.now()
-    told, outage = outages.add(store, "reading" if what == "load" else "writing", fault, now)
+    told, outage = _noted(store, what, fault, now)
     facts = {"retrykit": {"name": name, "key": key_to_json(key), "error": type_name(type(fault))}}
-    if told == "reminder":
-        text = "%s: its %s has failed for %.3g s, with %d faults so far, the last one in %s: %s"
+    if told == "reminder" and outage is not None:
+        text = "%s: its store (%s) has failed for %.3g s, with %d faults so far, the last one in %s: %s"
         store_name = type(store).__name__
         logger.error(text, name, store_name, now - outage.began, outage.faults, what, message_of(fault), extra=facts)
         return
@@ -112,6 +112,12 @@ def log_outage(driver: Any, what: str, fault: BaseException) -> None:
     if told or in_detail:
         text = "%s key=%r: fault in %s, the operation goes on: %s"
         logger.error(text, name, key, what, message_of(fault), exc_info=fault if in_detail else None, extra=facts)
+
+
+def _noted(store: Any, what: str, fault: BaseException, now: float) -> tuple[_Told, _Outage | None]:
+    if isinstance(fault, _OF_ONE_ITEM):
+        return "line", None
+    return outages.add(store, "reading" if what == "load" else "writing", fault, now)
 
 
 def heard(driver: Any, doing: Doing, answer: Any) -> Any:
@@ -136,6 +142,6 @@ def _over(driver: Any, doing: Doing) -> None:
     import logging
 
     name = driver.plan.name
-    text, facts = "%s: its %s works again, after %.3g s and %d faults", {"retrykit": {"name": name}}
+    text, facts = "%s: its store (%s) works again, after %.3g s and %d faults", {"retrykit": {"name": name}}
     seconds = max(0.0, driver.now() - outage.began)
     logging.getLogger("retrykit").warning(text, name, type(store).__name__, seconds, outage.faults, extra=facts)

@@ -58,7 +58,7 @@ from retrykit.messaging.delays import Delays, Pauses, still_due, waits
 from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
 from retrykit.messaging.handler import refuse_unfinished
 from retrykit.messaging.in_hand import KeysInHand, in_hand_of
-from retrykit.messaging.logs import decision_facts, in_detail
+from retrykit.messaging.logs import decision_facts, in_detail, not_stored
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.patience import Patience
@@ -452,7 +452,9 @@ class Delivery:
         unsaid = "" if work.recover is not None else "; there is no recover= to say what becomes of it"
         why = f"{error}{unsaid} ({error.__cause__!r})"
         if fault is not None:
-            why = f"its failed attempt could not be stored, so none is counted: {fault!r} ({error!r})"
-        text, facts = "message %r is withheld for %g s: %s", self.facts(error)
-        _log.error(text, key, round(pause, 3), why, exc_info=in_detail(error), extra=facts)
+            why = f"its failed attempt could not be stored, so none is counted: {not_stored(fault, error)}"
+        times = work.patience.times(key)
+        again = f" ({times} times now)" if times > 1 else ""
+        text, facts = "message %r is withheld for %g s%s: %s", self.facts(error)
+        _log.error(text, key, round(pause, 3), again, why, exc_info=in_detail(error), extra=facts)
         work.patience.wait(key, work.template.clock)

@@ -7,7 +7,7 @@ import logging
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from retrykit.failure import StoredError, type_name
+from retrykit.failure import StoredError, message_of, type_name
 from retrykit.key import Key, key_to_json
 from retrykit.policy import RetryDecision
 
@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from retrykit.context import RetryContext
 
 _log: Final = logging.getLogger("retrykit.messaging")
+
+_LINE: Final = 300
 
 ATTRIBUTE: Final = "retrykit"
 """The attribute of a log record that holds the facts, for formatters of your own."""
@@ -36,6 +38,26 @@ def in_detail(error: BaseException | None) -> BaseException | None:
     """A failure whose traceback is to be in the log: one of this process, while it logs for debugging."""
     here = error is not None and error.__traceback__ is not None
     return error if here and _log.isEnabledFor(logging.DEBUG) else None
+
+
+def in_a_line(error: BaseException) -> str:
+    """Class and first line of an error, at most 300 characters of it."""
+    words = message_of(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {words[:_LINE]}" if words else type(error).__name__
+
+
+def not_stored(fault: BaseException, error: BaseException) -> str:
+    """Why a failed attempt could not be stored, and what it was; in few words where both have one cause."""
+    why = in_a_line(_root(fault))
+    return why if in_a_line(_root(error)) == why else f"{why}; it was {in_a_line(error)}"
+
+
+def _root(error: BaseException) -> BaseException:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
+        error = error.__cause__
+        seen.add(id(error))
+    return error
 
 
 def _verdict(decision: RetryDecision | None) -> dict[str, Any]:

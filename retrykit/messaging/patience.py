@@ -49,6 +49,12 @@ class Patience:
             debt.pause = max(debt.last, at_least)
             return debt.pause
 
+    def times(self, key: object) -> int:
+        """How often a message was withheld without a break."""
+        with self._lock:
+            debt = self._debts.get(key)
+            return 0 if debt is None else debt.times
+
     def wait(self, key: object, clock: Clock) -> bool:
         """Take the pause that is due for a message; False when it was cut short, and so stays due."""
         # Most messages owe nothing, and most of the time none does.

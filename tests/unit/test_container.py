@@ -18,7 +18,7 @@ import pytest
 
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
-from retrykit.errors import ExhaustedRetryError
+from retrykit.errors import ContextCacheError, ExhaustedRetryError
 from retrykit.messaging import (
     BrokerUnavailableError,
     Capabilities,
@@ -43,6 +43,7 @@ from retrykit.state import RetryState
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.testing import StompServer
 from tests import waiting
+from tests.doubles import BrokenCache
 
 ORDERS = "/queue/orders"
 PARKED = "/queue/orders.parked"
@@ -623,6 +624,24 @@ def test_a_message_that_was_withheld_is_parked_when_its_failures_can_be_stored_a
         cache.remove("another")
         assert broker.wait_until_empty(PATIENCE)
     assert made.counters.parked == 1
+
+
+@plain_only
+def test_an_outage_of_the_store_is_one_traceback_and_lines(broker, caplog):
+    broker.publish("good")
+    cache = BrokenCache(load=ContextCacheError("no store"), save=ContextCacheError("no store"))
+    made = container(broker, failing(9), template=template(context_cache=cache), journal="always", recover=park(PARKED))
+    with made:
+        wait_for(lambda: made.counters.withheld >= 3)
+        cache.faults.clear()
+        assert broker.wait_until_empty(PATIENCE)
+    lines = [(record.getMessage(), record.exc_info) for record in caplog.records if record.levelno >= logging.WARNING]
+    assert [line[1] is not None for line in lines] == [True] + [False] * (len(lines) - 1)
+    withheld = [text.partition(" s")[2] for text, _ in lines if "is withheld for" in text]
+    why = "its failed attempt could not be stored, so none is counted: ContextCacheError: no store; it was Conn"
+    assert withheld[0].startswith(f": {why}")
+    assert withheld[2].startswith(f" (3 times now): {why}")
+    assert len([text for text, _ in lines if "works again" in text]) == 1
 
 
 def test_a_pause_that_a_lost_connection_cuts_short_is_taken_at_the_next_delivery(broker):

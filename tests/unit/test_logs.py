@@ -18,7 +18,7 @@ from retrykit import (
 )
 from retrykit.key import canonical_key, key_to_json
 from retrykit.messaging import ListenerContainer, Park, Parked, discard, park, republish
-from retrykit.messaging.logs import JsonLines
+from retrykit.messaging.logs import JsonLines, in_a_line, not_stored
 from retrykit.messaging.memory import MemoryBroker
 
 ORDERS = "/queue/orders"
@@ -253,3 +253,17 @@ def test_lines_for_people_command_no_terminal():
         first, *others = logs.TextLines().format(record("it failed", error=error)).splitlines()
     assert first.endswith(" shop: it failed")
     assert others[0].startswith("Traceback")
+
+
+def test_a_failure_that_could_not_be_stored_is_told_in_few_words():
+    def caused(error, cause):
+        error.__cause__ = cause
+        return error
+
+    refused = ConnectionError("connection refused\n\tIs the server running?")
+    fault = caused(LookupError("load failed"), refused)
+    assert not_stored(fault, caused(RuntimeError("no database"), refused)) == "ConnectionError: connection refused"
+    assert not_stored(fault, ValueError("no")) == "ConnectionError: connection refused; it was ValueError: no"
+    # Causes that go round in a circle end.
+    assert not_stored(caused(refused, fault), ValueError()) == "LookupError: load failed; it was ValueError"
+    assert len(in_a_line(ValueError("x" * 1_000))) == 312

@@ -83,8 +83,8 @@ def test_an_outage_is_told_with_one_traceback_then_with_reminders_and_its_end_wi
     deliver(template, key="m-3")
     kind = type(store).__name__
     reminder = (
-        f"orders: its {kind} has failed for 12 s, with 5 faults so far, the last one in load: load failed: connection"
-        " refused"
+        f"orders: its store ({kind}) has failed for 12 s, with 5 faults so far, the last one in load: "
+        "load failed: connection refused"
     )
     assert told() == [("ERROR", reminder, False)]
     template.clock.sleep(11)
@@ -92,10 +92,10 @@ def test_an_outage_is_told_with_one_traceback_then_with_reminders_and_its_end_wi
     assert told() == []
     template.clock.sleep(1)
     deliver(template)
-    assert [line[1].partition(",")[0] for line in told()] == [f"orders: its {kind} has failed for 24 s"]
+    assert [line[1].partition(",")[0] for line in told()] == [f"orders: its store ({kind}) has failed for 24 s"]
     store.faults.clear()
     deliver(template)
-    assert told() == [("WARNING", f"orders: its {kind} works again, after 24 s and 7 faults", False)]
+    assert told() == [("WARNING", f"orders: its store ({kind}) works again, after 24 s and 7 faults", False)]
     deliver(template)
     assert told() == []
 
@@ -146,14 +146,16 @@ def test_templates_that_share_a_store_tell_its_outage_once(store, template, told
     store.faults.clear()
     deliver(other)
     (over,) = told()
-    assert over[1].startswith("bills: its ")
+    assert over[1].startswith("bills: its store (")
 
 
 def test_what_is_amiss_with_one_item_is_no_outage(store, template, told):
     store.faults = {"load": CodecError(reason="it is damaged")}
     deliver(template)
     deliver(template, key="m-2")
-    assert [line[2] for line in told()] == [True, True]
+    lines = told()
+    assert [line[2] for line in lines] == [False, False]
+    assert all(line[1].endswith("cannot be read: it is damaged") for line in lines)
     assert id(store) not in outages.known
 
 
