@@ -195,15 +195,17 @@ class Worker:
     def share(self) -> Work[Division]:
         """Run what is free until nothing is left, looking again and again at what is not."""
         left, said = list(range(1, self.parts + 1)), None
-        while True:
-            left = yield from self._left_of(left)
-            if not left:
-                return Division(reports=self.reports, failures=self.failures)
+        while left:
+            before, left = left, (yield from self._left_of(left))
+            if left != before:
+                # It took its time: what was looked at first may be free by now.
+                continue
             if self._says and left != said:
                 names = ", ".join(map(str, left))
                 _log.info("waiting for partitions of %s that others run: %s of %d", self.name, names, self.parts)
                 said = left
             yield self._pause
+        return Division(reports=self.reports, failures=self.failures)
 
     def _left_of(self, parts: list[int]) -> Work[list[int]]:
         left = []

@@ -28,7 +28,7 @@ from retrykit.cli.screen import say_json
 from retrykit.cli.steps import step_of
 from retrykit.cli.target import LoadingError, TargetError
 from retrykit.cli.words import as_instant, safe
-from retrykit.errors import ContextCacheError, JobError, JobFinishedError
+from retrykit.errors import ContextCacheError, JobError, JobFinishedError, JobLostError
 from retrykit.failure import message_of
 
 _log = logging.getLogger("retrykit.batch")
@@ -222,7 +222,8 @@ def _end_of(
 
 
 def _status_of(error: BaseException) -> tuple[Status, str]:
-    status: Status = "failed" if isinstance(error, Exception) else "stopped"
+    by_somebody = isinstance(error, JobLostError) and vars(error).get("status") == "stopped"
+    status: Status = "stopped" if by_somebody or not isinstance(error, Exception) else "failed"
     return status, f"{type(error).__name__}: {message_of(error)}"
 
 

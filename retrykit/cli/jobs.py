@@ -192,6 +192,7 @@ def stop(*, url: str, number: int, reason: str, partitions: bool) -> None:
     if stopped is None or job is None:
         raise _nothing(number)
     for one in stopped:
-        click.echo(f"job {one.id}, {safe(one.name)} {safe(_shown(one.parameters))}, is stopped")
+        name = " ".join(filter(None, (one.name, _shown(one.parameters))))
+        click.echo(f"job {one.id}, {safe(name)}, is stopped")
     if not stopped:
         raise click.ClickException(f"there is nothing to stop: job {number} is {job.status}")

@@ -227,6 +227,21 @@ def test_what_runs_elsewhere_is_waited_for(engine, caplog):
     assert caplog.messages == ["waiting for partitions of load that others run: 2 of 2"]
 
 
+def test_what_was_run_elsewhere_meanwhile_is_not_waited_for(engine):
+    jobs = SqlJobStore(engine)
+    claim = jobs.claim("load", {"partition": "1/2"})
+
+    def process(item):
+        if item == 1:
+            jobs.abandon(claim)
+        return item
+
+    clock = ManualClock()
+    assert run_partitions(steps(engine, process=process), 2, clock=clock).finished
+    assert clock.slept == []
+    assert written(engine) == list(ITEMS)
+
+
 def test_a_step_is_made_once_for_a_partition_that_others_run(engine):
     jobs, made = SqlJobStore(engine), []
     claim = jobs.claim("load", {"partition": "2/2"})

@@ -32,7 +32,7 @@ from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
 from retrykit.cli.progress import progress, progress_of_parts
 from retrykit.cli.steps import made_by, step_of
 from retrykit.cli.target import LoadingError, TargetError
-from retrykit.sql import sqlite_engine, stored_jobs
+from retrykit.sql import sqlite_engine, stop_job, stored_jobs
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -177,6 +177,16 @@ class Gated:
 
 def make_gated_part(part, parts):
     return step_for(Gated(part))
+
+
+class Waiting:
+    def __iter__(self):
+        yield from range(1, 6)
+        Path("hangs").touch()
+        yield from Gated(1)
+
+
+gated = step_for(Waiting())
 
 
 def make_stopping_part(part, parts):
@@ -388,6 +398,22 @@ def test_a_coroutine_that_is_cancelled_by_a_signal_is_left_in_peace_by_the_next_
     with interruptible(window=60), calls(asynchronous=True) as do, pytest.raises(KeyboardInterrupt, match="SIGINT"):
         do(leave)
     assert left == [True]
+
+
+def test_a_job_that_somebody_stops_says_why(folder):
+    process = started(folder, "shop:gated", "--json")
+    until((folder / "hangs").exists, PATIENCE)
+    (job,) = jobs(folder)
+    engine = sqlite_engine(f"sqlite:///{folder}/shop.db")
+    assert [one.id for one in stop_job(engine, job.id, "wrong file")] == [job.id]
+    engine.dispose()
+    (folder / "gate").touch()
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1
+    assert json.loads(out)["status"] == "stopped"
+    assert "Error: The job load (number 1) was stopped: wrong file" in err
+    assert "Traceback" not in err
+    assert written(folder) == [1, 2, 3, 4, 5]
 
 
 def test_a_signal_that_was_taken_for_a_failure_stops_the_job_after_its_transaction(folder):

@@ -149,6 +149,7 @@ def test_when_a_stopped_job_goes_on_is_shown(run, jobs):
     claim = jobs.claim("load", {})
     jobs.release(claim, status="stopped", reason="running elsewhere", counts={}, pause=60)
     shown = run("show", "2")
+    assert run("stop", "2", "--reason", "why") == "job 2, load, is stopped\n"
     assert "goes on:" in shown
     assert "believed until:" not in shown
 
