@@ -56,7 +56,7 @@ from retrykit.errors import (
 from retrykit.flight import reserve, take_off, withdraw
 from retrykit.memory import collision, keep_veto, recall, store_failure
 from retrykit.policy import Branch, RetryDecision
-from retrykit.settlement import settle, settle_within
+from retrykit.settlement import has_to_settle, settle, settle_within
 from retrykit.steps import (
     ANSWER_NOTHING,
     ATTEMPT,
@@ -254,7 +254,7 @@ def _transaction(call: Call, step: Step) -> Flow:
         return failure
     if step is RECOVER:
         call.context._facts().recovered = True
-    outcome = yield from settle_within(call)
+    outcome = (yield from settle_within(call)) if has_to_settle(call) else None
     if type(outcome) is tuple:
         # The transaction has a fault. It cannot commit, and that is as good as a commit that failed.
         yield RollBack(outcome[0])

@@ -15,7 +15,8 @@ from retrykit.memory import collision_with, history_of, make_out
 from retrykit.steps import ANSWER_NOTHING, JOIN, NOW, Load, Raise, Remove, Report, Save
 
 
-def _has_to_settle(call: Call) -> bool:
+def has_to_settle(call: Call) -> bool:
+    """Whether a success leaves something to do in the store."""
     if call.key is None or call.blind or call.settled:
         return False
     return call.plan.remember is not None or call.version is not None or call.doubtful
@@ -54,7 +55,7 @@ def settle(call: Call) -> Flow:
     """Settle the history after a confirmed outcome, unless that was done within the transaction."""
     call.reporting = True
     yield from _empty_outbox(call)
-    while _has_to_settle(call):
+    while has_to_settle(call):
         if call.doubtful:
             call.doubtful = False
             stored = yield Load(call.key or "")
@@ -98,12 +99,10 @@ def _belongs_to_another(call: Call, stored: Any) -> Flow:
 
 
 def settle_within(call: Call) -> Flow:
-    """Settle the history inside the work's own transaction, if the cache can join it.
+    """Settle the history that is to be settled inside the work's own transaction, if the cache can join it.
 
     The outcome if somebody else had it; the failure if the transaction has a fault, and so can surely not commit.
     """
-    if not _has_to_settle(call):
-        return None
     call.reporting = True
     joined = yield JOIN
     if isinstance(joined, Exception):

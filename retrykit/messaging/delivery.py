@@ -221,7 +221,7 @@ class Delivery:
             pauses.message = self.message
         try:
             self.complete(
-                lambda: template.execute(self.attempt, recovery, state=state, transaction=lambda: UnitOfWork(self))
+                partial(template.execute, self.attempt, recovery, state=state, transaction=partial(UnitOfWork, self))
             )
         finally:
             if pauses is not None:
@@ -245,10 +245,11 @@ class Delivery:
 
     def first_or_unknown(self, key: Any) -> bool | None:
         """False if this surely is the first delivery; None if the history has to be asked."""
-        can, template = self.session.capabilities, self.work.template
+        template = self.work.template
         if self.work.in_hand is not None and getattr(template.context_cache, "is_empty", False):
             # Nobody else stores there what could be of this message.
             return False
+        can = self.session.capabilities
         if can.trustworthy_flag:
             return False if template.remember_completed is None else None
         return False if can.flags_while_connected and self.work.open_keys.excludes(template, key) else None

@@ -69,12 +69,16 @@ class UnitOfWork:
     def _committing(self) -> _Steps:
         delivery = self._delivery
         try:
-            if delivery.sent or self._database is not _NO_DATABASE:
+            if not self._is_alone():
                 yield from self._committing_first()
             yield _AtBroker(delivery.acknowledge)
         except BrokerRefusedError as refused:
             delivery.refused = refused if delivery.recovering else None
             raise
+
+    def _is_alone(self) -> bool:
+        """Whether the acknowledgement is all that there is to commit."""
+        return not self._delivery.sent and self._database is _NO_DATABASE
 
     def _committing_first(self) -> _Steps:
         """What comes before the acknowledgement."""
@@ -114,6 +118,10 @@ class UnitOfWork:
     def __exit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _trace: TracebackType | None
     ) -> None:
+        if error is None and self._is_alone() and not self._delivery.recovering:
+            # As below, for most attempts.
+            self._delivery.acknowledge()
+            return
         steps, fault = self._ending(error), None
         try:
             while True:

@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 from retrykit.messaging.stomp.address import Address
 
 _QUICKACK: Final = getattr(socket, "TCP_QUICKACK", None)
+_AT_ONCE: Final = getattr(socket, "MSG_DONTWAIT", 0)
 _Selector: Final = getattr(selectors, "PollSelector", selectors.SelectSelector)
 # How long a reader may take to notice that its socket was closed at the worst of moments.
 _LOOK_SECONDS: Final = 5.0
@@ -108,9 +109,16 @@ class PlainSocket:
 
     def receive(self, size: int, seconds: float | None = None) -> bytes | None:
         """At most so many bytes; b"" at the end, None if nothing came in so many seconds."""
-        if seconds is not None and not self._wait(seconds):
-            return None
-        data = self._socket.recv(size)
+        if not seconds and seconds is not None and _AT_ONCE:
+            # Who looks was told mostly that something has come: to ask once more would cost as much as to take it.
+            try:
+                data = self._socket.recv(size, _AT_ONCE)
+            except BlockingIOError:
+                return None
+        else:
+            if seconds is not None and not self._wait(seconds):
+                return None
+            data = self._socket.recv(size)
         _acknowledge_at_once(self._socket)
         return data
 
