@@ -128,7 +128,8 @@ async def async_run_partitions(
 
 
 class Worker:
-    """One process that runs partitions. `watch`: who is told of them. `poll`: seconds between two looks at the others.
+    """One process that runs partitions. `watch`: who is told of them; `check`: called after each transaction, and may
+    interrupt. `poll`: seconds between two looks at the others.
 
     The step of a partition is made when it is to be run, and once. That of the first one says before what all have in
     common: the name, the job store, the class.
@@ -145,6 +146,7 @@ class Worker:
         poll: Seconds = POLL,
         clock: Clock = SYSTEM_CLOCK,
         watch: Watch | None = None,
+        check: Callable[[], object] = lambda: None,
         says_what_it_waits_for: bool = True,
     ) -> None:
         if isinstance(parts, bool) or not isinstance(parts, int) or parts < 1:
@@ -166,6 +168,7 @@ class Worker:
         self.again = again
         self.since = since
         self.watch = watch
+        self.check = check
         self.reports: dict[int, Report] = {}
         self.failures: dict[int, str] = {}
         self.first = self._checked(make(1, parts))
@@ -290,10 +293,10 @@ class Worker:
         def heard(report: Report) -> Any:
             if watch is not None:
                 watch(part, report, course.claim.counts)
+            self.check()
             return None if told is None else told(report)
 
-        hears = told if watch is None else heard
-        course.step = attrs.evolve(step, on_progress=hears, jobs=Withholding(step.jobs))
+        course.step = attrs.evolve(step, on_progress=heard, jobs=Withholding(step.jobs))
         return course
 
     def _run(self, course: Any, part: int) -> Work[Report]:

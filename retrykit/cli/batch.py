@@ -126,7 +126,8 @@ def run(**options: Any) -> None:
     _check(asked)
     set_up(asked.log_level.lower(), asked.log_format)
     with _told(asked), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
-        finished = _run_one(asked, interruption) if asked.partitions is None else run_divided(asked, asked.partitions)
+        parts = asked.partitions
+        finished = _run_one(asked, interruption) if parts is None else run_divided(asked, parts, interruption)
     sys.exit(0 if finished else 1)
 
 

@@ -21,7 +21,7 @@ import click
 from retrykit.batch import Division, Report
 from retrykit.batch.partitions import Worker
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, calls
+from retrykit.cli.calls import Do, Interruption, calls
 from retrykit.cli.jobs import brief
 from retrykit.cli.plot import Point, Series, draw, spread
 from retrykit.cli.progress import Shown, progress_of_parts
@@ -64,7 +64,7 @@ class Options:
         return (sys.executable, "-m", "retrykit.cli", "batch", "run", self.target, *named, *divided, *logs)
 
 
-def run_divided(asked: Options, parts: int) -> bool:
+def run_divided(asked: Options, parts: int, interruption: Interruption) -> bool:
     """Run the partitions, here and in other processes of this command; whether all are finished."""
     make, gathered = made_by(asked.target, asked.parameters), Gathered()
     watch = Increments(ToTheParent() if asked.is_for_another else gathered.add)
@@ -76,6 +76,7 @@ def run_divided(asked: Options, parts: int) -> bool:
         again=again,
         since=asked.since,
         watch=watch,
+        check=interruption.check,
         # One of them is enough.
         says_what_it_waits_for=not asked.is_for_another,
     )

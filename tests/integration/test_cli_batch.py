@@ -24,7 +24,7 @@ from rich.progress import Progress
 from sqlalchemy import text
 
 from retrykit.batch import Counts, Report
-from retrykit.cli.calls import calls, interruptible
+from retrykit.cli.calls import Interruption, calls, interruptible
 from retrykit.cli.commands import retrykit
 from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, run_divided
 from retrykit.cli.logs import through
@@ -91,6 +91,10 @@ def swallow(item):
 
 
 swallowing = step_for(range(10), processor=swallow)
+
+
+def make_swallowing_part(part, parts):
+    return step_for(range(10), processor=swallow)
 
 
 def make():
@@ -421,6 +425,11 @@ def test_a_signal_that_was_taken_for_a_failure_stops_the_job_after_its_transacti
     assert "stopped: KeyboardInterrupt: SIGTERM" in out
     assert "what was committed stays" in err
     assert written(folder) == [0, 1, 2, 3, 4]
+    out, err = run(folder, "shop:make_swallowing_part", "--partitions", "2", "--param", "day=2", status=130)
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert lines[0] == "1/2 stopped 5 read 5 written 0 skipped KeyboardInterrupt: SIGTERM"
+    assert lines[1].startswith("2/2 new")
+    assert "what was committed stays" in err
 
 
 def test_workers_share_the_partitions_and_one_that_is_killed_is_replaced_by_the_others(folder):
@@ -622,7 +631,7 @@ def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
     module, monkeypatch = hurried
     monkeypatch.setenv("NO_COLOR", "1")
     with caplog.at_level("INFO", "retrykit.batch"):
-        assert run_divided(options(f"{module}:make_part_of", 2, last="30"), 2)
+        assert run_divided(options(f"{module}:make_part_of", 2, last="30"), 2, Interruption())
     lines = [message for message in caplog.messages if message.startswith("load: ")]
     assert lines[0] == "load: 5 read here, 0 rolled back"
     assert lines[-1] == "load: 30 read here, 1 rolled back"
@@ -636,7 +645,7 @@ def test_progress_of_partitions_is_told_while_they_run(hurried, caplog, capsys):
 
 
 def test_a_partition_that_was_stopped_is_told_with_its_reason(module, capsys):
-    assert not run_divided(options(f"{module}:make_stopping_part", 2), 2)
+    assert not run_divided(options(f"{module}:make_stopping_part", 2), 2, Interruption())
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines[1] == "2/2 stopped 0 read 0 written 0 skipped wrong file"
 
