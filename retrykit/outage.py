@@ -1,7 +1,8 @@
-"""Outages of stores: told at length when they begin, in a line while they last, and once more when they are over.
+"""Outages: told at length when they begin, with a reminder now and then while they last, and when they are over.
 
 A store that cannot be reached fails every call that needs it. What each of those faults means is told by whoever calls;
-here it is told what is amiss, once for all that share the store, not with a traceback for each of them.
+here it is told what is amiss, once for all that share the store, not with a traceback for each of them. The rule is
+that of `Outages`, which others follow too: the workers of a container whose broker is gone.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from retrykit.failure import message_of, type_name
 from retrykit.key import key_to_json
 from retrykit.lock import lock_of
 
-Doing = Literal["reading", "writing"]
+Doing = Literal["reading", "writing", "connecting"]
 _Told = Literal["all", "line", "reminder", ""]
 
 _KEPT: Final = 16
@@ -28,9 +29,9 @@ _OF_ONE_ITEM: Final = (CacheCapacityError, CodecError, InconsistentKeyError)
 
 @attrs.define(eq=False)
 class _Outage:
-    """What is known of a store that fails. Times are of the monotonic clock of whoever saw the fault."""
+    """What is known of what fails. Times are of the monotonic clock of whoever saw the fault."""
 
-    store: Any
+    whom: Any
     began: float
     faults: int = 0
     failing: set[Doing] = attrs.field(factory=set)
@@ -52,27 +53,27 @@ class _Outage:
 
 @attrs.define(eq=False)
 class Outages:
-    """The stores that fail at this moment, by their identity; `known` is empty nearly always."""
+    """What fails at this moment, by its identity; `known` is empty nearly always."""
 
     known: dict[int, _Outage] = attrs.field(factory=dict, init=False)
     _lock: Any = attrs.field(default=attrs.Factory(lock_of, takes_self=True), init=False, repr=False)
 
-    def add(self, store: Any, doing: Doing, fault: BaseException, now: float) -> tuple[_Told, _Outage]:
+    def add(self, whom: Any, doing: Doing, fault: BaseException, now: float) -> tuple[_Told, _Outage]:
         """Note a fault, and say how much of it is to be told."""
         with self._lock:
-            outage = self.known.get(id(store))
+            outage = self.known.get(id(whom))
             if outage is None:
-                outage = self.known[id(store)] = _Outage(store, now)
-                # A store that nobody asks any more: what was known of the one seen longest ago is no loss.
+                outage = self.known[id(whom)] = _Outage(whom, now)
+                # One that nobody asks any more: what was known of the one seen longest ago is no loss.
                 while len(self.known) > _KEPT:
                     del self.known[next(iter(self.known))]
             return outage.told(doing, fault, now), outage
 
-    def end(self, store: Any, doing: Doing) -> _Outage | None:
-        """Note that the store does again what had failed; the outage that is over with that."""
+    def end(self, whom: Any, doing: Doing) -> _Outage | None:
+        """Note that it does again what had failed; the outage that is over with that."""
         with self._lock:
-            outage = self.known.get(id(store))
-            return None if outage is None or doing not in outage.failing else self.known.pop(id(store))
+            outage = self.known.get(id(whom))
+            return None if outage is None or doing not in outage.failing else self.known.pop(id(whom))
 
 
 def _kind(fault: BaseException) -> str:
@@ -86,6 +87,7 @@ def _kind(fault: BaseException) -> str:
 
 
 outages: Final = Outages()
+"""Of stores."""
 known: Final = outages.known
 """Empty as long as no store fails: a call that finds it so has nothing more to do here."""
 

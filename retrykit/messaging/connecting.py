@@ -1,6 +1,9 @@
 """Connecting in a thread of its own: whoever is to stop does not wait for a server that does not answer.
 
 Nothing is in hand before there is a session, so nothing is lost when nobody waits for it any more.
+
+What comes of it is told here, too: many workers try in vain again and again while a broker is away, and the log is to
+say that once, and then now and then.
 """
 
 from __future__ import annotations
@@ -8,14 +11,56 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
-from retrykit.messaging.broker import Session
+from retrykit.clock import Clock
+from retrykit.listener import RetryListener
+from retrykit.messaging.broker import Broker, Session
+from retrykit.messaging.errors import BrokerUnavailableError
+from retrykit.outage import Outages
+
+if TYPE_CHECKING:
+    from retrykit.context import RetryContext
+    from retrykit.policy import RetryDecision
 
 _LOOK: Final = 0.05
+_outages: Final = Outages()
 _log = logging.getLogger("retrykit.messaging")
+
+
+@attrs.frozen(eq=False)
+class Tries(RetryListener):
+    """Tells of the tries to connect to a broker, once for all workers of one container, who have it in common."""
+
+    name: str
+    broker: Broker
+    clock: Clock
+
+    def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:
+        """One has failed, and when the next one is."""
+        if not isinstance(error, BrokerUnavailableError):
+            return
+        now = self.clock.monotonic()
+        told, outage = _outages.add(self.broker, "connecting", error, now)
+        since = f"; not connected for {now - outage.began:.3g} s, {outage.faults} tries" if told == "reminder" else ""
+        # It names the broker itself.
+        text, level = "%s: %s (try %d%s); the next one is in %.2g s", logging.WARNING if told else logging.DEBUG
+        _log.log(level, text, self.name, error, context.attempt, since, decision.delay)
+
+    def connected(self) -> None:
+        """One has succeeded."""
+        outage = _outages.end(self.broker, "connecting")
+        if outage is not None:
+            seconds = self.clock.monotonic() - outage.began
+            text = "%s: connected to %s again, after %.3g s and %d tries that failed"
+            _log.warning(text, self.name, self.broker.name, seconds, outage.faults)
+
+
+def forget(broker: Broker) -> None:
+    """Nobody connects any more: whoever does so later begins anew."""
+    _outages.end(broker, "connecting")
 
 
 def connected(connect: Callable[[], Session], stopping: threading.Event) -> Session | None:

@@ -14,6 +14,7 @@ from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy, is_back_of
 from retrykit.check import callable_with, is_callable_or_none, one_of, whole, wrong_type, wrong_value
 from retrykit.failure import message_of, type_name
 from retrykit.messaging.broker import Broker, Session, is_broker
+from retrykit.messaging.connecting import forget
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
 from retrykit.messaging.delivery import Delivery, Work
@@ -325,6 +326,7 @@ class ListenerContainer(Lifetime):
             self._running -= 1
             last = self._running == 0
         if last:
+            forget(self.broker)
             self._leave_loop()
             self._ending.finish()
 

@@ -14,7 +14,7 @@ import attrs
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Overlapping, Session
-from retrykit.messaging.connecting import connected
+from retrykit.messaging.connecting import Tries, connected
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import (
@@ -86,12 +86,17 @@ class Worker:
             except BackOffInterruptedError:
                 return
 
+    @property
+    def _tries(self) -> Tries:
+        return Tries(self.work.template.name, self.broker, self.work.template.clock)
+
     def _supervisor(self) -> RetryTemplate:
         template = self.work.template
         return RetryTemplate(
             name=f"{template.name[:60]}.connection",
             retry_policy=PredicateRetryPolicy(lambda error: not isinstance(error, _FATAL)),
             back_off_policy=self.reconnect,
+            listeners=(self._tries,),
             clock=WaitingClock(template.clock, lambda seconds: not self.stopping.wait(seconds)),
         )
 
@@ -101,6 +106,7 @@ class Worker:
             connection = connected(self._connect, self.stopping)
             if connection is None:
                 return
+            self._tries.connected()
             with self.enlist(connection) as session:
                 work = self._work_in(session)
                 while (message := self._next(session)) is not None:
@@ -143,8 +149,7 @@ class Worker:
         self.heard(error)
         # Whatever ended the connection, the container's answer is another one; what it was is for a person to read.
         if isinstance(error, BrokerUnavailableError):
-            # It names the broker itself.
-            _log.warning("%s: %s (try %d)", self.work.template.name, error, context.attempt)
+            # `Tries` says that.
             return
         expected = isinstance(error, RetryError)
         _log.warning(

@@ -132,7 +132,7 @@ def test_sends_that_the_broker_holds_back_are_in_doubt_and_lost_in_no_case(broke
 
 def test_wrong_credentials_are_told_and_tried_again_until_they_are_right(rabbitmq, queue, caplog):
     publish(rabbitmq, queue, 1)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.DEBUG)
     seen = []
     wrong = rabbitmq.url.replace(rabbitmq.password, "open-sesame")
     refused = container(wrong, queue, lambda message: seen.append(message.text))

@@ -507,10 +507,10 @@ def test_the_log_says_why_a_container_is_not_connected(queue, caplog):
     broker = StompBroker("stomp://127.0.0.1:1", destination=queue, credentials=vault_is_sealed)
     template = RetryTemplate(name="orders")
     with ListenerContainer(broker, print, template=template, reconnect=FixedBackOffPolicy(0.01)):
-        until(lambda: len(caplog.records) > 1)
+        until(lambda: len(caplog.records) > 0)
     assert "orders: No connection to the broker stomp://127.0.0.1:1" in caplog.text
     assert "credentials() raised builtins.PermissionError" in caplog.text
-    assert "(try 2)" in caplog.text
+    assert "(try 1); the next one is in 0.01 s" in caplog.text
 
 
 def test_nothing_that_was_asked_for_is_logged(queue, caplog):
