@@ -106,7 +106,7 @@ def run(**options: Any) -> None:
     directory is importable. A job that was interrupted goes on where it was.
 
     On a terminal progress is shown; elsewhere it is logged every ten seconds. SIGTERM or SIGINT (Ctrl-C) stop the job:
-    the open transaction is rolled back, and what was committed stays.
+    the open transaction is rolled back, and what was committed stays. Another one kills processes that do not leave.
 
     With --partitions every process that runs the same command, on whatever machine, takes partitions that are free.
     Another number of partitions is refused once a job was begun, unless that is finished and it is to begin --again.

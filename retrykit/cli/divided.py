@@ -31,6 +31,8 @@ from retrykit.cli.words import safe
 
 _log = logging.getLogger("retrykit.batch")
 
+PATIENCE: Final = 2.0
+"""Seconds after which it is said that processes which are to end have not ended yet."""
 MARK: Final = b"\x1eretrykit "
 """What an increment begins with, and no line that an application prints."""
 
@@ -152,10 +154,24 @@ def _others(asked: Options, since: float, gathered: Gathered) -> Iterator[None]:
         for other in started:
             other.wait()
     finally:
-        for other in started:
+        _end(started)
+
+
+def _end(others: Sequence[_Other]) -> None:
+    """Have them leave in good order; who interrupts that has them killed."""
+    try:
+        for other in others:
             other.terminate()
-        for other in started:
+        deadline = time.monotonic() + PATIENCE
+        late = [other for other in others if not other.has_ended(deadline)]
+        if late:
+            _log.warning("waiting for %d processes that have something in hand: Ctrl-C kills them", len(late))
+        for other in others:
             other.end()
+    except KeyboardInterrupt:
+        for other in others:
+            other.process.kill()
+        raise
 
 
 class _Other:
@@ -179,6 +195,11 @@ class _Other:
     def wait(self) -> None:
         """Until it has ended."""
         self._watching.join()
+
+    def has_ended(self, deadline: float) -> bool:
+        """Whether it has, at the latest then (monotonic seconds)."""
+        self._watching.join(max(0.0, deadline - time.monotonic()))
+        return not self._watching.is_alive()
 
     def terminate(self) -> None:
         """Have it end, if it has not."""

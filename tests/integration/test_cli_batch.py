@@ -32,7 +32,7 @@ from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
 from retrykit.cli.progress import progress, progress_of_parts
 from retrykit.cli.steps import made_by, step_of
 from retrykit.cli.target import LoadingError, TargetError
-from retrykit.sql import sqlite_engine, stop_job, stored_jobs
+from retrykit.sql import SqlJobStore, sqlite_engine, stop_job, stored_jobs
 from tests.waiting import until
 
 ROOT = Path(__file__).parents[2]
@@ -163,6 +163,23 @@ class Leaving:
 
 def make_leaving_part(part, parts):
     return step_for(Leaving(part))
+
+
+class Stubborn(Leaving):
+    def __iter__(self):
+        Path(f"hangs{self.part}").touch()
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            try:
+                time.sleep(60)
+            except KeyboardInterrupt:
+                if "--since" not in __import__("sys").argv:
+                    raise
+        yield 1
+
+
+def make_stubborn_part(part, parts):
+    return step_for(Stubborn(part))
 
 
 class Gated:
@@ -359,6 +376,23 @@ def test_ctrl_c_of_a_terminal_reaches_all_processes_and_leaves_no_partition_runn
     assert "Exception ignored" not in err
     # Once, by whoever has started the others.
     assert err.count("what was committed stays") == 1
+
+
+def test_a_worker_that_does_not_leave_is_killed_by_another_ctrl_c(folder):
+    process = started(folder, "shop:make_stubborn_part", "--partitions", "2", "--workers", "2")
+    until(lambda: len(list(folder.glob("hangs*"))) == 2, PATIENCE)
+    process.send_signal(signal.SIGINT)
+    line = ""
+    while "waiting for 1 processes that have something in hand: Ctrl-C kills them" not in line:
+        line = process.stderr.readline()
+        assert line, "it has ended before"
+    process.send_signal(signal.SIGINT)
+    # Its pipes are closed only when the worker is gone too.
+    process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert sorted(job.status for job in jobs(folder)) == ["running", "stopped"]
+    # What it ran is free.
+    assert not any(SqlJobStore(f"sqlite:///{folder}/shop.db").is_taken(job) for job in jobs(folder))
 
 
 def test_that_a_worker_has_died_is_said_when_it_dies(folder):
