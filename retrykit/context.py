@@ -94,6 +94,9 @@ class RetryContext:
 
     # Contexts are made on every call and most are never read: only what nearly every call stores is set when one is
     # made.
+    _history: History | None = None
+    attempt: int = 1
+    closed: bool = False
     _wall: float | None = None
     _now: float = 0.0
     duplicate: bool = False
@@ -114,9 +117,6 @@ class RetryContext:
         self._started = started
         self._outer = outer
         self._state = state
-        self._history: History | None = None
-        self.attempt = 1
-        self.closed = False
 
     def __repr__(self) -> str:
         facts = {"attempt": self.attempt, "retry_count": self.retry_count, "max_attempts": self.max_attempts}

@@ -23,7 +23,8 @@ def check_key(key: Any) -> None:
         return
     if isinstance(key, tuple):
         for part in tuple.__iter__(key):
-            check_key(part)
+            if type(part) is not str:
+                check_key(part)
     elif isinstance(key, bool) or not isinstance(key, str | int | bytes):
         raise wrong_type("key", "a str, int, bytes or a tuple of these", key)
 
@@ -96,7 +97,9 @@ def _text(key: Key) -> str:
         return f"#{int.__repr__(key)}"
     if isinstance(key, bytes):
         return f"={bytes.hex(key)}"
-    return "(" + ",".join(_part(part) for part in tuple.__iter__(key)) + ")"
+    # Most parts are plain texts, and need not be asked what they are.
+    parts = [f"/{len(part)}:{part}" if type(part) is str else _part(part) for part in tuple.__iter__(key)]
+    return f"({','.join(parts)})"
 
 
 def _part(key: Key) -> str:
