@@ -7,13 +7,13 @@ from contextlib import suppress
 
 import attrs
 import pytest
-from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, select
+from sqlalchemy import Column, Integer, MetaData, Table, create_engine, event, insert, select, update
 from sqlalchemy.orm import sessionmaker
 
 from retrykit import RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import ChunkStep, run_partitions, stop
 from retrykit.errors import JobError, JobLostError
-from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stop_job, stored_jobs
+from retrykit.sql import SqlJobStore, create_tables, restart_job, rk_job, sqlite_engine, stop_job, stored_jobs
 from tests.doubles import ManualClock
 
 metadata = MetaData()
@@ -207,6 +207,27 @@ def test_a_partition_of_a_dead_process_is_taken_over(engine):
     jobs = SqlJobStore(engine)
     jobs.abandon(jobs.claim("load", {"partition": "2/3"}))
     assert run_partitions(steps(engine), 3).finished
+    assert written(engine) == list(ITEMS)
+
+
+def test_a_partition_of_a_host_that_has_fallen_silent_is_taken_over_when_its_lease_is_over(engine):
+    jobs = SqlJobStore(engine)
+    jobs.abandon(jobs.claim("load", {"partition": "2/2"}))
+
+    def believed_for(seconds):
+        facts = {"owner": "elsewhere/boot/pid:[1]/7/7/1", "lease_until": jobs.now() + seconds}
+        with engine.begin() as connection:
+            connection.execute(update(rk_job).where(rk_job.c.parameters.contains("2/2")).values(facts))
+
+    class Clock(ManualClock):
+        def sleep(self, seconds):
+            super().sleep(seconds)
+            believed_for(60 if len(self.slept) < 3 else -1)
+
+    believed_for(60)
+    clock = Clock()
+    division = run_partitions(steps(engine), 2, clock=clock)
+    assert (division.finished, sorted(division.reports), len(clock.slept)) == (True, [1, 2], 3)
     assert written(engine) == list(ITEMS)
 
 
