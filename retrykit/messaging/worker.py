@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from math import inf
 from operator import call
 from typing import TYPE_CHECKING, Final
 
@@ -49,13 +50,22 @@ MISCONFIGURED: Final = (
 )
 """What would be so again with every connection, and in every process, until somebody changes something."""
 
+STEADY: Final = 10.0
+"""Seconds. A connection that lived so long has come to something, though nothing was delivered: there was nothing."""
+
 _FATAL: Final = (*MISCONFIGURED, LoopEndedError)
 _log = logging.getLogger("retrykit.messaging")
 
 
-def _told(error: Exception) -> str:
-    """What ended a connection, in the words of whoever knows: what left a commit in doubt is its cause."""
-    return str(error) if isinstance(error, BrokerError) else str(error.__cause__ or "") or str(error)
+def _told(error: Exception, broker: Broker) -> str:
+    """What ended a connection, in the words of whoever knows: what left a commit in doubt is its cause.
+
+    Errors of brokers name theirs.
+    """
+    told = error if isinstance(error, BrokerError) else error.__cause__ or error
+    if isinstance(told, BrokerError):
+        return str(told)
+    return f"the connection to {broker.name} ended: {str(told) or repr(told)}"
 
 
 @attrs.frozen(eq=False)
@@ -101,12 +111,15 @@ class Worker:
         )
 
     def _life(self, context: RetryContext) -> None:
-        delivered = 0
+        clock = self.work.template.clock
+        # Connecting may take its time: that is no part of the life.
+        delivered, began = 0, inf
         try:
             connection = connected(self._connect, self.stopping)
             if connection is None:
                 return
             self._tries.connected()
+            began = clock.monotonic()
             with self.enlist(connection) as session:
                 work = self._work_in(session)
                 while (message := self._next(session)) is not None:
@@ -116,7 +129,7 @@ class Worker:
             raise
         except Exception as error:
             self._report(error, delivered, context)
-            if not delivered:
+            if not delivered and clock.monotonic() - began < STEADY:
                 raise
 
     def _connect(self) -> Session:
@@ -153,11 +166,10 @@ class Worker:
             return
         expected = isinstance(error, RetryError)
         _log.warning(
-            "%s: connection to %s ended after %d deliveries (try %d): %s",
+            "%s: %s; it had brought %d deliveries (try %d)",
             self.work.template.name,
-            self.broker.name,
+            _told(error, self.broker),
             delivered,
             context.attempt,
-            _told(error),
             exc_info=None if expected else error,
         )

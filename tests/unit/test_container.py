@@ -43,7 +43,7 @@ from retrykit.state import RetryState
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 from retrykit.testing import StompServer
 from tests import waiting
-from tests.doubles import BrokenCache
+from tests.doubles import BrokenCache, ManualClock
 
 ORDERS = "/queue/orders"
 PARKED = "/queue/orders.parked"
@@ -1104,6 +1104,22 @@ def test_a_nested_retry_error_of_the_handler_is_its_failure(broker):
 
     counters = consume(broker, handler).counters
     assert (counters.rolled_back, counters.withheld, counters.acknowledged) == (2, 0, 1)
+
+
+@plain_only
+@pytest.mark.parametrize(("lived", "pauses"), [(9.0, [3600]), (10.0, [])])
+def test_a_connection_that_lived_long_is_made_again_at_once_though_it_brought_nothing(broker, lived, pauses, caplog):
+    clock = ManualClock()
+    made = container(broker, poisoned, template=template(clock=clock), reconnect=FixedBackOffPolicy(3600))
+    with made:
+        wait_for(lambda: made.connected == 1)
+        clock.elapsed += lived
+        broker.drop_connections()
+        wait_for(lambda: made.counters.generations == 2 and made.connected == 1)
+    assert clock.slept == pauses
+    (line,) = [text for text in caplog.messages if "was lost" in text]
+    assert line.startswith("orders: The connection to the broker ")
+    assert line.endswith("dropped by the broker; it had brought 0 deliveries (try 1)")
 
 
 def test_a_worker_whose_database_cannot_be_reached_pauses(broker):
