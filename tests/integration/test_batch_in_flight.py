@@ -179,7 +179,10 @@ def test_a_partition_that_pauses_is_stopped_with_the_whole_job(engine):
     def process(_):
         stop("wrong file", job=True)
 
-    division = run_partitions(steps(engine, process), 2, clock=ManualClock())
+    def wait():
+        pytest.fail("there is nothing to wait for")
+
+    division = run_partitions(steps(engine, process), 2, clock=Elsewhere(wait))
     assert division.failures == {1: "stopped: wrong file", 2: "stopped: wrong file"}
     assert states(engine)["2/2"] == ("stopped", "wrong file")
 
