@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from retrykit.clock import Clock
+from retrykit.failure import type_name
 from retrykit.listener import RetryListener
 from retrykit.messaging.broker import Broker, Session
 from retrykit.messaging.errors import BrokerUnavailableError
+from retrykit.messaging.logs import ATTRIBUTE
 from retrykit.outage import Outages
 
 if TYPE_CHECKING:
@@ -47,7 +49,8 @@ class Tries(RetryListener):
         since = f"; not connected for {now - outage.began:.3g} s, {outage.faults} tries" if told == "reminder" else ""
         # It names the broker itself.
         text, level = "%s: %s (try %d%s); the next one is in %.2g s", logging.WARNING if told else logging.DEBUG
-        _log.log(level, text, self.name, error, context.attempt, since, decision.delay)
+        facts = {ATTRIBUTE: {"name": self.name, "error": type_name(type(error)), "delay": decision.delay}}
+        _log.log(level, text, self.name, error, context.attempt, since, decision.delay, extra=facts)
 
     def connected(self) -> None:
         """One has succeeded."""
@@ -55,7 +58,8 @@ class Tries(RetryListener):
         if outage is not None:
             seconds = self.clock.monotonic() - outage.began
             text = "%s: connected to %s again, after %.3g s and %d tries that failed"
-            _log.warning(text, self.name, self.broker.name, seconds, outage.faults)
+            facts = {ATTRIBUTE: {"name": self.name}}
+            _log.warning(text, self.name, self.broker.name, seconds, outage.faults, extra=facts)
 
 
 def forget(broker: Broker) -> None:

@@ -125,6 +125,9 @@ def test_a_broker_that_is_away_is_told_once_then_now_and_then_and_that_it_is_bac
         wait_for(lambda: "who are you?" in caplog.text)
         vars(broker)["fault"] = None
         wait_for(lambda: container.connected == 1)
+    facts = [record.retrykit for record in caplog.records]
+    unavailable = {"name": "orders", "error": "retrykit.messaging.errors.BrokerUnavailableError", "delay": 0.5}
+    assert (facts[0], facts[-1]) == (unavailable, {"name": "orders"})
     first, *lines, back = told()
     assert first == "orders: No connection to the broker it could be made: refused (try 1); the next one is in 0.5 s"
     assert re.fullmatch(r"orders: connected to .* again, after \d\d.* s and \d+ tries that failed", back)
