@@ -159,7 +159,7 @@ class _Place:
             self._put_away()
         if self.stopping.is_set():
             self.disorderly = status not in _IN_ORDER
-            _log.info("process %d (pid %d) has ended with status %d", self.number, process.pid, status)
+            _log.info("process %d (pid %d) %s", self.number, process.pid, _ended(status))
             return
         end = ProcessEndedError(self.number, process.pid, status, time.monotonic() - started)
         if status == NOT_LOADED and self._lives == 1:
