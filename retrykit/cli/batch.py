@@ -18,7 +18,7 @@ import click
 from retrykit.batch import AsyncChunkStep, ChunkStep, Report
 from retrykit.batch.report import Status
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, Interruption, calls, interruptible
+from retrykit.cli.calls import Do, Interruption, calls, interruptible, let_through
 from retrykit.cli.divided import Options, run_divided
 from retrykit.cli.jobs import brief
 from retrykit.cli.logs import log_options, set_up
@@ -126,6 +126,8 @@ def run(**options: Any) -> None:
     _check(asked)
     set_up(asked.log_level.lower(), asked.log_format)
     with _told(asked), interruptible(LEAVING if asked.is_for_another else 0.0) as interruption:
+        if asked.is_for_another:
+            let_through()
         parts = asked.partitions
         finished = _run_one(asked, interruption) if parts is None else run_divided(asked, parts, interruption)
     sys.exit(0 if finished else 1)

@@ -62,6 +62,27 @@ def interruptible(window: float = 0.0) -> Iterator[Interruption]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def held_back() -> Iterator[None]:
+    """Ctrl-C waits until this is over; for a process that is started in it, until that lets it through: before it knows
+    what to do about it.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def let_through() -> None:
+    """Hear of what was held back."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
+
+
 def _handlers() -> dict[signal.Signals, Any]:
     """Who hears the signals, as far as they are not ignored."""
     found = {number: signal.getsignal(number) for number in SIGNALS}

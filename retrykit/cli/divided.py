@@ -21,7 +21,7 @@ import click
 from retrykit.batch import Division, Report
 from retrykit.batch.partitions import Worker
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, Interruption, calls
+from retrykit.cli.calls import Do, Interruption, calls, held_back
 from retrykit.cli.jobs import brief
 from retrykit.cli.plot import Point, Series, draw, spread
 from retrykit.cli.progress import Shown, progress_of_parts
@@ -179,7 +179,8 @@ class _Other:
 
     def __init__(self, command: Sequence[str], gathered: Gathered) -> None:
         above = subprocess.PIPE if sys.stderr.isatty() else None
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=above)  # noqa: S603 - our own
+        with held_back():
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=above)  # noqa: S603 - our own
         self._told_to_end = False
         self._watching = _begun(self._watch)
         self._listening = [_begun(gathered.listen, self.process.stdout)]

@@ -24,7 +24,7 @@ from rich.progress import Progress
 from sqlalchemy import text
 
 from retrykit.batch import Counts, Report
-from retrykit.cli.calls import Interruption, calls, interruptible
+from retrykit.cli.calls import Interruption, calls, held_back, interruptible, let_through
 from retrykit.cli.commands import retrykit
 from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, run_divided
 from retrykit.cli.logs import through
@@ -247,7 +247,7 @@ def folder(tmp_path):
 
 def started(folder, *arguments, **options):
     command = [sys.executable, "-m", "retrykit.cli", "batch", "run", *arguments]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(folder)))}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
     )
@@ -376,6 +376,41 @@ def test_ctrl_c_of_a_terminal_reaches_all_processes_and_leaves_no_partition_runn
     assert "Exception ignored" not in err
     # Once, by whoever has started the others.
     assert err.count("what was committed stays") == 1
+
+
+def test_a_worker_that_hears_ctrl_c_while_it_starts_says_nothing(folder):
+    (folder / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import sys
+            import time
+            from pathlib import Path
+
+            if "--since" in sys.orig_argv:
+                Path("starts").touch()
+                deadline = time.monotonic() + 60
+                while not Path("gate").exists() and time.monotonic() < deadline:
+                    time.sleep(0.01)
+            """
+        )
+    )
+    process = started(folder, "shop:make_leaving_part", "--partitions", "2", "--workers", "2", start_new_session=True)
+    until(lambda: (folder / "starts").exists() and (folder / "hangs1").exists(), PATIENCE)
+    os.killpg(process.pid, signal.SIGINT)
+    (folder / "gate").touch()
+    _, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 130
+    assert [line for line in err.splitlines() if "what was committed stays" not in line] == []
+
+
+def test_what_is_held_back_is_heard_when_it_is_let_through():
+    with interruptible():
+        with held_back():
+            signal.raise_signal(signal.SIGINT)
+            assert signal.sigpending() == {signal.SIGINT}
+            with pytest.raises(KeyboardInterrupt, match="SIGINT"):
+                let_through()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
 
 
 def test_a_worker_that_does_not_leave_is_killed_by_another_ctrl_c(folder):
