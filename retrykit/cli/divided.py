@@ -165,7 +165,7 @@ def _end(others: Sequence[_Other]) -> None:
         deadline = time.monotonic() + PATIENCE
         late = [other for other in others if not other.has_ended(deadline)]
         if late:
-            _log.warning("waiting for %d processes that have something in hand: Ctrl-C kills them", len(late))
+            _log.warning("waiting for processes that have something in hand (%d): Ctrl-C kills them", len(late))
         for other in others:
             other.end()
     except KeyboardInterrupt:

@@ -418,7 +418,7 @@ def test_a_worker_that_does_not_leave_is_killed_by_another_ctrl_c(folder):
     until(lambda: len(list(folder.glob("hangs*"))) == 2, PATIENCE)
     process.send_signal(signal.SIGINT)
     line = ""
-    while "waiting for 1 processes that have something in hand: Ctrl-C kills them" not in line:
+    while "waiting for processes that have something in hand (1): Ctrl-C kills them" not in line:
         line = process.stderr.readline()
         assert line, "it has ended before"
     process.send_signal(signal.SIGINT)
