@@ -205,7 +205,12 @@ class Worker:
                 continue
             if self._says and left != said:
                 names = ", ".join(map(str, left))
-                _log.info("waiting for partitions of %s that others run: %s of %d", self.name, names, self.parts)
+                _log.info(
+                    "waiting for partitions of %s that others run, or that pause: %s of %d",
+                    self.name,
+                    names,
+                    self.parts,
+                )
                 said = left
             yield self._pause
         return Division(reports=self.reports, failures=self.failures)

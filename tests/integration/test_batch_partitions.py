@@ -245,7 +245,7 @@ def test_what_runs_elsewhere_is_waited_for(engine, caplog):
         assert run_partitions(steps(engine), 2, clock=clock, poll=3).finished
     assert clock.slept == [3]
     assert written(engine) == list(ITEMS)
-    assert caplog.messages == ["waiting for partitions of load that others run: 2 of 2"]
+    assert caplog.messages == ["waiting for partitions of load that others run, or that pause: 2 of 2"]
 
 
 def test_what_was_run_elsewhere_meanwhile_is_not_waited_for(engine):
