@@ -61,6 +61,11 @@ class SystemClock(Value):
 SYSTEM_CLOCK = SystemClock()
 
 
+def is_real(clock: Clock) -> bool:
+    """Whether its monotonic time is the machine's own, which can be read without asking the clock."""
+    return type(clock) is SystemClock or getattr(clock, "is_real", False) is True
+
+
 class StoreClock:
     """The time of a store that several machines share, as seen from here: one clock for all of them.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import attrs
 
-from retrykit.clock import Clock, SystemClock
+from retrykit.clock import Clock, SystemClock, is_real
 from retrykit.messaging.delays import PutOffError
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ class WaitingClock:
         self._go_on(await self.desk.call(self.wait, self._waited_for(seconds)))
         if not self._real:
             await self.clock.async_sleep(seconds)
+
+    @property
+    def is_real(self) -> bool:
+        """Whether it tells the machine's own time; see `retrykit.clock.is_real`."""
+        return is_real(self.clock)
 
     @property
     def _real(self) -> bool:
