@@ -325,6 +325,17 @@ class BrokerContract:
                 session.commit(message)
         assert self.bodies(broker, 1) == [b"2"]
 
+    def test_a_delivery_cannot_be_acknowledged_twice_without_waiting_either(self, broker: Broker, queue: str) -> None:
+        self.publish(broker, queue, b"1", b"2")
+        told: list[tuple[bytes, Exception | None]] = []
+        with self.session(broker) as session:
+            message = self.next(session)
+            self._acknowledge(session, message, partial(_note, told, b"first"))
+            with pytest.raises(CommitInDoubtError):
+                self._acknowledge(session, message, partial(_note, told, b"second"))
+        assert told == [(b"first", None)]
+        assert self.bodies(broker, 1) == [b"2"]
+
     def test_a_session_cannot_acknowledge_what_an_earlier_one_was_given(self, broker: Broker, queue: str) -> None:
         self.publish(broker, queue, b"1", b"2")
         with self.session(broker) as gone:

@@ -332,9 +332,9 @@ class StompSession:
             return
         try:
             self._confirm()
+            handle = self._own(message)
         except BrokerError as error:
             raise CommitInDoubtError from error
-        handle = self._own(message)
         self._in_hand.discard(handle.ack)
         self._unconfirmed.append((self._wire.put_confirmed("ACK", {"id": handle.ack}), told))
 
