@@ -176,7 +176,7 @@ class MapRetryContextCache:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing at all is stored: no history, no mark, no tombstone."""
+        """Whether nothing at all is stored: no history, no mark, no tombstone. Known without waiting for who stores."""
         return not (self._entries or self._marks or self._graves)
 
     def __len__(self) -> int:
@@ -240,10 +240,12 @@ class MapRetryContextCache:
 
     def _bury(self, key: str, now: float | None, by: Bound) -> None:
         """Drop a history. Its tombstone has its version: it says nothing that whoever knows that does not know."""
-        stored = self._entries.pop(key)
+        stored = self._entries[key]
         # Of who is vetoed before he was ever tried no time is known: then it is the time of what goes.
         at = now or _touched_at(stored.snapshot) or time.time()
         self._graves[key] = StoredContext(entombed(stored.snapshot, at, by), stored.version)
+        # Only now: whoever asks whether anything `is_empty` does not wait for the lock.
+        del self._entries[key]
         most = self.capacity if self.tombstones is None else self.tombstones
         while len(self._graves) > most:
             del self._graves[next(iter(self._graves))]

@@ -396,6 +396,20 @@ def test_history_past_its_time_leaves_a_tombstone_that_goes_when_its_own_time_is
     assert cache.load("a") is None
 
 
+def test_p5_memory_does_not_seem_empty_while_its_only_history_becomes_a_tombstone(monkeypatch):
+    cache, seen = MapRetryContextCache(1, on_full="evict_oldest"), []
+
+    def look(*facts):
+        # As another worker may, who does not wait for the lock.
+        seen.append(cache.is_empty)
+        return entombed(*facts)
+
+    monkeypatch.setattr("retrykit.cache.entombed", look)
+    for key in ("a", "b"):
+        cache.save(key, {"format": 1, "name": "orders", "key": key, "retry_count": 1}, None)
+    assert seen == [False]
+
+
 def test_there_are_no_more_tombstones_than_asked_and_the_oldest_go():
     cache = MapRetryContextCache(1, on_full="evict_oldest", tombstones=2)
     for key in "abcde":
