@@ -93,6 +93,8 @@ class Work:
     pauses: Pauses | None = None
     overlaps: bool = False
     """Whether a message may be handled before it is confirmed that the one before is acknowledged."""
+    late_doubts: list[Any] = attrs.field(factory=list, init=False)
+    """The keys of what was taken to its end in this session, and turned out to be in doubt afterwards."""
     in_hand: KeysInHand | None = attrs.field(init=False)
 
     @in_hand.default
@@ -246,8 +248,8 @@ class Delivery:
     def first_or_unknown(self, key: Any) -> bool | None:
         """False if this surely is the first delivery; None if the history has to be asked."""
         template = self.work.template
-        if self.work.in_hand is not None and getattr(template.context_cache, "is_empty", False):
-            # Nobody else stores there what could be of this message.
+        if self.work.in_hand is not None and getattr(template.context_cache, "is_empty", None) is True:
+            # Nobody else stores there what could be of this message. (A method of that name says nothing.)
             return False
         can = self.session.capabilities
         if can.trustworthy_flag:
@@ -361,6 +363,7 @@ class Delivery:
         if doubt is None:
             self.settled()
         else:
+            self.work.late_doubts.append(self.message.key)
             self.work.note_doubt(self, doubt)
 
     def _fitting(self, headers: Mapping[str, str]) -> dict[str, str]:

@@ -136,6 +136,14 @@ def test_nothing_is_looked_up_in_a_memory_of_the_process_that_is_empty(failures,
     assert cache.log == log
 
 
+def test_a_memory_that_has_a_method_where_ours_says_that_it_is_empty_is_looked_into(monkeypatch):
+    broker, cache = Flagless(ORDERS), Asked()
+    monkeypatch.setattr(Asked, "is_empty", lambda _: False)
+    broker.publish("x")
+    consume(broker, lambda _: None, cache)
+    assert cache.log == ["load"]
+
+
 @pytest.mark.parametrize("reason", ["too many", "fault", "no such verb"])
 def test_every_message_is_looked_up_where_the_open_histories_are_not_known(monkeypatch, reason, caplog):
     broker = Forgetful(ORDERS)
