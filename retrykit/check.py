@@ -157,13 +157,14 @@ def callable_with(*arguments: str) -> Validator:
             raise TypeError(
                 f"{field.name}: must be {wanted}, not the class {value.__name__}: {value.__name__}(…) is one"
             )
-        if not callable(value) or not _takes(value, arguments):
+        if not callable(value) or not takes(value, arguments):
             raise wrong_type(field.name, wanted, value)
 
     return check
 
 
-def _takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+def takes(function: Callable[..., Any], arguments: tuple[str, ...]) -> bool:
+    """Whether it can be called with so many arguments, as far as it tells."""
     from inspect import signature
 
     try:

@@ -14,7 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import attrs
 
-from retrykit.check import wrong_type
+from retrykit.check import takes, wrong_type
 from retrykit.message import Message
 
 
@@ -109,6 +109,11 @@ class Overlapping(Protocol):
         `told` is called once, by this call or a later one, and before another message is acknowledged, or `close` ends:
         with None, or with what left it in doubt. When this call itself raises, as `commit` does, it is not called.
         """
+
+
+def overlaps(session: Session) -> bool:
+    """Whether a session is `Overlapping`, and has not just something else of that name."""
+    return isinstance(session, Overlapping) and takes(session.acknowledge, ("message", "told"))
 
 
 @runtime_checkable

@@ -14,7 +14,7 @@ import attrs
 
 from retrykit.backoff import BackOffPolicy
 from retrykit.errors import BackOffInterruptedError, RetryError
-from retrykit.messaging.broker import Broker, Overlapping, Session
+from retrykit.messaging.broker import Broker, Session, overlaps
 from retrykit.messaging.connecting import Tries, connected
 from retrykit.messaging.delays import Pauses
 from retrykit.messaging.delivery import Work
@@ -113,7 +113,7 @@ class Worker:
     def _life(self, context: RetryContext) -> None:
         clock = self.work.template.clock
         # Connecting may take its time: that is no part of the life.
-        delivered, began = 0, inf
+        work, delivered, began = self.work, 0, inf
         try:
             connection = connected(self._connect, self.stopping)
             if connection is None:
@@ -128,6 +128,7 @@ class Worker:
         except _FATAL:
             raise
         except Exception as error:
+            delivered -= len(work.late_doubts)
             self._report(error, delivered, context)
             if not delivered and clock.monotonic() - began < STEADY:
                 raise
@@ -155,7 +156,7 @@ class Worker:
             open_keys=known,
             desk=self.desk,
             pauses=pauses,
-            overlaps=self.work.may_overlap() and isinstance(session, Overlapping),
+            overlaps=self.work.may_overlap() and overlaps(session),
         )
 
     def _report(self, error: Exception, delivered: int, context: RetryContext) -> None:
