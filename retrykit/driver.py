@@ -204,9 +204,12 @@ class Driver(Call):
         """Open the transaction; what it gives becomes `context.transaction`."""
         assert self.transaction is not None  # noqa: S101 - the flow asks only in transactional calls
         self.opening = manager = self.transaction()
-        entering = self._method(manager, "__aenter__", "__enter__")
-        if self.template.asynchronous and hasattr(manager, "__aenter__"):
-            return entering()
+        asynchronous = self.template.asynchronous
+        entering = None if asynchronous else getattr(manager, "__enter__", None)
+        if entering is None:
+            entering = self._method(manager, "__aenter__", "__enter__")
+            if asynchronous and hasattr(manager, "__aenter__"):
+                return entering()
         # In one statement: between a call that has returned and the next one no signal is handled.
         self.manager, self.context.transaction = manager, entering()
         return None
@@ -235,7 +238,9 @@ class Driver(Call):
 
     def leave(self, error: BaseException | None = None) -> Any:
         """Leave the transaction: commit without an error, roll back with one."""
-        leaving = self._method(self.manager, "__aexit__", "__exit__")
+        leaving = None if self.template.asynchronous else getattr(self.manager, "__exit__", None)
+        if leaving is None:
+            leaving = self._method(self.manager, "__aexit__", "__exit__")
         self.context.transaction = None
         try:
             left = leaving(None, None, None) if error is None else leaving(type(error), error, error.__traceback__)

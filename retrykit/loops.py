@@ -12,15 +12,18 @@ from typing import Any
 
 from retrykit.context import _bound
 from retrykit.driver import Driver, answer_to, described
+from retrykit.errors import CommitInDoubtError
 from retrykit.flow import abort, run
 from retrykit.steps import (
     ANSWER_NOTHING,
     ATTEMPT,
     BEGIN,
+    COMMIT,
     RECOVER,
     RETURN,
     Pause,
     Raise,
+    RollBack,
 )
 
 _bind = _bound.set
@@ -84,6 +87,52 @@ def drive(driver: Driver, first: tuple[Exception, float] | None = None) -> Any:
         # gc can find.
         driver.done()
         answer = first = step = flow = send = value = binding = driver = None  # type: ignore[assignment]
+
+
+def drive_at_once(driver: Driver) -> Any:
+    """As `drive`, of a call that has nothing to load, nothing to store and nobody to tell: its first attempt, which has
+    a transaction, is made without the flow. What follows a failure of it is the flow's.
+    """
+    first = None
+    try:
+        first = _in_transaction(driver)
+        if first is None:
+            return driver.value
+    except BaseException as error:
+        put_straight(driver, error)
+        raise
+    finally:
+        if first is None:
+            driver.done()
+    try:
+        return drive(driver, first)
+    finally:
+        # As in `drive`.
+        first = driver = None  # type: ignore[assignment]
+
+
+def _in_transaction(driver: Driver) -> tuple[Exception, float] | None:
+    """The first attempt, in the order of the flow's `_transaction`: how it has failed; None if it has not."""
+    failure = None
+    try:
+        driver.begin()
+        token = _bind(driver.binding)
+        try:
+            value = driver.function(driver.context)
+            driver.value = refuse_awaitable(value, "the function") if value.__class__ is CoroutineType else value
+        except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+            failure = (error, driver.now())
+        finally:
+            _unbind(token)
+        if failure is None and (left := driver.leave()) is not None:
+            refuse_awaitable(left, COMMIT)
+    except CommitInDoubtError:
+        raise
+    except Exception as fault:  # noqa: BLE001 - a transaction that does not open or commit is a failed attempt
+        return (fault, driver.now())
+    if failure is not None:
+        perform(driver, RollBack(failure[0]))
+    return failure
 
 
 def perform(driver: Driver, step: Any) -> Any:

@@ -18,12 +18,12 @@ from retrykit.budget import BudgetRetryPolicy
 from retrykit.cache import MapRetryContextCache, StoredContext, identity, is_cache
 from retrykit.call import Plan
 from retrykit.check import Seconds, as_seconds, as_seconds_or_none, has, more_than, one_of, wrong_type, wrong_value
-from retrykit.clock import SYSTEM_CLOCK, Clock, SystemClock
+from retrykit.clock import SYSTEM_CLOCK, Clock, is_real
 from retrykit.context import RetryContext, _bound
 from retrykit.driver import Driver, readable
 from retrykit.key import Key, check_key, in_namespace, is_name, namespace
 from retrykit.listener import LISTENER_METHODS, RetryListener
-from retrykit.loops import async_drive, drive, without_frame
+from retrykit.loops import async_drive, drive, drive_at_once, without_frame
 from retrykit.policy import RetryPolicy, SimpleRetryPolicy, TimeoutRetryPolicy, every, is_policy
 from retrykit.state import RetryState
 from retrykit.value import Value
@@ -116,7 +116,7 @@ class _Template(Value):
                 {id(part.budget): part.budget for part in parts if isinstance(part, BudgetRetryPolicy)}.values()
             ),
             breaker_key=f"{namespace(self.name)}@breaker",
-            now=monotonic if type(self.clock) is SystemClock else None,
+            now=monotonic if is_real(self.clock) else None,
             quiet=not (
                 self.listeners or any(isinstance(part, CircuitBreakerRetryPolicy | BudgetRetryPolicy) for part in parts)
             ),
@@ -267,6 +267,16 @@ class RetryTemplate(_Template):
                 return drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
             finally:
                 del first, context, token
+        if (
+            self.runs_direct
+            and state is None
+            and callable(transaction)
+            and callable(callback)
+            and (recover is None or callable(recover))
+            and _short_cut
+        ):
+            context = RetryContext(self, monotonic(), _bound.get())
+            return drive_at_once(Driver(self, context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
         _check_execute(callback, recover, state, transaction)
         context = self.context(state)
         return drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
