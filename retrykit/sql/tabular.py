@@ -147,12 +147,13 @@ class SqlWriter:
 
 
 def _may_be_alike(items: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether no item has more columns than the first: what lacks one of those SQLAlchemy refuses by itself.
+    """Whether the items have as many columns, all in all, as if each had those of the first.
 
-    That is a fraction of what `_are_alike` costs, and this is asked of every item that is ever written.
+    If some have others, then some lack one of the first, and SQLAlchemy refuses those by itself. That is a fraction of
+    what `_are_alike` costs, and this is asked of every item that is ever written.
     """
     try:
-        return max(map(len, items)) <= len(items[0])
+        return sum(map(len, items)) == len(items[0]) * len(items)
     except TypeError:
         return False
 
