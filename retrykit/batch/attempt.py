@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from retrykit.batch.effects import Effects, meant
 from retrykit.batch.errors import ItemError
 from retrykit.batch.inplace import WriteInPlace
-from retrykit.batch.ledger import Ledger
+from retrykit.batch.ledger import Run
 from retrykit.batch.lending import lent
 from retrykit.batch.processing import processed, processed_later
 from retrykit.batch.recovery import Recovery
@@ -58,16 +58,14 @@ class Attempt(Effects):
     aside: SkippedItem | None = None
     """The record of the only item, if that is to be put aside without having been tried, and leaves a mark."""
 
-    def __init__(
-        self, ledger: Ledger, chunk: Chunk, end: int, *, whole: bool, perform: Callable[[Work[Any]], Any]
-    ) -> None:
-        self.ledger = ledger
-        self.step = ledger.step
+    def __init__(self, run: Run, chunk: Chunk, end: int, *, whole: bool = True) -> None:
+        self.ledger = run.ledger
+        self.step = run.step
+        self.perform = run.perform
+        self.whole = whole
         self.chunk = chunk
         self.end = self.goal = end
-        self.live = chunk.live(end)
-        self.whole = whole
-        self.perform = perform
+        self.live = chunk.live(end) if chunk.condemned else range(chunk.done, end)
         if not self.live and self.step.settles_once:
             self.aside = chunk.aside(end)
 
@@ -129,10 +127,11 @@ class Attempt(Effects):
         self.where = "begin"
         if self.tries and len(self.live) > 1 and self.step.key is not None:
             return begin_after(self.perform(self.heed_vetoes()), self._manager)
-        return _committing(self.step.transaction())
+        return self._manager()
 
     def _manager(self) -> Any:
-        return _committing(self.step.transaction())
+        manager = self.step.transaction()
+        return _committing(manager) if hasattr(manager, "in_transaction") else manager
 
     def heed_vetoes(self) -> Work[None]:
         """Leave out what was forbidden since the last attempt: it may have failed, and waited, for long."""
@@ -158,19 +157,39 @@ class Attempt(Effects):
         return self.perform(self._attempt(context))
 
     def _attempt(self, context: RetryContext) -> Work[Tally]:
+        """What there is nothing to do for costs nothing: most chunks have no trouble."""
         self.context = context
         if self.tries:
             yield from self._again(context)
         else:
             self.ledger.spend("transaction")
         self.tries += 1
+        step, ledger, chunk, transaction = self.step, self.ledger, self.chunk, context.transaction
         try:
-            tally = yield from self._settle(context.transaction)
+            joined = None if ledger.claim is None else (yield from self.join(transaction))
+            self.lent = lent(transaction)
+            if ledger.doubt and (yield from self.has_happened(joined)):
+                self.where = "commit"
+                return self.tally  # type: ignore[no-any-return]
+            if step.none_closes_chunk and chunk.condemned:
+                yield from self._ask_recoveries(transaction)
+            if step.processor is None:
+                outputs, origins = chunk.chosen(self.live, self.end), self.live
+            else:
+                outputs, origins = yield from self._process()
+            written = len(outputs)
+            if step.in_place and outputs:
+                written = yield from WriteInPlace(self, transaction, outputs, origins).run()
+            else:
+                yield from self.write(transaction, outputs, origins)
+            tally = self.make_tally(written, self._aside)
+            if joined is not None or tally.skipped:
+                yield from self.store(transaction, joined, tally)
         except Exception as error:
             self.failures += 1
             self._raised = error
             self._named |= {self.blamed}
-            self.ledger.spend("failed")
+            ledger.spend("failed")
             raise
         self.finish(tally)
         return tally
@@ -182,28 +201,6 @@ class Attempt(Effects):
         self.ledger.spend("between")
         self.blamed = None
         self._aside = ()
-
-    def _settle(self, transaction: Any) -> Work[Tally]:
-        # What there is nothing to do for costs nothing: most chunks have no trouble.
-        joined = None if self.ledger.claim is None else (yield from self.join(transaction))
-        self.lent = lent(transaction)
-        if self.ledger.doubt and (yield from self.has_happened(joined)):
-            return self.tally  # type: ignore[no-any-return]
-        if self.step.none_closes_chunk and self.chunk.condemned:
-            yield from self._ask_recoveries(transaction)
-        if self.step.processor is None:
-            outputs, origins = self.chunk.chosen(self.live, self.end), self.live
-        else:
-            outputs, origins = yield from self._process()
-        written = len(outputs)
-        if self.step.in_place and outputs:
-            written = yield from WriteInPlace(self, transaction, outputs, origins).run()
-        else:
-            yield from self.write(transaction, outputs, origins)
-        tally = self.make_tally(written, *self._aside)
-        if joined is not None or tally.skipped:
-            yield from self.store(transaction, joined, tally)
-        return tally
 
     def _ask_recoveries(self, transaction: Any) -> Work[None]:
         """Tell of the condemned ones first: the transaction ends with one whose recovery closes the chunk."""

@@ -11,11 +11,12 @@ from time import perf_counter
 from typing import Any
 
 from retrykit.batch.arguments import check_position
+from retrykit.batch.attempt import Attempt
 from retrykit.batch.errors import StepStopped, is_veto
 from retrykit.batch.frames import forget_frames
-from retrykit.batch.ledger import Ledger
+from retrykit.batch.ledger import Ledger, Run
 from retrykit.batch.report import SHOWN, Report, SkippedItem, Status, Tally, kind_of
-from retrykit.batch.settling import Settling
+from retrykit.batch.settling import Failed, Settling
 from retrykit.batch.source import Source
 from retrykit.batch.work import Work
 from retrykit.check import wrong_type
@@ -78,19 +79,34 @@ class Course:
 
     def _write_all(self, source: Source) -> Work[None]:
         tells_all = source.settled is not None or self.step.on_progress is not None
-        settling = self.settling = Settling(self.ledger, self.perform, partial(self._tell, source), tells_all=tells_all)
-        take = partial(source.take, self.step.chunk_size)
+        run = Run(self.step, self.ledger, self.perform)
+        settling = self.settling = Settling(run, partial(self._tell, source), tells_all=tells_all)
+        size = self.step.chunk_size
         unchecked = self.claim is not None and source.positioned
         while True:
             self.ledger.mark = perf_counter()
-            chunk = yield take
+            chunk = source.take(size) if source.at_once else (yield partial(source.take, size))
             self.ledger.spend("read")
             if chunk is None:
                 return
             if unchecked:
                 check_position(chunk.positions)
                 unchecked = False
-            yield from settling.bring_to_its_end(chunk, positioned=source.positioned)
+            if source.positioned:
+                yield from settling.condemn_unreadable(chunk)
+            if self.step.key is not None:
+                yield from settling.heed_vetoes(chunk, chunk.live(len(chunk.items)))
+            failed: Failed | None = None
+            if not (chunk.condemned or self.ledger.careful):
+                # So `settle` begins too; for most chunks that is all, and costs them two generators less.
+                attempt: Any = Attempt(run, chunk, len(chunk.items))
+                error = yield from settling.execute(attempt)
+                failed = None if error is None else (attempt, error)
+            if chunk.done < len(chunk.items):
+                yield from settling.settle(chunk, len(chunk.items), failed)
+            self.ledger.careful = False
+            # What is done with is let go of before more is read.
+            chunk = attempt = failed = None
 
     def _leave(self, source: Source | None, status: Status, reason: str) -> Work[Report]:
         """Let go of everything: what fails here is logged, the outcome stands."""

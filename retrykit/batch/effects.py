@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from time import time
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
 from retrykit.batch.errors import ItemError
 from retrykit.batch.findings import Findings
 from retrykit.batch.ledger import Ledger
-from retrykit.batch.lending import ended
+from retrykit.batch.lending import Fault, ended
 from retrykit.batch.limits import Refusal
 from retrykit.batch.report import SkippedItem, Tally
 from retrykit.batch.work import Work
@@ -57,7 +57,8 @@ class Effects(Findings):
             if outputs:
                 # As in `hook`, which is one generator more.
                 yield partial(self.step.writer, transaction, outputs)
-                self._still_lent()
+                if self.lent is not None and (fault := self.lent.fault()) is not None:
+                    self._is_ended(fault)
             flush = getattr(transaction, "flush", None)
             if flush is not None:
                 # A Session writes when it is told to: now, so that a failure is the writer's.
@@ -88,20 +89,18 @@ class Effects(Findings):
         except Exception as error:
             self._not_over(error)
             raise
-        self._still_lent()
+        if self.lent is not None and (fault := self.lent.fault()) is not None:
+            self._is_ended(fault)
         return answer
 
     def _not_over(self, error: Exception) -> None:
         """Nothing can be tried again if whoever has failed has ended the transaction before."""
         if self.lent is not None and self.lent.is_over:
-            self.failures += 1
-            raise ended("over", self) from error
+            self._is_ended("over", error)
 
-    def _still_lent(self) -> None:
-        fault = None if self.lent is None else self.lent.fault()
-        if fault is not None:
-            self.failures += 1
-            raise ended(fault, self)
+    def _is_ended(self, fault: Fault, error: Exception | None = None) -> NoReturn:
+        self.failures += 1
+        raise ended(fault, self) from error
 
     def recovery_of(self, transaction: Any, skipped: SkippedItem) -> Work[Any]:
         """What the step's own recovery of a skipped item gives; None if there is none."""
@@ -148,7 +147,7 @@ class Effects(Findings):
             return False
         return (yield from self.ledger.has_moved(joined))
 
-    def make_tally(self, written: int, *others: SkippedItem) -> Tally:
+    def make_tally(self, written: int, others: tuple[SkippedItem, ...]) -> Tally:
         """What this transaction adds; `others` are skipped besides those that were condemned before."""
         read = self.end - self.chunk.done
         if not others and not self.chunk.condemned:

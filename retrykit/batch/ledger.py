@@ -18,16 +18,27 @@ its transaction cannot commit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from time import perf_counter
 from typing import Any
+
+import attrs
 
 from retrykit.batch.errors import is_veto
 from retrykit.batch.limits import Refusal, refused
 from retrykit.batch.report import Counts, Phase, SkippedItem, Status, Tally
 from retrykit.batch.source import Chunk
 from retrykit.batch.work import Work
+
+
+@attrs.frozen
+class Run:
+    """What all attempts of one run share. `perform`: drives the work inside them, by calling or by awaiting."""
+
+    step: Any
+    ledger: Ledger
+    perform: Callable[[Work[Any]], Any]
 
 
 class Ledger:
@@ -96,27 +107,32 @@ class Ledger:
 
     def _counts_with(self, tally: Tally) -> dict[str, Any]:
         counts = self.counts.copy()
-        self._add(counts, tally)
+        counts.add(tally, self._limiting(tally))
         return counts.to_json()
 
     # -- the counts
 
     def add(self, tally: Tally, revision: int | None) -> None:
         """What a transaction has come to that has committed, and the job's revision since."""
-        self._add(self.counts, tally)
+        self.counts.add(tally, self._limiting(tally) if tally.skipped else ())
         if self.claim is not None:
             # After the counts: a signal between the two leaves those in the store, which are right.
             self.claim.revision = revision
 
-    def _add(self, counts: Counts, tally: Tally) -> None:
-        errors = [skipped.error for skipped in tally.skipped] if tally.skipped else ()
-        counts.add(tally, [None if is_veto(error) else self.step.skip.limited_as(error) for error in errors])
+    def _limiting(self, tally: Tally) -> list[str | None]:
+        """Of each skipped item the class that limits it."""
+        errors = (skipped.error for skipped in tally.skipped)
+        return [None if is_veto(error) else self.step.skip.limited_as(error) for error in errors]
 
     def spend(self, phase: Phase) -> None:
         """Count the time since the last mark, and begin anew."""
-        before, self.mark = self.mark, perf_counter()
+        before, now = self.mark, perf_counter()
+        self.mark = now
         seconds = self.counts.seconds
-        seconds[phase] = seconds.get(phase, 0.0) + self.mark - before
+        if phase in seconds:
+            seconds[phase] += now - before
+        else:
+            seconds[phase] = now - before
 
     def refusal(
         self, chunk: Chunk, index: int, error: BaseException, besides: Iterable[SkippedItem] = ()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from retrykit.batch.errors import TransactionEndedError
 
@@ -18,6 +18,9 @@ _ABORTED: Final = (
 )
 _ADVICE: Final = "Only the step ends its transactions; go on after an error behind a savepoint, begin_nested()."
 _HOOKS: Final = {"process": "the processor", "write": "the writer"}
+
+Fault = Literal["over", "aborted"]
+"""What would come of a commit: nothing, because it is over, or a roll-back, because an error was swallowed."""
 
 
 class Ended(BaseException):
@@ -45,7 +48,7 @@ def lent(transaction: Any) -> Any:
     return _teller(transaction)
 
 
-def ended(fault: str, attempt: Any) -> Ended:
+def ended(fault: Fault, attempt: Any) -> Ended:
     """The end of the step, in words: which hook, and which items are concerned."""
     chunk, name = attempt.chunk, attempt.step.name
     facts = {"first": chunk.number + chunk.done + 1, "last": chunk.number + attempt.end}

@@ -50,7 +50,7 @@ class Recovery:
         if attempt.step.none_closes_chunk:
             attempt.where = "store"
             attempt.closes = (yield from attempt.recovery_of(context.transaction, skipped)) is None
-        tally = attempt.make_tally(0, skipped)
+        tally = attempt.make_tally(0, (skipped,))
         yield from attempt.store(context.transaction, joined, tally)
         attempt.finish(tally)
         return tally

@@ -60,7 +60,7 @@ from retrykit.batch.attempt import Attempt
 from retrykit.batch.errors import SkipLimitError
 from retrykit.batch.findings import Where
 from retrykit.batch.isolation import Search, Verdict, isolate, searched, tread_carefully
-from retrykit.batch.ledger import Ledger
+from retrykit.batch.ledger import Run
 from retrykit.batch.lending import Ended
 from retrykit.batch.limits import Refusal
 from retrykit.batch.report import SkippedItem, Tally
@@ -70,6 +70,8 @@ from retrykit.batch.work import Work
 from retrykit.errors import TerminatedRetryError
 
 Told = Callable[[list[Any], Tally], Work[None]]
+Failed = tuple[Attempt, Exception]
+"""An attempt, and its failure, which is an item's own."""
 
 
 class ChunkClosed(Exception):  # noqa: N818 - says to the settling where a transaction has ended; nobody else hears of it
@@ -77,7 +79,7 @@ class ChunkClosed(Exception):  # noqa: N818 - says to the settling where a trans
 
 
 class Settling:
-    """Settles the chunks of one run. `perform`: drives the work inside an attempt, by calling or by awaiting.
+    """Settles the chunks of one run.
 
     `told`: who is told of items when their transaction has committed; without `tells_all` only where one was skipped.
     """
@@ -85,23 +87,15 @@ class Settling:
     place = ""
     """Where the failure happened that stops the step: the item, or the items, and what was done with them."""
 
-    def __init__(self, ledger: Ledger, perform: Callable[[Work[Any]], Any], told: Told, *, tells_all: bool) -> None:
-        self.ledger = ledger
-        self.step = ledger.step
-        self.perform = perform
+    def __init__(self, run: Run, told: Told, *, tells_all: bool) -> None:
+        self.run = run
+        self.step = run.step
+        self.ledger = run.ledger
         self.told = told
         self.tells_all = tells_all
 
-    def bring_to_its_end(self, chunk: Chunk, *, positioned: bool) -> Work[None]:
-        """Settle all items of a chunk that was read."""
-        if positioned:
-            yield from self._condemn_unreadable(chunk)
-        if self.step.key is not None:
-            yield from self._heed_vetoes(chunk, chunk.live(len(chunk.items)))
-        yield from self._settle(chunk, len(chunk.items))
-        self.ledger.careful = False
-
-    def _condemn_unreadable(self, chunk: Chunk) -> Work[None]:
+    def condemn_unreadable(self, chunk: Chunk) -> Work[None]:
+        """Have what was read and is no item skipped, if it may be."""
         for index, item in enumerate(chunk.items):
             if not isinstance(item, Unreadable):
                 continue
@@ -113,20 +107,24 @@ class Settling:
                 skipped = attrs.evolve(skipped, key=self.step.key_of(item.raw))
             yield from self._condemn(chunk, index, skipped)
 
-    def _heed_vetoes(self, chunk: Chunk, asked: Sequence[int]) -> Work[bool]:
+    def heed_vetoes(self, chunk: Chunk, asked: Sequence[int]) -> Work[bool]:
         """Have items skipped that somebody has forbidden from outside. Whether there were any."""
         found = yield from vetoed(self.step, chunk, asked)
         chunk.condemned.update(found)
         return bool(found)
 
-    def _settle(self, chunk: Chunk, size: int) -> Work[None]:
-        """Bring the first so many items of the chunk to their end. Where it is closed, the rest is another chunk."""
-        # In one transaction, or after a search for the culprits.
+    def settle(self, chunk: Chunk, size: int, failed: Failed | None = None) -> Work[None]:
+        """Bring the first so many items of the chunk to their end. Where it is closed, the rest is another chunk.
+
+        In one transaction, or after a search for the culprits. `failed`: the attempt that was made of all of
+        them already.
+        """
         while chunk.done < size:
+            made, failed = failed, None
             try:
                 if self.ledger.careful:
                     yield from self._search(chunk, size, tread_carefully)
-                elif (yield from self._test(chunk, size, whole=True)) is Verdict.FAILED:
+                elif (yield from self._test(chunk, size, whole=True, made=made)) is Verdict.FAILED:
                     yield from self._search(chunk, size, isolate)
             except ChunkClosed:
                 continue
@@ -137,19 +135,21 @@ class Settling:
             yield from self._test(chunk, size, whole=False)
         yield from searched(method, live, size, lambda _, end: self._test(chunk, end, whole=False))
 
-    def _test(self, chunk: Chunk, end: int, *, whole: bool) -> Work[Verdict]:
+    def _test(self, chunk: Chunk, end: int, *, whole: bool, made: Failed | None = None) -> Work[Verdict]:
         """Write the unsettled items before `end`; again without the culprit, as long as one is named."""
+        error: Exception | None
         found = False
         # Of a group that failed, a part may have been settled already.
         while chunk.done < end:
-            goal, condemned = end, chunk.condemned.copy()
-            if condemned and self.step.settles_once and (yield from self._set_aside(chunk, end)):
+            condemned = chunk.condemned.copy()
+            if made is not None:
+                (attempt, error), made, condemned = made, None, {}
+            elif condemned and self.step.settles_once and (yield from self._set_aside(chunk, end)):
                 found = True
                 continue
-            if condemned and self.step.none_closes_chunk:
-                goal = self._goal(chunk, end)
-            attempt = Attempt(self.ledger, chunk, goal, whole=whole, perform=self.perform)
-            error = yield from self._execute(attempt)
+            else:
+                attempt = Attempt(self.run, chunk, self._goal(chunk, end), whole=whole)
+                error = yield from self.execute(attempt)
             if error is None:
                 if attempt.closes:
                     raise ChunkClosed
@@ -159,8 +159,8 @@ class Settling:
             if culprit is None and chunk.condemned == condemned:
                 return Verdict.FAILED
             if culprit is not None and self.step.settles_once and len(attempt.live) > 1:
-                yield from self._settle(chunk, culprit)
-                yield from self._settle(chunk, culprit + 1)
+                yield from self.settle(chunk, culprit)
+                yield from self.settle(chunk, culprit + 1)
             elif culprit is not None:
                 yield from self._condemn(chunk, culprit, attempt.skipped(culprit, error, attempt.where))
             found = True
@@ -174,18 +174,18 @@ class Settling:
         index = chunk.marked(end)
         if index is None or (index == chunk.done and end == index + 1):
             return False
-        yield from self._settle(chunk, index)
-        yield from self._settle(chunk, index + 1)
+        yield from self.settle(chunk, index)
+        yield from self.settle(chunk, index + 1)
         return True
 
     def _goal(self, chunk: Chunk, end: int) -> int:
         """How far the next transaction may go: a recovery that may close the chunk has one for itself."""
         live = chunk.live(end)
-        if len(live) != 1:
+        if not (chunk.condemned and self.step.none_closes_chunk) or len(live) != 1:
             return end
         return live[0] + 1 if chunk.done == live[0] else live[0]
 
-    def _execute(self, attempt: Attempt) -> Work[Exception | None]:
+    def execute(self, attempt: Attempt) -> Work[Exception | None]:
         """One call of the template. None: its items are settled; else the failure, which is an item's own."""
         try:
             tally = yield attempt.execute
@@ -203,24 +203,21 @@ class Settling:
             happened = self.ledger.doubt and (yield from self.ledger.has_happened())
             tally = attempt.tally if happened else None
             if tally is None and attempt.begins_anew(error):
-                return (yield from self._execute(attempt))
+                return (yield from self.execute(attempt))
             if tally is None:
                 return (yield from self._judged(attempt, error, where))
         if tally is None:
             return self._settled_before(attempt)
-        yield from self._settled(attempt, tally)
-        return None
-
-    def _settled(self, attempt: Attempt, tally: Tally) -> Work[None]:
-        """The transaction has committed: only now it counts."""
-        chunk, ledger = attempt.chunk, self.ledger
-        if ledger.claim is not None and attempt.revision is None:
+        # The transaction has committed: only now it counts.
+        chunk = attempt.chunk
+        if attempt.revision is None and self.ledger.claim is not None:
             # After the transaction, since it was not done in it.
-            attempt.revision = yield from ledger.book(self.step.jobs, chunk.position(attempt.end), tally)
-        ledger.add(tally, attempt.revision)
+            attempt.revision = yield from self.ledger.book(self.step.jobs, chunk.position(attempt.end), tally)
+        self.ledger.add(tally, attempt.revision)
         done, chunk.done = chunk.done, attempt.end
         if self.tells_all or tally.skipped:
             yield from self.told(chunk.items[done : attempt.end], tally)
+        return None
 
     def _settled_before(self, attempt: Attempt) -> Exception:
         """Nothing was done, because the single item was brought to its end before.
@@ -244,7 +241,7 @@ class Settling:
         attempt.where, chunk = where, attempt.chunk
         if attempt.refusal is not None:
             yield from self._refuse(chunk, attempt.refusal)
-        if not attempt.tries and self.step.key is not None and (yield from self._heed_vetoes(chunk, attempt.live)):
+        if not attempt.tries and self.step.key is not None and (yield from self.heed_vetoes(chunk, attempt.live)):
             # It came after the chunk was read.
             return error
         if not attempt.live or attempt.is_unrecoverable or not attempt.is_items_fault(error):
@@ -266,5 +263,5 @@ class Settling:
         index, error, reason = refused
         chunk.condemned = {at: skipped for at, skipped in chunk.condemned.items() if at < index}
         if index > chunk.done:
-            yield from self._settle(chunk, index)
+            yield from self.settle(chunk, index)
         raise SkipLimitError(name=self.step.name, number=chunk.number + index + 1, reason=reason) from error

@@ -122,6 +122,8 @@ class Source:
         else:
             self._iterator = iter(read)
         self._to_leave_out = 0 if self.positioned else number
+        self.at_once = self._iterator is not None
+        """Whether `take` gives no awaitables."""
         self.settled = getattr(given, "settled", None) if self.positioned else None
         """Whom to tell of items that are settled; None: nobody."""
 

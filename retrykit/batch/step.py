@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, ClassVar
 
 import attrs
@@ -53,31 +54,30 @@ def payload_of(item: Any) -> tuple[bytes, str]:
         return repr(item).encode("utf-8", "backslashreplace"), "text/plain; charset=utf-8"
 
 
-@attrs.frozen
+@attrs.frozen(slots=False)
 class Templates:
-    """How the step's template is used: for a chunk, for groups of suspects, for a single item."""
+    """How the step's template is used: for a whole chunk, for groups of suspects, for a single item."""
 
     whole: Any
-    group: Any
-    alone: Any
+    _skip: SkipPolicy
+    _remembers: bool
 
-    @classmethod
-    def of(cls, template: Any, skip: SkipPolicy, *, remembers: bool) -> Templates:
-        """Those for a template.
-
-        A group that fails by an item's fault is not tried again but halved, and what is no item's fault is: both are
-        the policy's to say. A single item's completion is remembered only if its source has no positions that are.
+    @cached_property
+    def group(self) -> Any:
+        """A group that fails by an item's fault is not tried again but halved, and what is no item's fault is: both are
+        the policy's to say.
         """
+        may_skip = self._skip.may_skip
         policy = CompositeRetryPolicy(
-            (template.retry_policy, PredicateRetryPolicy(lambda error: not skip.may_skip(error)))
+            (self.whole.retry_policy, PredicateRetryPolicy(lambda error: not may_skip(error)))
         )
-        return cls(
-            whole=template,
-            group=attrs.evolve(template, retry_policy=policy),
-            alone=attrs.evolve(
-                template, throw_last=True, remember_completed=template.remember_completed if remembers else None
-            ),
-        )
+        return attrs.evolve(self.whole, retry_policy=policy)
+
+    @cached_property
+    def alone(self) -> Any:
+        """A single item's completion is remembered only if its source has no positions that are."""
+        remembers = self.whole.remember_completed if self._remembers else None
+        return attrs.evolve(self.whole, throw_last=True, remember_completed=remembers)
 
 
 def _default_template(step: Any) -> Any:
@@ -137,7 +137,7 @@ class _Step(Value):
         object.__setattr__(self, "settles_once", acknowledges and self.template.remember_completed is not None)
         # What is skipped in an open transaction leaves no mark.
         object.__setattr__(self, "in_place", () if self.settles_once else self.no_rollback_for)
-        object.__setattr__(self, "templates", Templates.of(self.template, self.skip, remembers=self.settles_once))
+        object.__setattr__(self, "templates", Templates(self.template, self.skip, self.settles_once))
 
     def course(self, parameters: Mapping[str, Any] | None, perform: Callable[[Any], Any]) -> Course:
         """One run. `ValueError` for a second one with a reader that is an iterator: what it gave is gone."""

@@ -19,35 +19,30 @@ Work = Generator[Callable[[], Any], Any, T]
 def drive(work: Work[T]) -> T:
     """Do the work by calling: its result. `TypeError` for a call that gives a coroutine."""
     fault: BaseException | None = None
+    call: Any = None
+    answer: Any = None
     try:
         while True:
             try:
-                return _called(work, fault)
+                call = next(work) if fault is None else work.throw(fault)
+                fault = None
+                while True:
+                    answer = call()
+                    # It may know a whole chunk, which is not to be kept while the next one is read.
+                    call = None
+                    if answer.__class__ is CoroutineType:
+                        _refuse(answer)
+                    call = work.send(answer)
             except BaseException as error:
-                if getgeneratorstate(work) == GEN_CLOSED:
+                if work.gi_frame is None:  # type: ignore[attr-defined] # it is one of `Work`'s, which are generators
+                    if isinstance(error, StopIteration):
+                        return error.value  # type: ignore[no-any-return]
                     raise
                 # Of a call, or an interruption beside it: the work hears of both.
                 fault = error
     finally:
         # Tracebacks keep this frame: it must not keep the exception.
-        fault = None
-
-
-def _called(work: Work[T], fault: BaseException | None) -> T:
-    answer: Any = None
-    try:
-        call = next(work) if fault is None else work.throw(fault)
-        while True:
-            answer = call()
-            if answer.__class__ is CoroutineType:
-                _refuse(answer)
-            call = work.send(answer)
-    except StopIteration as over:
-        if work.gi_frame is not None:  # type: ignore[attr-defined] # it is one of `Work`'s, which are generators
-            raise
-        return over.value  # type: ignore[no-any-return]
-    finally:
-        answer = fault = None
+        fault = call = answer = None
 
 
 def _refuse(coroutine: Any) -> NoReturn:
@@ -78,9 +73,11 @@ async def async_drive(work: Work[T]) -> T:
 async def _awaited(work: Work[T], fault: BaseException | None) -> T:
     answer: Any = None
     try:
-        call = next(work) if fault is None else work.throw(fault)
+        call: Any = next(work) if fault is None else work.throw(fault)
         while True:
             answer = call()
+            # As in `drive`.
+            call = None
             if isawaitable(answer):
                 answer = await answer
             call = work.send(answer)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 
-from retrykit.sql.dialects import database_of
+from retrykit.sql.dialects import ABORTING, database_of
 from retrykit.sql.transaction import connections_in, unwrapped
 
 
@@ -37,10 +37,9 @@ class Begun:
         handle = self._handle
         if handle.get_transaction() is not self._root:
             return "over"
-        for connection in (handle,) if isinstance(handle, Connection) else connections_in(self._root):
-            if _is_aborted(connection):
-                return "aborted"
-        return None
+        if isinstance(handle, Connection):
+            return "aborted" if handle.dialect.name in ABORTING and _is_aborted(handle) else None
+        return "aborted" if any(map(_is_aborted, connections_in(self._root))) else None
 
 
 def _is_aborted(connection: Connection) -> bool:

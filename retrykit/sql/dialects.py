@@ -298,6 +298,8 @@ MARIADB: Final = Database(
 )
 
 _DATABASES: Final = {"sqlite": SQLITE, "postgresql": POSTGRESQL, "mariadb": MARIADB, "mysql": MARIADB}
+ABORTING: Final = frozenset(name for name, database in _DATABASES.items() if database.is_aborted is not None)
+"""The names of the dialects whose transactions may be aborted."""
 
 
 def database_of(bind: Engine | Connection | URL) -> Database | None:

@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import logging
+import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -911,3 +912,25 @@ def test_a_cancelled_step_rolls_back_and_says_so(table):
 
     asyncio.run(main())
     assert table.events == ["begin", "rollback"]
+
+
+class Row:
+    """An item that one can see the end of."""
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_chunk_is_let_go_of_before_the_next_one_is_read(asynchronous):
+    alive, most = weakref.WeakSet(), []
+
+    def rows():
+        for _ in range(12):
+            most.append(len(alive))
+            row = Row()
+            alive.add(row)
+            yield row
+            del row
+
+    facts = {"name": "load", "reader": rows(), "writer": lambda _transaction, _items: None, "chunk_size": 3}
+    report = asyncio.run(AsyncChunkStep(**facts).run()) if asynchronous else ChunkStep(**facts).run()
+    assert report.counts.written == 12
+    assert max(most) < 3
