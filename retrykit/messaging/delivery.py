@@ -50,7 +50,9 @@ from retrykit.message import (
     Redeliver,
     Republish,
     Settlement,
+    too_late,
     with_sender,
+    without_sender,
 )
 from retrykit.messaging.broker import Overlapping, Session
 from retrykit.messaging.counters import Tally
@@ -163,6 +165,7 @@ class Delivery:
         self.recovering = False
         self._sending = threading.Lock()
         self._sender: object | None = None
+        self._open: Message | None = None
         self.sent = 0
         self.refused: BrokerRefusedError | None = None
 
@@ -272,18 +275,20 @@ class Delivery:
         if self.sent:
             self.sent = 0
             context.outbox.clear()
-        return with_sender(self.message, partial(self._send_as, sender))
+        self._open = with_sender(self.message, partial(self._send_as, sender))
+        return self._open
 
     def _close(self) -> None:
         """Let no one send any more."""
         with self._sending:
-            self._sender = None
+            opened, self._open, self._sender = self._open, None, None
+        if opened is not None:
+            without_sender(opened)
 
     def _send_as(self, sender: object, *sent: Any) -> None:
         with self._sending:
             if sender is not self._sender:
-                # Left behind by its handler, a thread or task: it would be sent by another attempt, or never.
-                raise RuntimeError("a message can send while it is handled, and its handler has returned")
+                too_late()
             self.send(*sent)
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:

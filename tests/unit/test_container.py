@@ -398,6 +398,27 @@ def test_failures_that_were_dealt_with_are_kept_alive_by_nothing(broker):
     assert left == [None] * 3
 
 
+def test_messages_that_were_dealt_with_are_kept_alive_by_nothing(broker):
+    messages = []
+
+    def handler(message):
+        messages.append(weakref.ref(message))
+        if message.text == "bad":
+            raise ValueError
+        message.send("/queue/done", b"done")
+
+    for text in ("good", "bad", "good"):
+        broker.publish(text)
+    gc.collect()
+    gc.disable()
+    try:
+        consume(broker, handler, recover=park(PARKED))
+        left = [message() for message in messages]
+    finally:
+        gc.enable()
+    assert left == [None] * 5
+
+
 def test_the_recovery_of_the_last_attempt_needs_no_further_delivery(broker):
     broker.publish("bad")
     counters = consume(broker, failing(9), recover=park(PARKED)).counters
