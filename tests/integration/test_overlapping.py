@@ -7,11 +7,13 @@ import threading
 from collections import Counter
 from contextlib import closing, nullcontext
 
+import attrs
 import pytest
 
 from retrykit.backoff import ExponentialBackOffPolicy
 from retrykit.listener import RetryListener
-from retrykit.messaging import ListenerContainer
+from retrykit.messaging import Discard, ListenerContainer
+from retrykit.messaging.recoverers import ID
 from retrykit.messaging.stomp import StompBroker
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
@@ -25,7 +27,7 @@ QUICK = ExponentialBackOffPolicy(initial=0.01, max_interval=0.2, jitter="full")
 def publish(server, queue, texts):
     with closing(StompBroker(server.url).connect(consume=False)) as session:
         for text in texts:
-            session.send(queue, text.encode(), {"content-type": "text/plain"})
+            session.send(queue, text.encode(), {"content-type": "text/plain", ID: f"{queue} {text}"})
         session.commit()
 
 
@@ -211,3 +213,66 @@ def test_a_connection_that_is_cut_repeats_at_most_two_messages_and_loses_none(re
     assert cuts
     assert set(handled) == set(numbers)
     assert sum(handled.values()) <= len(numbers) + 2 * len(cuts)
+
+
+ENDS = ("acknowledged", "duplicates", "parked", "republished", "discarded", "rolled_back", "withheld", "in_doubt")
+
+
+class Trouble:
+    """What happens while a message is handled, by chance: most of the time nothing."""
+
+    def __init__(self, server, proxy, queue, seed):
+        self.chance, self.lock, self.queue = random.Random(seed), threading.Lock(), queue
+        self.failures = Counter()
+        self.done = set()
+        self.cuts = [proxy.cut, server.drop_before_receipt, server.drop_before_commit] * 3
+
+    def handle(self, message, context):
+        with self.lock:
+            what = self.chance.choices(["nothing", "cut", "fail", "send", "discard", "note"], [50, 8, 15, 8, 5, 8])[0]
+            if what == "cut" and self.cuts:
+                self.cuts.pop(self.chance.randrange(len(self.cuts)))()
+        if what == "fail":
+            self.failures[message.text] += 1
+            raise ConnectionError("by chance")
+        if what == "send":
+            message.send(f"{self.queue}.done", b"done")
+        if what == "note":
+            context.attributes["noted"] = True
+        self.done.add(message.text)
+        return Discard("by chance") if what == "discard" else None
+
+    async def async_handle(self, message, context):
+        return self.handle(message, context)
+
+
+@pytest.mark.parametrize("profile", ["rabbitmq", "generic"])
+@pytest.mark.parametrize("workers", [(RetryTemplate, 1), (RetryTemplate, 3), (AsyncRetryTemplate, 3)])
+def test_every_delivery_is_counted_once_and_none_is_lost_whatever_happens(embedded_rabbit, queue, profile, workers):
+    kind, concurrency = workers
+    texts = {str(number) for number in range(60)}
+    with TcpProxy(embedded_rabbit.port) as proxy:
+        trouble = Trouble(embedded_rabbit, proxy, queue, seed=11)
+        container = ListenerContainer(
+            StompBroker(proxy.via(embedded_rabbit.url), destination=queue, prefetch=5, profile=profile),
+            trouble.handle if kind is RetryTemplate else trouble.async_handle,
+            template=kind(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=3)),
+            recover=lambda message, _: trouble.done.add(message.text),
+            reconnect=ExponentialBackOffPolicy(initial=0.001, max_interval=0.01),
+            concurrency=concurrency,
+        )
+        publish(embedded_rabbit, queue, sorted(texts))
+        try:
+            with container:
+                # What ends at once loses nothing either.
+                waiting.until(lambda: len(trouble.done) > 30, PATIENCE, lambda: container.counters)
+                container.stop(now=True)
+            first = container.counters
+            with attrs.evolve(container) as again:
+                waiting.until(lambda: embedded_rabbit.depth(queue) == 0, PATIENCE, lambda: again.counters)
+        finally:
+            embedded_rabbit.clear_faults()
+    for counters in (first, again.counters):
+        assert sum(getattr(counters, end) for end in ENDS) == counters.received, counters
+    assert trouble.done == texts
+    assert max(trouble.failures.values()) <= 3
