@@ -37,9 +37,10 @@ class Consumer:
     def __init__(self, url, queue, work=lambda _message: None, *, kind=RetryTemplate, prefetch=10, **options):
         self.handled = []
         self.work = work
+        profile = options.pop("profile", None)
         facts = {name: options.pop(name) for name in ("listeners", "remember_completed") if name in options}
         self.container = ListenerContainer(
-            StompBroker(url, destination=queue, prefetch=prefetch, receipt_timeout=0.3),
+            StompBroker(url, destination=queue, prefetch=prefetch, profile=profile, receipt_timeout=0.3),
             self.handle if kind is RetryTemplate else self.async_handle,
             template=kind(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=3), **facts),
             reconnect=QUICK,
@@ -109,6 +110,7 @@ def replies(message):
         pytest.param({"remember_completed": 60}, id="completion marks"),
         pytest.param({"listeners": (Heard(),)}, id="a listener"),
         pytest.param({"prefetch": 1}, id="nothing else at hand"),
+        pytest.param({"prefetch": 1, "profile": "generic"}, id="nothing else wanted"),
     ],
 )
 def test_where_something_hangs_on_the_confirmation_it_is_waited_for(embedded_rabbit, queue, options):

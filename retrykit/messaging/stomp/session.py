@@ -144,7 +144,8 @@ class StompSession:
                 raise self._wire.error()
             if (kept := self._kept.due(self._in_hand_still)) is not None:
                 return kept
-            if not self._wire.has_delivery:
+            # A broker may know no prefetch, and send more; who wants one at a time has it confirmed before the next.
+            if self._broker.prefetch == 1 or not self._wire.has_delivery:
                 self._confirm()
             frame = self._wire.delivery(self._kept.wait(limit))
             if frame is None:
