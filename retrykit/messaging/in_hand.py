@@ -16,6 +16,8 @@ import threading
 from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
+from retrykit.front import FrontContextCache
+
 
 class KeysInHand:
     """The keys of the messages whose histories are in one cache, and which some worker has in hand."""
@@ -56,5 +58,7 @@ def in_hand_of(cache: object) -> KeysInHand | None:
     """What is shared by all who use the cache; None if other processes use it too."""
     if getattr(cache, "shared", True):
         return None
+    # Two containers may each have a front of their own before one store.
+    store = cache.store if isinstance(cache, FrontContextCache) else cache
     with _making:
-        return _known.setdefault(cache, KeysInHand())
+        return _known.setdefault(store, KeysInHand())

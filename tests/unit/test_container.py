@@ -19,6 +19,7 @@ import pytest
 from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
 from retrykit.errors import ContextCacheError, ExhaustedRetryError
+from retrykit.front import FrontContextCache
 from retrykit.messaging import (
     BrokerUnavailableError,
     Capabilities,
@@ -246,6 +247,7 @@ def test_messages_in_hand_are_told_apart_by_the_history_they_are_in():
     one, other, shared = MapRetryContextCache(), MapRetryContextCache(), Shared()
     assert in_hand_of(one) is in_hand_of(one)
     assert in_hand_of(one) is not in_hand_of(other)
+    assert in_hand_of(FrontContextCache(one)) is in_hand_of(FrontContextCache(one)) is in_hand_of(one)
     assert in_hand_of(shared) is None
     assert in_hand_of(one).take("k")
     assert not in_hand_of(one).take("k")
