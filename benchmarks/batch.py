@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 from report import Options, Report, Target, parse_options, publish, table
+from sampling import paired_ratio
 from sqlalchemy import Column, Integer, MetaData, String, Table, delete, event, func, insert, select, update
 
 from retrykit import RetryTemplate, SimpleRetryPolicy
@@ -113,6 +114,7 @@ LOOPS: dict[str, Callable[[Place, int], None]] = {
     "by hand, with a position": by_hand_with_position,
     "retrykit, with a job store": step_with_jobs,
 }
+EQUAL_WORK = {"retrykit": "by hand", "retrykit, with a job store": "by hand, with a position"}
 
 
 def throughput(folder: Path, *, number: int, rounds: int) -> list[dict[str, Any]]:
@@ -131,7 +133,9 @@ def throughput(folder: Path, *, number: int, rounds: int) -> list[dict[str, Any]
             assert places[name].written() == number, "equal work"
     for place in places.values():
         place.engine.dispose()
-    return [timed(name, taken, items=number) for name, taken in seconds.items()]
+    # Not of the minima: a processor that was quick for a moment, in one round of one of them, would decide.
+    of_the_loop = {ours: paired_ratio(seconds[ours], seconds[theirs]) for ours, theirs in EQUAL_WORK.items()}
+    return [timed(name, taken, items=number, of_the_loop=of_the_loop.get(name)) for name, taken in seconds.items()]
 
 
 def timed(name: str, seconds: list[float], **others: Any) -> dict[str, Any]:
@@ -219,13 +223,13 @@ def peak(number: int) -> dict[str, Any]:
 # -- what is said of it
 
 
-def ratio(measured: list[dict[str, Any]], ours: str, theirs: str, of: str = "min") -> float:
+def ratio(measured: list[dict[str, Any]], ours: str, theirs: str, of: str) -> float:
     by_name = {row["name"]: row.get(of) for row in measured}
     return float(by_name[ours] / by_name[theirs])
 
 
 def targets(measured: list[dict[str, Any]], few: int, many: int) -> list[Target]:
-    position_kept = ratio(measured, "retrykit, with a job store", "by hand, with a position")
+    of_the_loop = {row["name"]: row.get("of_the_loop") for row in measured}
     searches = [
         Target(
             f"transactions for {bad} bad of {number:,}, of those of one by one",
@@ -238,8 +242,12 @@ def targets(measured: list[dict[str, Any]], few: int, many: int) -> list[Target]
     ]
     memory = ratio(measured, f"memory for {many:,} items", f"memory for {few:,} items", "kilobytes")
     return [
-        Target(f"seconds, of the loop by hand, chunks of {CHUNK}", ratio(measured, "retrykit", "by hand"), THROUGHPUT),
-        Target("seconds with a job store, of the loop that keeps a position", position_kept, THROUGHPUT),
+        Target(f"seconds, of the loop by hand, chunks of {CHUNK}", of_the_loop["retrykit"], THROUGHPUT),
+        Target(
+            "seconds with a job store, of the loop that keeps a position",
+            of_the_loop["retrykit, with a job store"],
+            THROUGHPUT,
+        ),
         *searches,
         Target(f"memory for {many:,} items, of that for {few:,}", memory, MEMORY),
     ]
@@ -265,7 +273,7 @@ def main() -> int:
     few, many = (100_000, 1_000_000) if options.quick else (100_000, 10_000_000)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        measured = throughput(folder, number=20_000, rounds=3 if options.quick else 15)
+        measured = throughput(folder, number=20_000, rounds=3 if options.quick else 31)
         for number, culprits in ((100, 1), (10_000, 1), (10_000, 10)):
             measured += isolation(folder, number, culprits)
     measured += [peak(few), peak(many)]
