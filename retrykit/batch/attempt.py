@@ -126,10 +126,7 @@ class Attempt(Effects):
             self.note_failed_commit()
         self.where = "begin"
         if self.tries and len(self.live) > 1 and self.step.key is not None:
-            return begin_after(self.perform(self.heed_vetoes()), self._manager)
-        return self._manager()
-
-    def _manager(self) -> Any:
+            return begin_after(self.perform(self.heed_vetoes()), lambda: _committing(self.step.transaction()))
         manager = self.step.transaction()
         return _committing(manager) if hasattr(manager, "in_transaction") else manager
 
@@ -191,7 +188,8 @@ class Attempt(Effects):
             self._named |= {self.blamed}
             ledger.spend("failed")
             raise
-        self.finish(tally)
+        # As `finish` says.
+        self.tally, self.where = tally, "commit"
         return tally
 
     def _again(self, context: RetryContext) -> Work[None]:

@@ -15,7 +15,7 @@ from retrykit.batch.ledger import Ledger
 from retrykit.batch.lending import Fault, ended
 from retrykit.batch.limits import Refusal
 from retrykit.batch.report import SkippedItem, Tally
-from retrykit.batch.work import Work
+from retrykit.batch.work import Work, called
 from retrykit.failure import ErrorSummary, summary
 
 
@@ -56,7 +56,10 @@ class Effects(Findings):
         try:
             if outputs:
                 # As in `hook`, which is one generator more.
-                yield partial(self.step.writer, transaction, outputs)
+                if self.step.asynchronous:
+                    yield partial(self.step.writer, transaction, outputs)
+                else:
+                    called(self.step.writer(transaction, outputs))
                 if self.lent is not None and (fault := self.lent.fault()) is not None:
                     self._is_ended(fault)
             flush = getattr(transaction, "flush", None)

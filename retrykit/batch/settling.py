@@ -188,7 +188,8 @@ class Settling:
     def execute(self, attempt: Attempt) -> Work[Exception | None]:
         """One call of the template. None: its items are settled; else the failure, which is an item's own."""
         try:
-            tally = yield attempt.execute
+            # What need not be awaited need not go through the loop that would.
+            tally = (yield attempt.execute) if self.step.asynchronous else attempt.execute()
             self.ledger.spend("transaction")
             if attempt.failures:
                 self._note(attempt)

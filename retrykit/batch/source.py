@@ -136,7 +136,9 @@ class Source:
             self._to_leave_out = 0
         if self.positioned:
             return self._chunk(self._until_its_end(self._iterator, size))
-        return self._chunk(list(islice(self._iterator, size)))
+        taken = list(islice(self._iterator, size))
+        number, self.number = self.number, self.number + len(taken)
+        return Chunk(taken, number) if taken else None
 
     @staticmethod
     def _until_its_end(iterator: Iterator[Any], size: int) -> list[Any]:

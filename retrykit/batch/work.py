@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from inspect import GEN_CLOSED, getgeneratorstate, isawaitable
 from types import CoroutineType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -30,9 +30,7 @@ def drive(work: Work[T]) -> T:
                     answer = call()
                     # It may know a whole chunk, which is not to be kept while the next one is read.
                     call = None
-                    if answer.__class__ is CoroutineType:
-                        _refuse(answer)
-                    call = work.send(answer)
+                    call = work.send(called(answer))
             except BaseException as error:
                 if work.gi_frame is None:  # type: ignore[attr-defined] # it is one of `Work`'s, which are generators
                     if isinstance(error, StopIteration):
@@ -45,10 +43,13 @@ def drive(work: Work[T]) -> T:
         fault = call = answer = None
 
 
-def _refuse(coroutine: Any) -> NoReturn:
-    coroutine.close()
-    msg = f"{coroutine.__qualname__} is a coroutine: use AsyncChunkStep"
-    raise TypeError(msg)
+def called(answer: Any) -> Any:
+    """What a plain call gave. `TypeError` for a coroutine."""
+    if answer.__class__ is CoroutineType:
+        answer.close()
+        msg = f"{answer.__qualname__} is a coroutine: use AsyncChunkStep"
+        raise TypeError(msg)
+    return answer
 
 
 async def async_drive(work: Work[T]) -> T:
