@@ -274,9 +274,7 @@ class Worker:
 
     def _has_failed(self, part: int, job: Any) -> bool:
         """Whether the partition has failed, or was stopped, since this run of all of them began; not for a while."""
-        if job is None or job.status not in {"failed", "stopped"} or job.lease_until is not None:
-            return False
-        if job.updated_at.timestamp() < self.since:
+        if job is None or not self.jobs.has_ended(job, self.since):
             return False
         self.failures[part] = f"{job.status}: {job.reason}" if job.status == "stopped" else str(job.reason)
         return True
@@ -301,7 +299,7 @@ class Worker:
             self.check()
             return None if told is None else told(report)
 
-        course.step = attrs.evolve(step, on_progress=heard, jobs=Withholding(step.jobs))
+        course.step = attrs.evolve(step, on_progress=heard, jobs=Withholding(step.jobs, self.since))
         return course
 
     def _run(self, course: Any, part: int) -> Work[Report]:

@@ -35,16 +35,22 @@ class Pauses:
 class Withholding:
     """A job store for one run, which keeps it to itself that this has failed until somebody knows what follows.
 
-    So nobody takes a partition for one that has failed when it is to go on.
+    So nobody takes a partition for one that has failed when it is to go on. `since`: what was stopped then or later,
+    perhaps while the step was made, is not begun.
     """
 
-    def __init__(self, jobs: Any) -> None:
+    def __init__(self, jobs: Any, since: float | None = None) -> None:
         self._jobs = jobs
+        self._since = since
         self._claim: Any = None
         self._tell: Any = None
 
     def __getattr__(self, verb: str) -> Any:
         return getattr(self._jobs, verb)
+
+    def claim(self, name: str, parameters: Mapping[str, Any], *, again: bool = False) -> Any:
+        """As of a `SqlJobStore`; maybe an awaitable."""
+        return self._jobs.claim(name, parameters, again=again, since=self._since)
 
     def release(self, claim: Any, *, status: str, reason: str, counts: Mapping[str, Any]) -> Any:
         """As of a `SqlJobStore`, but for a failure."""

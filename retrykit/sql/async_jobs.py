@@ -41,10 +41,10 @@ class AsyncSqlJobStore(SqlJobStore):
         return await greenlet_spawn(verb, *arguments, **options)
 
     async def claim(  # type: ignore[override]
-        self, name: str, parameters: Mapping[str, Any], *, again: bool = False
+        self, name: str, parameters: Mapping[str, Any], *, again: bool = False, since: float | None = None
     ) -> Claim:
         """As `SqlJobStore.claim`."""
-        claim = await self._run(self._claim, name, parameters, again=again)
+        claim = await self._run(self._claim, name, parameters, again=again, since=since)
         claim.until_released = self._hold(claim)
         return claim
 

@@ -69,9 +69,18 @@ class JobRows:
         self.clock = rows_for(database, capacity=None, on_full="reject", time_to_live=None, clock=None)
         self.lease = lease
 
-    def claim(self, connection: Connection, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+    def claim(
+        self,
+        connection: Connection,
+        name: str,
+        parameters: Mapping[str, Any],
+        *,
+        again: bool,
+        since: float | None = None,
+    ) -> Claim:
         """Take the job, made if it is not there: `JobFinishedError`, `JobRunningError` if it is not free, `JobError` if
-        it was begun in another number of partitions; `again`, if it is not finished in that.
+        it was begun in another number of partitions; `again`, if it is not finished in that. `JobLostError` if it has
+        failed, or was stopped, at `since` or later.
         """
         now = self.clock.now()
         instance = instance_of(name, parameters)
@@ -84,6 +93,7 @@ class JobRows:
             row = connection.execute(insert(rk_job).returning(*rk_job.c), _new(instance, name, parameters, now)).one()
         else:
             check_free(row, now, again=again)
+            _check_not_ended(row, since)
         anew = row.status == "finished"
         started = now if anew or row.status == "new" else row.started_at
         claim = Claim(
@@ -314,6 +324,17 @@ def is_taken(status: str, owner: str | None, lease_until: float | None, now: flo
     if status == "running":
         return believed(owner, lease_until, now)
     return status == "stopped" and lease_until is not None and lease_until > now
+
+
+def has_ended(status: str, lease_until: float | None, updated_at: float, since: float) -> bool:
+    """Whether a job has failed, or was stopped, then or later; one that pauses has not."""
+    return status in {"failed", "stopped"} and lease_until is None and updated_at >= since
+
+
+def _check_not_ended(row: Any, since: float | None) -> None:
+    if since is not None and has_ended(row.status, row.lease_until, row.updated_at, since):
+        reason = f"has {row.status}" if row.status == "failed" else f"was stopped: {row.reason}"
+        raise JobLostError(name=row.name, id=row.id, fence=row.fence, reason=reason, status=row.status)
 
 
 def believed(owner: str | None, lease_until: float | None, now: float) -> bool:

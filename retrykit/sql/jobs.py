@@ -27,7 +27,7 @@ from retrykit.sql.dialects import Database, database_of
 from retrykit.sql.divisions import partition
 from retrykit.sql.engines import engine_of, is_async_engine, sync_engine_of
 from retrykit.sql.faults import wording
-from retrykit.sql.job_rows import Claim, JobRows, check_free, instance_of, is_taken
+from retrykit.sql.job_rows import Claim, JobRows, check_free, has_ended, instance_of, is_taken
 from retrykit.sql.opening import opened
 from retrykit.sql.places import Place
 from retrykit.sql.resilience import Resilience, resilience
@@ -143,21 +143,24 @@ class SqlJobStore:
 
     # -- for who runs a job
 
-    def claim(self, name: str, parameters: Mapping[str, Any], *, again: bool = False) -> Claim:
+    def claim(
+        self, name: str, parameters: Mapping[str, Any], *, again: bool = False, since: float | None = None
+    ) -> Claim:
         """Take a job: nobody else runs it until it is released, or this process is dead, or silent for a lease.
 
         `JobFinishedError` for one that is finished, unless it is to run `again` from the beginning; `JobRunningError`;
         `JobError` for one that was begun in another number of partitions; `again`, if it is not finished.
+        `JobLostError` for one that has failed, or was stopped, at `since` (epoch seconds, see `now`) or later.
         """
-        claim = self._claim(name, parameters, again=again)
+        claim = self._claim(name, parameters, again=again, since=since)
         claim.until_released = self._hold(claim)
         return claim
 
-    def _claim(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+    def _claim(self, name: str, parameters: Mapping[str, Any], *, again: bool, since: float | None) -> Claim:
         if not self._database.is_server:
             self._check_free(name, parameters, again=again)
         with telling(f"job {name} is not begun yet", name=name, parameters=parameters):
-            return self._claim_at_last(name, parameters, again=again)
+            return self._claim_at_last(name, parameters, again=again, since=since)
 
     def _check_free(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> None:
         """What a claim refuses is refused at once where it would have to wait for the writer first."""
@@ -165,19 +168,19 @@ class SqlJobStore:
         if row is not None:
             check_free(row, self._rows.clock.now(), again=again)
 
-    def _claim_at_last(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+    def _claim_at_last(self, name: str, parameters: Mapping[str, Any], **how: Any) -> Claim:
         for _ in range(3):
             try:
-                return self._claim_once(name, parameters, again=again)
+                return self._claim_once(name, parameters, **how)
             except IntegrityError:
                 # Somebody else has made the same one at the same time.
                 continue
-        return self._claim_once(name, parameters, again=again)
+        return self._claim_once(name, parameters, **how)
 
-    def _claim_once(self, name: str, parameters: Mapping[str, Any], *, again: bool) -> Claim:
+    def _claim_once(self, name: str, parameters: Mapping[str, Any], **how: Any) -> Claim:
         made: list[Claim] = []
         try:
-            self._do(lambda connection: made.append(self._rows.claim(connection, name, parameters, again=again)))
+            self._do(lambda connection: made.append(self._rows.claim(connection, name, parameters, **how)))
         except BaseException:
             # Its commit may have happened: nobody runs the job all the same.
             for claim in made:
@@ -277,6 +280,12 @@ class SqlJobStore:
     def stop_others(self, claim: Claim, reason: str) -> int:
         """Stop the other partitions of the claim's job, those that run at their next commit; how many."""
         return self._do(lambda connection: self._rows.stop_others(connection, claim, reason))
+
+    @staticmethod
+    def has_ended(job: Job, since: float) -> bool:
+        """Whether a job has failed, or was stopped, at `since` (epoch seconds, see `now`) or later; not for a while."""
+        until = None if job.lease_until is None else job.lease_until.timestamp()
+        return has_ended(job.status, until, job.updated_at.timestamp(), since)
 
     def is_taken(self, job: Job) -> bool:
         """Whether a job is to be left alone for now: somebody is believed to run it, or it pauses."""

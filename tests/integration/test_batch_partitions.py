@@ -443,6 +443,20 @@ def test_who_looks_on_can_stop_a_partition_that_somebody_runs_or_all_of_them(eng
     assert set(states(engine).values()) == {("finished", None)}
 
 
+def test_a_partition_that_is_stopped_while_its_step_is_made_is_not_begun(engine):
+    def make(part, parts):
+        if part == 2:
+            stop_job(engine, next(stored_jobs(engine)).id, "the customer has cancelled", partitions=True)
+        return steps(engine)(part, parts)
+
+    division = run_partitions(make, 3)
+    assert division.failures == dict.fromkeys((2, 3), "stopped: the customer has cancelled")
+    assert written(engine) == [item for item in ITEMS if item % 3 == 0]
+    # Whoever starts it later goes on.
+    assert run_partitions(steps(engine), 3).finished
+    assert written(engine) == list(ITEMS)
+
+
 @pytest.mark.parametrize("parts", [0, -1, 1.5, True, "3"])
 def test_a_bad_number_of_parts_is_refused(parts):
     with pytest.raises(ValueError, match=r"^parts: "):
