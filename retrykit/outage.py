@@ -20,7 +20,8 @@ from retrykit.lock import lock_of
 Doing = Literal["reading", "writing", "connecting"]
 _Told = Literal["all", "line", "reminder", ""]
 
-_KEPT: Final = 16
+_KEPT: Final = 1_000
+_LONGEST_CHAIN: Final = 16
 _FIRST_REMINDER: Final = 10.0
 _LONGEST_SILENCE: Final = 300.0
 # Those tell of one item, in a sentence: the store is well, or at least can be read.
@@ -80,7 +81,7 @@ def _kind(fault: BaseException) -> str:
     """The classes of a fault and of what is underneath: "refused" is other news than "no such table"."""
     names: list[str] = []
     link: BaseException | None = fault
-    while link is not None and len(names) < _KEPT:
+    while link is not None and len(names) < _LONGEST_CHAIN:
         names.append(type_name(type(link)))
         link = link.__cause__
     return " ".join(names)

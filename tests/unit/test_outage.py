@@ -166,16 +166,16 @@ def test_whoever_debugs_gets_every_traceback(template, told, caplog):
     assert [line[2] for line in told() if line[0] == "ERROR"] == [True, True]
 
 
-def test_few_outages_are_known_at_a_time():
+def test_outages_are_known_of_as_many_as_a_program_may_have_and_not_of_more():
     known = Outages()
-    stores = [MapRetryContextCache() for _ in range(20)]
+    stores = [MapRetryContextCache() for _ in range(1_004)]
     for store in stores:
         assert known.add(store, "reading", REFUSED, 0.0)[0] == "all"
-    assert len(known.known) == 16
+    assert len(known.known) == 1_000
     assert known.end(stores[0], "reading") is None
     assert known.end(stores[-1], "writing") is None
     assert known.end(stores[-1], "reading").faults == 1
-    assert len(known.known) == 15
+    assert len(known.known) == 999
 
 
 def test_the_facts_of_an_outage_are_there_for_programs(store, template, caplog):
