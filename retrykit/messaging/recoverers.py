@@ -65,6 +65,7 @@ _MAX_OTHER: Final = 8_000
 # Of headers that are left out; with six bytes a letter they fit into a line, too.
 _MAX_NAMES: Final = 20
 _MAX_NAME: Final = 40
+_MAX_SIZE: Final = 10**12
 # Facts about one delivery or one frame: they say nothing about the message, so they are not kept even as text.
 _OF_THE_FRAME: Final = frozenset(
     {"receipt", "transaction", "subscription", "ack", "content-length", "destination", "redelivered"}
@@ -259,13 +260,13 @@ def with_left_out(headers: dict[str, str], sizes: Mapping[str, int]) -> dict[str
 
 
 def left_out(headers: Mapping[str, str]) -> dict[str, int]:
-    """What `retrykit-left-out` says, as far as anything can be made of it."""
+    """What `retrykit-left-out` says, as far as anything can be made of it; bounded, whoever has written it."""
     try:
         found = json.loads(headers.get(LEFT_OUT, "{}"))
     except (ValueError, RecursionError):
         return {}
     whole = found.items() if isinstance(found, dict) else ()
-    return {name: size for name, size in whole if isinstance(size, int)}
+    return {name[:_MAX_NAME]: size for name, size in whole if type(size) is int and 0 < size < _MAX_SIZE}
 
 
 def line_size(name: str, value: str) -> int:

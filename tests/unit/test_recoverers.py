@@ -173,6 +173,15 @@ def test_what_was_left_out_is_read_as_far_as_it_can_be(text):
     assert headers == {"retrykit-left-out": '{"long": 200005}'}
 
 
+@pytest.mark.parametrize("told", [{"é" * 3_000: 1}, {"a": 10**4_000}, {str(number): 10**300 for number in range(30)}])
+def test_what_somebody_else_says_was_left_out_makes_no_header_that_is_too_long(told):
+    theirs = {"retrykit-left-out": json.dumps(told, ensure_ascii=False)}
+    assert escaped_size(theirs["retrykit-left-out"]) < 10_000
+    headers, _ = fitting(theirs | {"long": "x" * 20_000}, 10_240)
+    assert escaped_size(headers["retrykit-left-out"]) < 10_000
+    assert left_out(headers)["long"] == 20_005
+
+
 def test_the_mark_of_one_that_was_sent_back_is_bounded():
     marked = message(headers=HEADERS | {"retrykit-sent-back": "x" * 20_000})
     assert len(park("/queue/p")(marked, context()).headers["retrykit-sent-back"]) < 100
