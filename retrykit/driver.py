@@ -77,6 +77,12 @@ class Driver(Call):
         if transaction is not None:
             self.transactional = True
 
+    def spell_key(self) -> None:
+        """Know under which text the history is kept. Not before it is needed: that costs more than most of a call."""
+        state = self.state
+        if state is not None and state.key is not None:
+            self.key = self.template.spelled(state.key)
+
     def perform(self, step: Any) -> Any:
         """Do what the step says: the answer, or an awaitable of it."""
         simple = _SIMPLE.get(step)

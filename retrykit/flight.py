@@ -58,6 +58,8 @@ def take_off(call: Call, *, recovery: bool) -> Flow:
 def withdraw(call: Call) -> Flow:
     """The reserved attempt will not report: it never was one."""
     call.reporting = True
+    if call.key is None:
+        return
     if call.flight is None:
         yield from keep_veto(call)
         return

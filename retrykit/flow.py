@@ -415,6 +415,5 @@ def abort(call: Call, error: BaseException, *, opened: bool) -> Flow:
         yield RollBack(error)
     if call.admitted:
         yield from record(call, "cancelled")
-    if call.key is not None:
-        yield from withdraw(call)
+    yield from withdraw(call)
     yield from close(call, error)

@@ -98,7 +98,9 @@ def drive_at_once(driver: Driver) -> Any:
         first = _in_transaction(driver)
         if first is None:
             return driver.value
+        driver.spell_key()
     except BaseException as error:
+        driver.spell_key()
         put_straight(driver, error)
         raise
     finally:
@@ -121,18 +123,23 @@ def _in_transaction(driver: Driver) -> tuple[Exception, float] | None:
             value = driver.function(driver.context)
             driver.value = refuse_awaitable(value, "the function") if value.__class__ is CoroutineType else value
         except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+            without_frame(error)
             failure = (error, driver.now())
         finally:
             _unbind(token)
-        if failure is None and (left := driver.leave()) is not None:
+        if failure is not None:
+            perform(driver, RollBack(failure[0]))
+            return failure
+        if (left := driver.leave()) is not None:
             refuse_awaitable(left, COMMIT)
     except CommitInDoubtError:
         raise
     except Exception as fault:  # noqa: BLE001 - a transaction that does not open or commit is a failed attempt
         return (fault, driver.now())
-    if failure is not None:
-        perform(driver, RollBack(failure[0]))
-    return failure
+    finally:
+        # The frames of the work keep this one, as in `drive`.
+        failure = None
+    return None
 
 
 def perform(driver: Driver, step: Any) -> Any:

@@ -143,6 +143,10 @@ class _Template(Value):
             object.__setattr__(self, name, value)
         self.__attrs_post_init__()
 
+    def spelled(self, key: Key) -> str:
+        """As `key_of`, of a key that is known to be one."""
+        return in_namespace(self._space, key)
+
     def key_of(self, key: Key) -> str:
         """The canonical text under which the history of `key` is stored in the context cache."""
         check_key(key)
@@ -175,9 +179,7 @@ class _Template(Value):
     ) -> Driver:
         """One call on its way."""
         driver = Driver(self, context, function, arguments, keywords, recover, transaction)
-        state = context._state
-        if state is not None and state.key is not None:
-            driver.key = in_namespace(self._space, state.key)
+        driver.spell_key()
         return driver
 
 
@@ -239,9 +241,8 @@ class RetryTemplate(_Template):
         stateful one is; `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say.
         `TypeError` for bad arguments, before anything ran.
         """
-        if (
+        direct = (
             self.runs_direct
-            and transaction is None
             # A first delivery, as the source says: the store has nothing to say, and nothing to be told of a success.
             and (
                 state is None
@@ -249,7 +250,8 @@ class RetryTemplate(_Template):
             )
             and (recover is None or callable(recover))
             and _short_cut
-        ):
+        )
+        if direct and transaction is None:
             context = RetryContext(self, monotonic(), None, state)
             token = context._outer = _bind(context)
             try:
@@ -267,15 +269,8 @@ class RetryTemplate(_Template):
                 return drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
             finally:
                 del first, context, token
-        if (
-            self.runs_direct
-            and state is None
-            and callable(transaction)
-            and callable(callback)
-            and (recover is None or callable(recover))
-            and _short_cut
-        ):
-            context = RetryContext(self, monotonic(), _bound.get())
+        if direct and callable(transaction) and callable(callback):
+            context = RetryContext(self, monotonic(), _bound.get(), state)
             return drive_at_once(Driver(self, context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
         _check_execute(callback, recover, state, transaction)
         context = self.context(state)
