@@ -63,7 +63,7 @@ def interruptible(window: float = 0.0) -> Iterator[Interruption]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
+def blocked() -> Iterator[None]:
     """Ctrl-C waits until this is over; for a process that is started in it, until that lets it through: before it knows
     what to do about it.
     """
@@ -78,7 +78,7 @@ def held_back() -> Iterator[None]:
 
 
 def let_through() -> None:
-    """Hear of what was held back."""
+    """Hear of what was blocked."""
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT,))
 

@@ -21,7 +21,8 @@ import click
 from retrykit.batch import Division, Report
 from retrykit.batch.partitions import Worker
 from retrykit.batch.work import async_drive, drive
-from retrykit.cli.calls import Do, Interruption, calls, held_back
+from retrykit.cli.calls import Do, Interruption, blocked, calls
+from retrykit.cli.interrupts import held_back
 from retrykit.cli.jobs import brief
 from retrykit.cli.plot import Point, Series, draw, spread
 from retrykit.cli.progress import Shown, progress_of_parts
@@ -149,7 +150,8 @@ def _others(asked: Options, since: float, gathered: Gathered) -> Iterator[None]:
     started: list[_Other] = []
     try:
         for _ in range(asked.workers - 1):
-            started.append(_Other(asked.command(since), gathered))  # noqa: PERF401 - those there are have to be ended
+            with held_back():
+                started.append(_Other(asked.command(since), gathered))
         yield
         for other in started:
             other.wait()
@@ -179,7 +181,7 @@ class _Other:
 
     def __init__(self, command: Sequence[str], gathered: Gathered) -> None:
         above = subprocess.PIPE if sys.stderr.isatty() else None
-        with held_back():
+        with blocked():
             self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=above)  # noqa: S603 - our own
         self._told_to_end = False
         self._watching = _begun(self._watch)
@@ -282,17 +284,19 @@ class Gathered:
 
     def listen(self, pipe: IO[bytes]) -> None:
         """Add what another process tells, until it has ended. What its application prints goes to standard error."""
-        for line in pipe:
-            if not line.startswith(MARK):
-                self._repeat(line)
-                continue
-            part, items, failures = json.loads(line.removeprefix(MARK))
-            self.add(part, items, failures)
+        with pipe:
+            for line in pipe:
+                if not line.startswith(MARK):
+                    self._repeat(line)
+                    continue
+                part, items, failures = json.loads(line.removeprefix(MARK))
+                self.add(part, items, failures)
 
     def repeat(self, pipe: IO[bytes]) -> None:
         """Say on standard error what another process says there."""
-        for line in pipe:
-            self._repeat(line)
+        with pipe:
+            for line in pipe:
+                self._repeat(line)
 
     def _repeat(self, line: bytes) -> None:
         self.shown.say(line.decode(errors="backslashreplace"))

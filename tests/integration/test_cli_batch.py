@@ -14,6 +14,7 @@ import sys
 import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree as ET
 
 import attrs
@@ -24,9 +25,9 @@ from rich.progress import Progress
 from sqlalchemy import text
 
 from retrykit.batch import Counts, Report
-from retrykit.cli.calls import Interruption, calls, held_back, interruptible, let_through
+from retrykit.cli.calls import Interruption, blocked, calls, interruptible, let_through
 from retrykit.cli.commands import retrykit
-from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, run_divided
+from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, _others, run_divided
 from retrykit.cli.logs import through
 from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
 from retrykit.cli.progress import progress, progress_of_parts
@@ -44,6 +45,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 from sqlalchemy import text
 from sqlalchemy.orm import sessionmaker
@@ -403,14 +405,31 @@ def test_a_worker_that_hears_ctrl_c_while_it_starts_says_nothing(folder):
     assert [line for line in err.splitlines() if "what was committed stays" not in line] == []
 
 
-def test_what_is_held_back_is_heard_when_it_is_let_through():
+def test_what_is_blocked_is_heard_when_it_is_let_through():
     with interruptible():
-        with held_back():
+        with blocked():
             signal.raise_signal(signal.SIGINT)
             assert signal.sigpending() == {signal.SIGINT}
             with pytest.raises(KeyboardInterrupt, match="SIGINT"):
                 let_through()
         assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == set()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+def test_a_worker_that_is_started_in_the_moment_of_a_signal_is_ended(monkeypatch, number):
+    class Interrupted(subprocess.Popen):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            signal.raise_signal(number)
+            processes.append(self)
+
+    processes = []
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    sleeps = (sys.executable, "-c", "import time; time.sleep(60)")
+    asked = SimpleNamespace(workers=3, command=lambda _since: sleeps)
+    with interruptible(), pytest.raises(KeyboardInterrupt, match=number.name), _others(asked, 0.0, Gathered()):
+        pass
+    assert [process.returncode for process in processes] == [-signal.SIGTERM]
 
 
 def test_a_worker_that_does_not_leave_is_killed_by_another_ctrl_c(folder):

@@ -15,13 +15,13 @@ import attrs
 
 from retrykit.cli.demo.display import Display
 from retrykit.cli.demo.events import EventReader
-from retrykit.cli.demo.interrupts import held_back
 from retrykit.cli.demo.job import FATE, RUN, Job
 from retrykit.cli.demo.ledger import Ledger
 from retrykit.cli.demo.plan import PlannedMessage
 from retrykit.cli.demo.progress import Progress
 from retrykit.cli.demo.report import Facts, Report, report
 from retrykit.cli.demo.supervisor import Supervisor
+from retrykit.cli.interrupts import held_back
 from retrykit.messaging import BrokerUnavailableError
 from retrykit.messaging.recoverers import ID
 from retrykit.messaging.stomp import StompBroker

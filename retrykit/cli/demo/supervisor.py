@@ -12,8 +12,8 @@ from typing import Final, Self
 
 import attrs
 
-from retrykit.cli.demo.interrupts import held_back
 from retrykit.cli.demo.job import Job
+from retrykit.cli.interrupts import held_back
 
 WORKER: Final = ("-m", "retrykit.cli.demo.worker")
 _PATIENCE: Final = 10.0
