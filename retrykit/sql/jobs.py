@@ -278,8 +278,11 @@ class SqlJobStore:
         return self._rows.clock.now()
 
     def stop_others(self, claim: Claim, reason: str) -> int:
-        """Stop the other partitions of the claim's job, those that run at their next commit; how many."""
-        return self._do(lambda connection: self._rows.stop_others(connection, claim, reason))
+        """Stop the other partitions of the claim's job, those that run at their next commit; how many.
+
+        While the database is busy or away it is tried again for a lease.
+        """
+        return self._surely(self.lease, lambda connection: self._rows.stop_others(connection, claim, reason))
 
     @staticmethod
     def has_ended(job: Job, since: float) -> bool:

@@ -6,10 +6,10 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from retrykit.batch import ChunkStep, run_partitions
+from retrykit.batch import ChunkStep, run_partitions, stop
 from retrykit.clock import SystemClock
 from retrykit.errors import JobBusyError, JobFinishedError, JobLostError, JobRunningError
-from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine
+from retrykit.sql import SqlJobStore, create_tables, restart_job, sqlite_engine, stored_jobs
 from tests.waiting import until
 
 
@@ -80,6 +80,30 @@ def test_the_end_of_a_run_is_told_again_until_others_let_it_be_written(locked):
     assert step.run().status == "finished"
     assert len(refused) == 2
     assert jobs.state("load", {}).status == "finished"
+
+
+def test_the_whole_job_is_stopped_though_others_write_when_that_is_said(locked):
+    engine, lock, unlock = locked
+    jobs, refused = SqlJobStore(engine), []
+
+    def veto(_item):
+        lock()
+        stop("the file is the wrong one", job=True)
+
+    def let_go(_):
+        refused.append(True)
+        if len(refused) == 2:
+            unlock()
+
+    event.listen(engine, "handle_error", let_go)
+
+    def make(*_):
+        return ChunkStep(name="load", reader=[1, 2], processor=veto, writer=lambda *_: None, jobs=jobs)
+
+    reason = "the file is the wrong one"
+    assert run_partitions(make, 2).failures == dict.fromkeys((1, 2), f"stopped: {reason}")
+    assert len(refused) == 2
+    assert {job.status for job in stored_jobs(engine)} == {"stopped"}
 
 
 def test_whether_a_commit_has_happened_is_asked_again_while_the_database_is_busy(tmp_path):
