@@ -171,8 +171,10 @@ def _end(others: Sequence[_Other]) -> None:
         for other in others:
             other.end()
     except KeyboardInterrupt:
-        for other in others:
-            other.process.kill()
+        # Whoever leans on the key leaves none alive.
+        with held_back():
+            for other in others:
+                other.process.kill()
         raise
 
 

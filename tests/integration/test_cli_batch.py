@@ -27,7 +27,7 @@ from sqlalchemy import text
 from retrykit.batch import Counts, Report
 from retrykit.cli.calls import Interruption, blocked, calls, interruptible, let_through
 from retrykit.cli.commands import retrykit
-from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, _others, run_divided
+from retrykit.cli.divided import MARK, Gathered, Increments, Options, ToTheParent, _end, _others, run_divided
 from retrykit.cli.logs import through
 from retrykit.cli.plot import PARTS, POINTS, Point, Series, spread, svg
 from retrykit.cli.progress import progress, progress_of_parts
@@ -52,6 +52,7 @@ from sqlalchemy.orm import sessionmaker
 
 from retrykit import AsyncRetryTemplate, RetryTemplate, SimpleRetryPolicy
 from retrykit.batch import AsyncChunkStep, ChunkStep, SkipPolicy, stop
+from retrykit.cli import divided
 from retrykit.sql import SqlJobStore, sqlite_engine
 
 engine = sqlite_engine("sqlite:///shop.db", durability="process")
@@ -181,6 +182,7 @@ class Stubborn(Leaving):
 
 
 def make_stubborn_part(part, parts):
+    divided.PATIENCE = 0.1
     return step_for(Stubborn(part))
 
 
@@ -447,6 +449,23 @@ def test_a_worker_that_does_not_leave_is_killed_by_another_ctrl_c(folder):
     assert sorted(job.status for job in jobs(folder)) == ["running", "stopped"]
     # What it ran is free.
     assert not any(SqlJobStore(f"sqlite:///{folder}/shop.db").is_taken(job) for job in jobs(folder))
+
+
+def test_all_workers_are_killed_though_more_signals_come():
+    def interrupt():
+        signal.raise_signal(signal.SIGINT)
+
+    killed = []
+    others = [
+        SimpleNamespace(
+            terminate=interrupt,
+            process=SimpleNamespace(kill=lambda number=number: (interrupt(), killed.append(number))),
+        )
+        for number in (1, 2)
+    ]
+    with interruptible(), pytest.raises(KeyboardInterrupt, match="SIGINT"):
+        _end(others)
+    assert killed == [1, 2]
 
 
 def test_that_a_worker_has_died_is_said_when_it_dies(folder):
