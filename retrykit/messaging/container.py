@@ -17,7 +17,7 @@ from retrykit.messaging.broker import Broker, Session, is_broker
 from retrykit.messaging.connecting import forget
 from retrykit.messaging.counters import Counters, Tally
 from retrykit.messaging.delays import WAYS, Delays, Way
-from retrykit.messaging.delivery import Delivery, Work
+from retrykit.messaging.delivery import Delivery
 from retrykit.messaging.errors import BrokerUnavailableError, CutShortError, LoopEndedError
 from retrykit.messaging.handler import Handler, calls_with, refuse_coroutines, refuse_generators
 from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
@@ -26,6 +26,7 @@ from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer, misplaced_by
 from retrykit.messaging.unit_of_work import Transaction
+from retrykit.messaging.work import Work
 from retrykit.messaging.worker import MISCONFIGURED, Worker
 from retrykit.template import AsyncRetryTemplate, RetryTemplate
 

@@ -34,19 +34,15 @@ import logging
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
-import attrs
-
-from retrykit.errors import AttemptsInFlightError, BackOffInterruptedError, CommitInDoubtError, InconsistentKeyError
+from retrykit.errors import BackOffInterruptedError, InconsistentKeyError
 from retrykit.histories import AsyncHistories, Histories
 from retrykit.message import (
     SETTLEMENTS,
     Ack,
-    Discard,
     Message,
     Park,
-    Parked,
     Redeliver,
     Republish,
     Settlement,
@@ -55,100 +51,20 @@ from retrykit.message import (
     without_sender,
 )
 from retrykit.messaging.broker import Overlapping, Session
-from retrykit.messaging.counters import Tally
-from retrykit.messaging.delays import Delays, Pauses, still_due, waits
-from retrykit.messaging.errors import BrokerRefusedError, CutShortError, LoopEndedError, NoStableIdError
+from retrykit.messaging.delays import still_due
+from retrykit.messaging.ends import name_facts, tell_doubt, tell_failed, tell_settled, tell_withheld
+from retrykit.messaging.errors import BrokerRefusedError, CutShortError
 from retrykit.messaging.handler import refuse_unfinished
-from retrykit.messaging.in_hand import KeysInHand, in_hand_of
-from retrykit.messaging.logs import decision_facts, in_detail, not_stored
-from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.outbox import Outgoing, identified
-from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import ID, Recoverer, fitting, left_out, stable_id
-from retrykit.messaging.unit_of_work import MisusedError, Transaction, TransactionMisuseError, UnitOfWork
+from retrykit.messaging.unit_of_work import UnitOfWork
 from retrykit.state import RetryState
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
-    from retrykit.messaging.coroutines.desk import Desk
-    from retrykit.messaging.handler import Template
+    from retrykit.messaging.work import Work
 
 _log = logging.getLogger("retrykit.messaging")
-
-
-@attrs.frozen(eq=False)
-class Work:
-    """What is done with each message: the user's handler, recoverer, transaction and template, and the counters."""
-
-    template: Template
-    call: Callable[[Message, RetryContext], Any]
-    recover: Recoverer | None
-    transaction: Transaction | None
-    tally: Tally
-    patience: Patience
-    deliveries: type[Delivery]
-    open_keys: OpenKeys = attrs.field(factory=OpenKeys)
-    journal: Literal["redelivered", "always", "never"] = "redelivered"
-    desk: Desk | None = None
-    """Where the worker waits for its delivery, if that runs on an event loop."""
-    delays: Delays = attrs.field(factory=Delays)
-    pauses: Pauses | None = None
-    overlaps: bool = False
-    """Whether a message may be handled before it is confirmed that the one before is acknowledged."""
-    late_doubts: list[Any] = attrs.field(factory=list, init=False)
-    """The keys of what was taken to its end in this session, and turned out to be in doubt afterwards."""
-    in_hand: KeysInHand | None = attrs.field(init=False)
-
-    @in_hand.default
-    def _in_hand(self) -> KeysInHand | None:
-        return in_hand_of(self.template.context_cache) if self.journal == "redelivered" else None
-
-    def may_overlap(self) -> bool:
-        """Whether a success leaves nothing behind that has to wait until it is confirmed."""
-        return self.transaction is None and self.template.plan.quiet and self.template.forgets
-
-    def deliver(self, session: Session, message: Message) -> None:
-        """Take one delivery to its end: settled, or given back, after a pause where the next one would be no better.
-
-        `CommitInDoubtError` means that the session is of no more use; `NoStableIdError` that the message cannot be
-        known again.
-        """
-        if message.key is None:
-            remedy = "its session must give every message a key"
-            raise NoStableIdError(destination=message.destination, remedy=remedy)
-        name = self.template.name
-        if self.in_hand is None or self.in_hand.take((name, message.key)):
-            try:
-                self._take_on(self.deliveries(self, session, message))
-            finally:
-                if self.in_hand is not None:
-                    self.in_hand.leave((name, message.key))
-            return
-        self.tally.add(received=1, redelivered=int(message.redelivered))
-        facts: Any = {"name": name, "key": message.key, "running": 1, "reason": "1 running"}
-        self.deliveries(self, session, message).give_back(AttemptsInFlightError(**facts))
-
-    def _take_on(self, delivery: Delivery) -> None:
-        session, message = delivery.session, delivery.message
-        try:
-            delivery.run()
-        except MisusedError as misused:
-            session.rollback(message)
-            self.tally.add(withheld=1)
-            raise TransactionMisuseError(str(misused)) from None
-        except CommitInDoubtError as doubt:
-            self.note_doubt(delivery, doubt.__cause__ or doubt)
-            raise
-        except BaseException as error:
-            delivery.give_back(error)
-            if isinstance(error, LoopEndedError) or not isinstance(error, Exception):
-                raise
-
-    def note_doubt(self, delivery: Delivery, why: BaseException) -> None:
-        """Count, and tell, that nobody knows whether a message is acknowledged."""
-        self.tally.add(in_doubt=1)
-        text = "message %r: its commit was not confirmed, so nothing is counted; it comes again, or is done: %s"
-        _log.warning(text, delivery.message.key, why, extra=delivery.named())
 
 
 class Delivery:
@@ -199,7 +115,9 @@ class Delivery:
             self.session.send(outgoing.destination, outgoing.body, outgoing.headers)
         self.session.commit(self.message)
         self.work.tally.add(duplicates=1)
-        _log.info("message %r is acknowledged unread: it was completed before", self.message.key, extra=self.named())
+        _log.info(
+            "message %r is acknowledged unread: it was completed before", self.message.key, extra=name_facts(self)
+        )
         if unsent:
             _log.warning("message %r: sent again what its process may not have sent: %d", self.message.key, len(unsent))
             template = self.work.template
@@ -271,7 +189,7 @@ class Delivery:
         self.context, self._sender = context, (sender := object())
         if _log.isEnabledFor(logging.DEBUG):
             what = "the recovery after attempt" if self.recovering else "attempt"
-            _log.debug("message %r: %s %d begins", self.message.key, what, context.attempt, extra=self.named())
+            _log.debug("message %r: %s %d begins", self.message.key, what, context.attempt, extra=name_facts(self))
         if self.sent:
             self.sent = 0
             context.outbox.clear()
@@ -355,7 +273,7 @@ class Delivery:
             cast("Overlapping", self.session).acknowledge(self.message, self._told)
         else:
             self.session.commit(self.message)
-            self.settled()
+            tell_settled(self)
         self.answered = True
 
     def _hangs_on_nothing(self) -> bool:
@@ -366,10 +284,10 @@ class Delivery:
 
     def _told(self, doubt: Exception | None) -> None:
         if doubt is None:
-            self.settled()
+            tell_settled(self)
         else:
             self.work.late_doubts.append(self.message.key)
-            self.work.note_doubt(self, doubt)
+            tell_doubt(self, doubt)
 
     def _fitting(self, headers: Mapping[str, str]) -> dict[str, str]:
         """What the broker takes of the headers of a copy: of one that is refused there is no copy, ever."""
@@ -377,41 +295,8 @@ class Delivery:
         if long := left_out(fit):
             names = ", ".join(f"{name} ({size} bytes)" for name, size in long.items())
             text = "message %r: its copy goes without headers that are too long for it: %s"
-            _log.warning(text, self.message.key, names, extra=self.named())
+            _log.warning(text, self.message.key, names, extra=name_facts(self))
         return fit
-
-    def settled(self) -> None:
-        """Everything is committed: count it, and tell."""
-        tally, key = self.work.tally, self.message.key
-        if self.recovering:
-            tally.add(recovered=1)
-        match self.settlement:
-            case Park(place, reason=reason, headers=headers):
-                self._parked(place, headers.get(ID) or stable_id(self.message.headers, self.message.id), reason)
-            case Parked(place, number, reason=reason):
-                self._parked(place, number, reason)
-            case Republish(destination):
-                tally.add(republished=1)
-                if self.recovering:
-                    _log.warning("message %r was sent on to %s", key, destination, extra=self.facts())
-            case Discard(reason):
-                tally.add(discarded=1)
-                _log.warning("message %r was discarded: %s", key, reason, extra=self.facts())
-            case _:
-                tally.add(acknowledged=1)
-                if self.recovering:
-                    _log.warning("message %r was recovered: no further attempt", key, extra=self.facts())
-                elif _log.isEnabledFor(logging.DEBUG):
-                    _log.debug("message %r is handled, and acknowledged", key, extra=self.named())
-
-    def _parked(self, place: str, known_as: int | str | None, reason: str) -> None:
-        """Count it, and tell by what `retrykit parked` knows it."""
-        self.work.tally.add(parked=1)
-        facts: dict[str, Any] = self.facts()
-        facts["retrykit"] |= {"parked_in": place, "parked_as": known_as}
-        name = "" if known_as == self.message.id else f" as {known_as}"
-        text, trace = "message %r was parked in %s%s: %s", None if self.context is None else self.context.last_error
-        _log.warning(text, self.message.key, place, name, reason, exc_info=in_detail(trace), extra=facts)
 
     def give_back(self, error: BaseException) -> None:
         """Have the message delivered again, after a pause where that would come to the same."""
@@ -427,18 +312,7 @@ class Delivery:
             self.work.patience.forgive(self.message.key)
         where = self.work.delays.give_back(self.session, self.message, delay, self.work.tally)
         if counts:
-            why = "" if decision is None else decision.reason
-            then = waits(where, None if self.context is None else self.context.not_before)
-            text, facts = "message %r: an attempt has failed: %r (%s); %s", self.facts(error)
-            _log.info(text, self.message.key, error, why, then, exc_info=in_detail(error), extra=facts)
-
-    def named(self) -> dict[str, Any]:
-        """As `facts`, of what is no verdict on an attempt."""
-        return {"retrykit": decision_facts(self.work.template.name, self.key, None, None)}
-
-    def facts(self, error: BaseException | None = None) -> dict[str, Any]:
-        """What a log record of this delivery carries besides its text, for logs that are read by programs."""
-        return {"retrykit": decision_facts(self.work.template.name, self.key, self.context, error)}
+            tell_failed(self, error, where)
 
     def withheld(self, error: BaseException) -> bool:
         """Whether the next delivery would come to the same: not so after a failed attempt that leaves others."""
@@ -456,14 +330,5 @@ class Delivery:
         if isinstance(error, BackOffInterruptedError | CutShortError):
             _log.info("message %r goes back without a new attempt: %s", key, error)
             return
-        pause = work.patience.withhold(work.template.name, key, at_least)
-        fault = None if self.context is None else self.context.fault
-        unsaid = "" if work.recover is not None else "; there is no recover= to say what becomes of it"
-        why = f"{error}{unsaid} ({error.__cause__!r})"
-        if fault is not None:
-            why = f"its failed attempt could not be stored, so none is counted: {not_stored(fault, error)}"
-        times = work.patience.times(key)
-        again = f" ({times} times now)" if times > 1 else ""
-        text, facts = "message %r is withheld for %g s%s: %s", self.facts(error)
-        _log.error(text, key, round(pause, 3), again, why, exc_info=in_detail(error), extra=facts)
+        tell_withheld(self, error, work.patience.withhold(work.template.name, key, at_least))
         work.patience.wait(key, work.template.clock)

@@ -17,7 +17,6 @@ from retrykit.errors import BackOffInterruptedError, RetryError
 from retrykit.messaging.broker import Broker, Session, overlaps
 from retrykit.messaging.connecting import Tries, connected
 from retrykit.messaging.delays import Pauses
-from retrykit.messaging.delivery import Work
 from retrykit.messaging.errors import (
     BrokerError,
     BrokerUnavailableError,
@@ -32,6 +31,7 @@ from retrykit.messaging.open_keys import OpenKeys, open_keys_of
 from retrykit.messaging.recoverers import misplaced_by
 from retrykit.messaging.unit_of_work import TransactionMisuseError
 from retrykit.messaging.waiting import WaitingClock
+from retrykit.messaging.work import Work
 from retrykit.policy import PredicateRetryPolicy
 from retrykit.template import RetryTemplate
 

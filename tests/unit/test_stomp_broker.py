@@ -17,6 +17,7 @@ from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUna
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
 from retrykit.messaging.stomp.frames import Frame
+from retrykit.messaging.stomp.incoming import Incoming
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, GENERIC, RABBITMQ, profile_for
 from retrykit.messaging.stomp.session import StompSession
 from retrykit.messaging.stomp.sockets import PlainSocket
@@ -478,9 +479,9 @@ def test_several_workers_are_refused_where_each_would_get_every_message(url, opt
 @pytest.mark.parametrize(("told", "count"), [("3", 4), ("9" * 5_000, 1), ("some", 1)])
 def test_a_count_that_a_producer_made_up_ends_no_connection(told, count):
     broker = StompBroker("stomp://host", destination="/queue/a", declare={"x-queue-type": "quorum"}, profile="rabbitmq")
-    session = StompSession(broker, SimpleNamespace())
     headers = {"amqp-message-id": "m", "subscription": "s-1", "ack": "a", "x-delivery-count": told}
-    assert session._message(Frame("MESSAGE", headers, b"x")).delivery_count == count
+    message = Incoming(broker, profile_for("RabbitMQ")).message(Frame("MESSAGE", headers, b"x"), None)
+    assert message.delivery_count == count
 
 
 def test_a_login_that_is_answered_after_the_end_leaves_no_heart_beats_behind():

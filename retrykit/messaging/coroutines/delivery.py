@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from retrykit.message import Message
 from retrykit.messaging.broker import Session
 from retrykit.messaging.coroutines.desk import Desk, finished
-from retrykit.messaging.delivery import Delivery, Work
+from retrykit.messaging.delivery import Delivery
 from retrykit.messaging.outbox import Outgoing
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
+    from retrykit.messaging.work import Work
 
 
 class AsyncDelivery(Delivery):

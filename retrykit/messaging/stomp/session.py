@@ -6,30 +6,29 @@ import contextlib
 import itertools
 import logging
 import time
-import uuid
 from collections import deque
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import attrs
 
 from retrykit.check import wrong_type
 from retrykit.errors import CommitInDoubtError
-from retrykit.message import EXPIRES_AT, Message, delivered
+from retrykit.message import Message
 from retrykit.messaging.broker import Capabilities, Told
-from retrykit.messaging.delays import Way, origin_of
+from retrykit.messaging.delays import Way
 from retrykit.messaging.errors import (
     BrokerError,
     BrokerRefusedError,
-    NoStableIdError,
     NotSupportedError,
 )
-from retrykit.messaging.headers import check_headers, number_in
-from retrykit.messaging.identity import bounded, by_content, identified_by
+from retrykit.messaging.headers import check_headers
+from retrykit.messaging.identity import by_content
 from retrykit.messaging.kept import Kept
-from retrykit.messaging.recoverers import COPY_OF, ID, SENT_BACK
-from retrykit.messaging.stomp.delays import as_original, copy_headers, delays_are_ignored, has_ended, lack_of
-from retrykit.messaging.stomp.java_text import from_java, is_text, to_java
+from retrykit.messaging.stomp.delays import copy_headers, delays_are_ignored, has_ended, lack_of
+from retrykit.messaging.stomp.incoming import Incoming
+from retrykit.messaging.stomp.java_text import to_java
+from retrykit.messaging.stomp.outgoing import outgoing
 from retrykit.messaging.stomp.places import misplaced
 from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
 from retrykit.messaging.stomp.refusals import not_subscribed
@@ -114,7 +113,7 @@ class StompSession:
     def _know(self, profile: Profile) -> None:
         """It is a broker of this kind."""
         self._profile = profile
-        self._counts = profile.counting_queues and self._broker.declare.get("x-queue-type") == "quorum"
+        self._incoming = Incoming(self._broker, profile)
         self._capabilities = self._capabilities_of(profile.capabilities)
 
     def _capabilities_of(self, own: Capabilities) -> Capabilities:
@@ -127,7 +126,7 @@ class StompSession:
             # What a durable subscriber had in hand when its connection ended comes again without a flag.
             # A copy would go to every subscriber.
             own = attrs.evolve(own, trustworthy_flag=False, flags_while_connected=False, delayed_copies=False)
-        return attrs.evolve(own, counts_deliveries=True) if self._counts else own
+        return attrs.evolve(own, counts_deliveries=True) if self._incoming.counts else own
 
     @property
     def stale_frames(self) -> int:
@@ -153,7 +152,9 @@ class StompSession:
                     return None
                 continue
             if frame.headers.get("subscription") == self._subscription:
-                message = self._message(frame)
+                handle = _Handle(self._wire, frame.headers["subscription"], frame.headers.get("ack", ""))
+                message = self._incoming.message(frame, handle)
+                self._in_hand.add(handle.ack)
                 if not self._drops(message):
                     return message
                 continue
@@ -168,46 +169,6 @@ class StompSession:
         self._in_hand.discard(self._handle(message).ack)
         self._wire.put("ACK", {"id": self._handle(message).ack})
         return True
-
-    def _message(self, frame: Any) -> Message:
-        headers = frame.headers
-        destination = self._destination(headers)
-        body = from_java(frame.body) if self._profile.text_headers and _LENGTH not in headers else frame.body
-        origin = origin_of(headers, destination)
-        stable = self._identified(headers, body, destination) if origin is None else origin.id
-        ack = headers.get("ack", "")
-        self._in_hand.add(ack)
-        return delivered(
-            destination=destination,
-            body=body,
-            headers=headers if origin is None else as_original(headers, origin),
-            id=stable,
-            key=(destination, stable),
-            # A copy is sent after a failed attempt only. What a redelivery policy of the broker brings says so too.
-            redelivered=origin is not None or headers.get("redelivered") == "true" or "redeliveryDelay" in headers,
-            delivery_count=number_in(headers.get("x-delivery-count")) + 1 if self._counts else None,
-            handle=_Handle(self._wire, headers["subscription"], ack),
-        )
-
-    def _identified(self, headers: Mapping[str, str], body: bytes, destination: str) -> str:
-        """By what the message is known at its next delivery."""
-        identify = self._broker.identify
-        try:
-            stable = identified_by(identify or self._profile.identify, headers, body)
-        except ValueError as error:
-            remedy = self._profile.remedy if identify is None else str(error)
-            raise NoStableIdError(destination=destination, broker=self._broker.name, remedy=remedy) from error.__cause__
-        again = headers.get(SENT_BACK)
-        if again and (identify is not None or stable == headers.get(ID)):
-            # What an operator has sent back is not the one that was parked, although it has its id.
-            return bounded(f"{stable}~{again}")
-        return bounded(stable)
-
-    def _destination(self, headers: Mapping[str, str]) -> str:
-        subscribed = self._broker.destination
-        if self._profile.tells_routes and subscribed.startswith((_QUEUE, "/amq/queue/")):
-            return subscribed
-        return headers.get("destination", subscribed)
 
     # -- settling
 
@@ -226,46 +187,12 @@ class StompSession:
         Persistent unless the headers say otherwise, and with a stable id. `ValueError` for what cannot be said to this
         kind of broker.
         """
-        check_headers({"destination": destination, **headers})
-        if fault := misplaced(self._profile, destination):
-            raise ValueError(f"destination: {fault}")
+        full, body = outgoing(destination, body, headers, broker=self._broker, profile=self._profile)
         # What the broker refuses from here on is of this transaction. Should the connection be lost, `flush` says so.
         with contextlib.suppress(BrokerError):
             self._confirm()
-        special = self._name(headers) | self._expiry(headers)
-        marks = self._profile.text_headers if is_text(headers, body) else {}
-        ours = {"destination": destination, "transaction": self._begun()}
-        if marks:
-            body = to_java(body)
-        else:
-            ours[_LENGTH] = str(len(body))
-        declared = self._broker.declare if destination.startswith(_QUEUE) else {}
-        full = {"persistent": "true", **declared, **headers, **special, **marks, **ours}
-        # Headers that were a copy's: what is sent here is a message of its own, and would be taken for the original.
-        full.pop(COPY_OF, None)
-        if full["persistent"] == "false":
-            # Nothing says the same everywhere; "false" makes RabbitMQ want a queue that goes with this connection.
-            del full["persistent"]
+        full["transaction"] = self._begun()
         self._sends.append(self._wire.put_confirmed("SEND", full, body, f"a message to {destination!r}"))
-
-    def _name(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """The id of what is sent, where it is not the broker's to give."""
-        name = self._profile.id_of_sends
-        return {} if name is None or headers.get(name) else {name: headers.get(ID) or uuid.uuid4().hex}
-
-    def _expiry(self, headers: Mapping[str, str]) -> dict[str, str]:
-        """When the message is to be dropped, in the broker's own words."""
-        at = headers.get(EXPIRES_AT)
-        if at is None:
-            return {}
-        match self._profile.expiry:
-            case "expires":
-                return {"expires": at}
-            case "expiration":
-                return {"expiration": str(max(0, int(at) - time.time_ns() // 1_000_000))}
-            case _:
-                kind = self._profile.name
-                raise ValueError(f"expires_in: how brokers of the kind {kind!r} let messages expire is not known")
 
     def flush(self) -> None:
         """Wait for the receipts of the sends, or, where those come after the commit only, until they were looked at.
