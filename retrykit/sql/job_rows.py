@@ -204,12 +204,26 @@ class JobRows:
     def stop_others(self, connection: Connection, claim: Claim, reason: str) -> int:
         """Stop the other partitions, those that were never begun too; how many."""
         others = partitions_of(claim.parameters)
-        now = self.clock.now
-        return sum(stop_row(connection, claim.name, one, reason, now=now(), but=claim.id) for one in others)
+        return len(stop_rows(connection, claim.name, others, reason, now=self.clock.now, but=claim.id))
 
 
-def stop_row(
-    connection: Connection, name: str, parameters: Mapping[str, Any], reason: str, *, now: float, but: int | None = None
+def stop_rows(
+    connection: Connection,
+    name: str,
+    jobs: Iterable[Mapping[str, Any]],
+    reason: str,
+    *,
+    now: Callable[[], float],
+    but: int | None = None,
+) -> list[Mapping[str, Any]]:
+    """Stop the jobs with these parameters, but not the one of that number; the parameters of those that were."""
+    # Nobody begins one of them meanwhile.
+    let_one_begin(connection)
+    return [one for one in jobs if _stop_row(connection, name, one, reason, now=now(), but=but)]
+
+
+def _stop_row(
+    connection: Connection, name: str, parameters: Mapping[str, Any], reason: str, *, now: float, but: int | None
 ) -> bool:
     """Stop a job that has not ended, also one that was never begun, unless its number is `but`. Whether it was so."""
     instance = instance_of(name, parameters)

@@ -15,8 +15,8 @@ from retrykit.check import wrong_type, wrong_value
 from retrykit.errors import JobError
 from retrykit.sql.connections import connections_of
 from retrykit.sql.dialects import database_of
-from retrykit.sql.divisions import let_one_begin, partitions_of
-from retrykit.sql.job_rows import begun_anew, check_free, instance_of, instant_of, loaded, stop_row
+from retrykit.sql.divisions import partitions_of
+from retrykit.sql.job_rows import begun_anew, check_free, instance_of, instant_of, loaded, stop_rows
 from retrykit.sql.rows import rows_for
 from retrykit.sql.sqlite import reading
 from retrykit.sql.tables import rk_job
@@ -147,9 +147,7 @@ def _stopped(bind: Engine, number: int, reason: str, *, partitions: bool) -> Seq
             return None
         parameters = json.loads(row.parameters)
         all_of_them = partitions_of(parameters) if partitions else []
-        # Nobody begins one of them meanwhile.
-        let_one_begin(connection)
-        stopped = [one for one in all_of_them or [parameters] if stop_row(connection, row.name, one, reason, now=now())]
+        stopped = stop_rows(connection, row.name, all_of_them or [parameters], reason, now=now)
         instances = [instance_of(row.name, one) for one in stopped]
         found = connection.execute(select(rk_job).where(_c.instance.in_(instances)).order_by(_c.id))
         return [job_of(one) for one in found]

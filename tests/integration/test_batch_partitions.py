@@ -443,6 +443,28 @@ def test_who_looks_on_can_stop_a_partition_that_somebody_runs_or_all_of_them(eng
     assert set(states(engine).values()) == {("finished", None)}
 
 
+def test_a_partition_that_is_begun_in_the_moment_in_which_all_are_stopped_is_stopped_too(url, engine):
+    own, jobs = engine_of(url), SqlJobStore(engine)
+    runs, stopped = jobs.claim("load", {"partition": "1/2"}), []
+    stops = threading.Thread(target=lambda: stopped.append(jobs.stop_others(runs, "enough")))
+    others = SqlJobStore(own)
+    others.now()
+
+    @event.listens_for(own, "commit", once=True)
+    def let_them_stop(_):
+        stops.start()
+        # In vain, if they have to wait until this is committed.
+        stops.join(0.2)
+
+    begun = others.claim("load", {"partition": "2/2"})
+    stops.join(30)
+    assert stopped == [1]
+    assert states(engine)["2/2"] == ("stopped", "enough")
+    jobs.abandon(runs)
+    others.abandon(begun)
+    own.dispose()
+
+
 def test_a_partition_that_is_stopped_while_its_step_is_made_is_not_begun(engine):
     def make(part, parts):
         if part == 2:
