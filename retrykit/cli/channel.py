@@ -1,7 +1,9 @@
 """The line between a supervisor and a process of its own: the process's standard input, and a way to ask it.
 
-It is a pair of sockets. The supervisor asks, the process answers with its health in one line of JSON. When the
-supervisor is gone, however that came about, the process finds that its line has ended.
+It is a pair of sockets. The supervisor asks, the process answers with its health in one line of JSON. At its end the
+process says what that means, if it means anything: a status says nothing for certain, since any handler or library can
+end the process with any. When the supervisor is gone, however that came about, the process finds that its line has
+ended.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any, Final, Self
 
 import attrs
@@ -21,6 +24,28 @@ from retrykit.messaging.readiness import ConsumerHealth, Health, Observed
 
 _QUESTION: Final = b"?\n"
 _CHUNK: Final = 65_536
+_PATIENCE: Final = 1.0
+
+
+class LastWord(Enum):
+    """What the end of a process means, in its own words. One that ends without any has died."""
+
+    DRAINED = "drained"
+    """It was told to stop, and everything in hand was finished."""
+    GAVE_UP = "gave up"
+    """It has said what somebody has to change: any other would come to the same."""
+    NOT_LOADED = "not loaded"
+    """Its application could not be loaded; it has said why. Another one may be luckier."""
+    NOT_UNDERSTOOD = "not understood"
+    """It could not understand its command: no other would."""
+
+    @property
+    def line(self) -> bytes:
+        """As it is sent; no line of JSON looks like that."""
+        return f"!{self.value}".encode()
+
+
+_LAST_WORDS: Final = {word.line: word for word in LastWord}
 
 
 @attrs.define(eq=False)
@@ -30,6 +55,7 @@ class Line:
     _socket: socket.socket
     _rest: bytes = b""
     _asked: bool = False
+    _word: LastWord | None = None
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
 
     @classmethod
@@ -56,6 +82,13 @@ class Line:
                 return health_from_json(json.loads(line))
         return None
 
+    def last_word(self) -> LastWord | None:
+        """What the process has said of its end, now that it has ended; None: nothing."""
+        with self._lock, contextlib.suppress(OSError):
+            for _ in self._answers(time.monotonic()):
+                self._asked = False
+        return self._word
+
     def close(self) -> None:
         """Hang up."""
         with self._lock:
@@ -66,7 +99,9 @@ class Line:
             line, end, rest = self._rest.partition(b"\n")
             if end:
                 self._rest = rest
-                yield line
+                self._word = _LAST_WORDS.get(line, self._word)
+                if line not in _LAST_WORDS:
+                    yield line
                 continue
             data = self._received(deadline)
             if not data:
@@ -91,6 +126,7 @@ class Answers:
     def __init__(self, observed: Observed, ended: Callable[[], None]) -> None:
         self._observed = observed
         self._ended = ended
+        self._lock = threading.Lock()
         self._socket = socket.socket(fileno=os.dup(0))
         # Whoever reads standard input must not read questions.
         nothing = os.open(os.devnull, os.O_RDONLY)
@@ -101,11 +137,22 @@ class Answers:
         """Listen until the supervisor is gone."""
         threading.Thread(target=self._run, name="retrykit-supervised", daemon=True).start()
 
+    def say(self, word: LastWord) -> None:
+        """Say what the end means that follows now. Where it cannot be said, the process has died."""
+        # Not in the midst of an answer, and without waiting for a supervisor that does not listen.
+        if not self._lock.acquire(timeout=_PATIENCE):
+            return
+        with contextlib.suppress(OSError):
+            self._socket.send(word.line + b"\n", socket.MSG_DONTWAIT)
+        self._lock.release()
+
     def _run(self) -> None:
         with contextlib.suppress(OSError):
             while data := self._socket.recv(_CHUNK):
                 for _ in range(data.count(b"\n")):
-                    self._socket.sendall(self._health())
+                    answer = self._health()
+                    with self._lock:
+                        self._socket.sendall(answer)
         self._ended()
 
     def _health(self) -> bytes:

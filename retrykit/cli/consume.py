@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -14,9 +14,9 @@ import attrs
 import click
 from click.core import ParameterSource
 
-from retrykit.cli.channel import Answers
+from retrykit.cli.channel import Answers, LastWord
 from retrykit.cli.logs import log_options, set_up
-from retrykit.cli.processes import GIVEN_UP, NOT_LOADED, UNUSABLE, ProcessEndedError, Processes
+from retrykit.cli.processes import ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
 from retrykit.cli.words import as_duration
 from retrykit.errors import RetryError
@@ -106,29 +106,58 @@ def consume(**options: Any) -> None:
     if asked.health is None and context.get_parameter_source("health_host") == ParameterSource.COMMANDLINE:
         raise click.UsageError("--health-host needs a --health PORT.")
     set_up(asked.log_level.lower(), asked.log_format)
-    sys.exit(_alone(asked) if asked.processes is None else _in_processes(asked, asked.processes))
+    sys.exit(_status(asked))
+
+
+def _status(asked: Options) -> int:
+    if asked.supervised is not None:
+        return _supervised(asked, asked.supervised)
+    return _alone(asked) if asked.processes is None else _in_processes(asked, asked.processes)
 
 
 def _alone(asked: Options) -> int:
     """Consume in this process; the exit status."""
     with _told():
         check(asked.target)
-    place, supervised = _Place(), asked.supervised is not None
-    if supervised:
-        Answers(place, _supervisor_is_gone).start()
+    place = _Place()
     with _health(place, asked):
-        consumer = place.consumer = _loaded(asked)
-        _check_sharing(consumer, asked.supervised or 1)
-        _announce(consumer, shared=supervised)
-        try:
-            # Who is supervised may be told twice, by the supervisor and by the system: it sees to the end.
-            finished = run(consumer, grace=asked.grace, heed_repeated=not supervised)
-        except Exception:
-            if consumer.error is None:
-                raise
-            # The container has logged what made it give up.
-            return GIVEN_UP if supervised and isinstance(consumer.error, MISCONFIGURED) else 1
-        _log.info("ended%s: %s", "" if finished else " at once", _counted(consumer.counters))
+        return _consume(place, asked, lambda _word: None)
+
+
+def _supervised(asked: Options, number: int) -> int:
+    """Consume in this process, which is the supervisor's process `number`; the exit status.
+
+    What its end means is said to the supervisor: the status alone would be that of whatever else can end a process.
+    """
+    place = _Place()
+    answers = Answers(place, _supervisor_is_gone)
+    answers.start()
+    try:
+        with _told():
+            check(asked.target)
+        return _consume(place, asked, answers.say, number)
+    except click.UsageError:
+        answers.say(LastWord.NOT_UNDERSTOOD)
+        raise
+
+
+def _consume(place: _Place, asked: Options, say: Callable[[LastWord], None], number: int | None = None) -> int:
+    consumer = place.consumer = _loaded(asked, say)
+    _check_sharing(consumer, number or 1)
+    _announce(consumer, shared=number is not None)
+    try:
+        # Who is supervised may be told twice, by the supervisor and by the system: it sees to the end.
+        finished = run(consumer, grace=asked.grace, heed_repeated=number is None)
+    except Exception:
+        if consumer.error is None:
+            raise
+        # The container has logged what made it give up.
+        if isinstance(consumer.error, MISCONFIGURED):
+            say(LastWord.GAVE_UP)
+        return 1
+    _log.info("ended%s: %s", "" if finished else " at once", _counted(consumer.counters))
+    if finished:
+        say(LastWord.DRAINED)
     return _FINISHED[finished]
 
 
@@ -152,7 +181,7 @@ def _in_processes(asked: Options, count: int) -> int:
             # They keep to the grace by themselves: this is for one that cannot.
             finished = run(processes, grace=asked.grace + _MARGIN)
         except ProcessEndedError as error:
-            return UNUSABLE if error.status == UNUSABLE else 1
+            return click.UsageError.exit_code if error.word is LastWord.NOT_UNDERSTOOD else 1
         processes.wait(_MARGIN)
     return _FINISHED[finished and not processes.disorderly]
 
@@ -162,13 +191,14 @@ def _supervisor_is_gone() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _loaded(asked: Options) -> ListenerContainer | ContainerGroup:
+def _loaded(asked: Options, say: Callable[[LastWord], None]) -> ListenerContainer | ContainerGroup:
     try:
         with _told():
             return load(asked.target, concurrency=asked.concurrency)
     except LoadingError as error:
         _log.critical("%s", error, exc_info=None if isinstance(error.__cause__, RetryError) else error.__cause__)
-        sys.exit(1 if asked.supervised is None else NOT_LOADED)
+        say(LastWord.NOT_LOADED)
+        sys.exit(1)
 
 
 @contextmanager

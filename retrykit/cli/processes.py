@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Final
 import attrs
 
 from retrykit.backoff import BackOffPolicy, ExponentialBackOffPolicy
-from retrykit.cli.channel import Line
+from retrykit.cli.channel import LastWord, Line
 from retrykit.clock import SystemClock
 from retrykit.errors import BackOffInterruptedError
 from retrykit.failure import type_name
@@ -37,16 +37,9 @@ if TYPE_CHECKING:
 RESTART: Final = ExponentialBackOffPolicy(initial=0.2, multiplier=2.0, max_interval=30.0, jitter=0.1)
 STEADY: Final = 10.0
 """A process that lived for so many seconds had a good start: another one follows at once."""
-UNUSABLE: Final = 2
-"""The status of a process that could not understand its command: no other would."""
-GIVEN_UP: Final = 3
-"""The status of a process that has said what somebody has to change: any other would come to the same."""
-NOT_LOADED: Final = 4
-"""The status of a process whose application could not be loaded; it has said why. Another one may be luckier."""
 _ANSWER: Final = 0.8
 _FRESH: Final = 0.2
-# What may still happen at the end of one that was told to stop: it has nothing in hand before it knows the signal.
-_IN_ORDER: Final = (0, -signal.SIGTERM)
+_FOR_GOOD: Final = (LastWord.NOT_UNDERSTOOD, LastWord.GAVE_UP)
 
 _log = logging.getLogger("retrykit.consume")
 
@@ -54,25 +47,27 @@ _log = logging.getLogger("retrykit.consume")
 class ProcessEndedError(Exception):
     """A process has ended that was to go on: with `status`, negative for the number of a signal.
 
-    `at_start`: it was the first one in its place, and no place has had another beginning.
+    `word`: what it has said of its end; without one it has died, whatever the status. `at_start`: it was the first one
+    in its place, and no place has had another beginning.
     """
 
-    def __init__(self, number: int, pid: int, status: int, seconds: float) -> None:
-        super().__init__(f"process {number} (pid {pid}) {_ended(status)} after {seconds:.3g} s")
+    def __init__(self, who: str, status: int, seconds: float, word: LastWord | None = None) -> None:
+        super().__init__(f"{who} {_ended(status, word)} after {seconds:.3g} s")
         self.status = status
+        self.word = word
         self.seconds = seconds
         self.at_start = False
 
     @property
     def for_good(self) -> bool:
         """Whether another one would end in the same way."""
-        return self.status in (UNUSABLE, GIVEN_UP) or self.at_start
+        return self.word in _FOR_GOOD or self.at_start
 
 
-def _ended(status: int) -> str:
-    if status == GIVEN_UP:
+def _ended(status: int, word: LastWord | None) -> str:
+    if word is LastWord.GAVE_UP:
         return "has given up, for a reason that each would have,"
-    if status == NOT_LOADED:
+    if word is LastWord.NOT_LOADED:
         return "could not load the application, and ended"
     return f"ended with status {status}" if status >= 0 else f"was ended by {_signal_name(-status)}"
 
@@ -156,13 +151,15 @@ class _Place:
         try:
             status = process.wait()
         finally:
-            self._put_away()
+            word = self._put_away()
+        who = f"process {self.number} (pid {process.pid})"
         if self.stopping.is_set():
-            self.disorderly = status not in _IN_ORDER
-            _log.info("process %d (pid %d) %s", self.number, process.pid, _ended(status))
+            # Before it knows the signal it has nothing in hand.
+            self.disorderly = word is not LastWord.DRAINED and status != -signal.SIGTERM
+            _log.info("%s %s", who, _ended(status, word))
             return
-        end = ProcessEndedError(self.number, process.pid, status, time.monotonic() - started)
-        if status == NOT_LOADED and self._lives == 1:
+        end = ProcessEndedError(who, status, time.monotonic() - started, word)
+        if word is LastWord.NOT_LOADED and self._lives == 1:
             end.at_start = self.beginning.came_to_nothing(self.number)
         if end.seconds < STEADY or end.for_good:
             raise end
@@ -186,11 +183,14 @@ class _Place:
         _log.info("process %d has started (pid %d)", self.number, self._process.pid)
         return self._process
 
-    def _put_away(self) -> None:
+    def _put_away(self) -> LastWord | None:
         with self._lock:
             line, self._line, self._process = self._line, None, None
-        if line is not None:
-            line.close()
+        if line is None:
+            return None
+        word = line.last_word()
+        line.close()
+        return word
 
     def signal(self, number: int) -> None:
         with self._lock:

@@ -70,7 +70,7 @@ def loaded(what: str, load: Callable[[], Any]) -> Any:
             raise LoadingError(f"{what} could not be loaded: {error}") from error
         hint = ": leave out the .py" if str(error.name).endswith(".py") else ""
         raise TargetError(f"there is no {what}{hint}") from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # Its own traceback says where; whatever it is, nothing was started. What we say ourselves is a sentence.
         told = error if isinstance(error, RetryError) else repr(error)
         raise LoadingError(f"{what} could not be loaded: {told}") from error

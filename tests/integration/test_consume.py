@@ -52,6 +52,8 @@ def handle(message):
         raise ValueError("no")
     if message.text == "hang":
         threading.Event().wait(60)
+    if message.text == "exit":
+        os._exit(3)
     threading.Event().wait(0.01)
 """
 
@@ -261,6 +263,14 @@ def test_a_process_that_is_killed_is_replaced_and_one_that_lives_goes_on(tmp_pat
     running.process.terminate()
     assert running.wait() == 1
     wait_for(lambda: server.depth(ORDERS) == 1)
+
+
+def test_a_process_that_its_handler_ends_is_replaced_whatever_its_status(tmp_path, server, service):
+    publish(server, "exit")
+    running = service("--processes", "1")
+    wait_for(lambda: handled(tmp_path)["exit"] == 2)
+    assert running.logged("ended with status 3")
+    assert not running.logged("no other follows")
 
 
 def test_processes_end_with_a_supervisor_that_is_killed(server, service):

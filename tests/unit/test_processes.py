@@ -14,6 +14,7 @@ import pytest
 
 from retrykit.backoff import FixedBackOffPolicy
 from retrykit.cli import processes as module
+from retrykit.cli.channel import LastWord
 from retrykit.cli.processes import ProcessEndedError, Processes
 from retrykit.messaging.logs import facts_of
 from tests import waiting
@@ -25,6 +26,18 @@ AT_ONCE = FixedBackOffPolicy(0.01)
 IMPORTS = "import os, signal, sys, threading;"
 HERE = "open(f'{sys.argv[-1]}-{os.getpid()}', 'w').close();"
 WAIT = "threading.Event().wait(60)"
+
+
+def saying(word):
+    """Say what the end means, as `Answers` does it."""
+    line = word.line + b"\n"
+    return f"os.write(0, {line!r})"
+
+
+def ending(word, status=1):
+    return f"{IMPORTS} {saying(word)}; sys.exit({status})"
+
+
 ANSWER = f"""
 sys.path.insert(0, {str(ROOT)!r})
 from retrykit.cli.channel import Answers
@@ -39,7 +52,10 @@ Answers(Idle(), lambda: os._exit(7)).start()
 ANSWERING = f"{IMPORTS}{ANSWER}{HERE}{WAIT}"
 
 
-def obeying(action="lambda *_: sys.exit(0)"):
+DRAINED = f"lambda *_: ({saying(LastWord.DRAINED)}, sys.exit(0))"
+
+
+def obeying(action=DRAINED):
     return f"{IMPORTS} signal.signal(signal.SIGTERM, {action}); {HERE} {WAIT}"
 
 
@@ -97,6 +113,41 @@ def test_one_that_keeps_dying_is_replaced_with_growing_pauses(caplog):
     assert [f"in {pause} s" in caplog.text for pause in ("0.001", "0.002", "0.003", "0.004")] == [True] * 4
 
 
+@pytest.mark.parametrize("status", [0, 2, 3, 4])
+def test_one_that_ends_without_a_word_has_died_whatever_its_status(caplog, status):
+    script = f"{IMPORTS} {HERE} os._exit({status})"
+    with processes(script) as made:
+        wait_for(lambda: len(started()) >= 2)
+    assert made.error is None
+    assert f"ended with status {status}" in caplog.text
+    assert "no other follows" not in caplog.text
+
+
+def test_what_a_process_has_said_of_its_end_is_heard_behind_answers_that_nobody_waited_for(monkeypatch):
+    monkeypatch.setattr(module, "_ANSWER", 0.0)
+    monkeypatch.setattr(module, "_FRESH", 0.0)
+    script = f"""
+{IMPORTS}
+{ANSWER.replace("Answers(Idle", "answers = Answers(Idle").replace(".start()", "; answers.start()")}
+from retrykit.cli.channel import LastWord
+{HERE}
+signal.signal(signal.SIGTERM, lambda *_: (answers.say(LastWord.DRAINED), os._exit(1)))
+{WAIT}
+"""
+    made = processes(script)
+    with made:
+        wait_for(started)
+        made.health()
+    assert not made.disorderly
+
+
+def test_one_that_is_ended_by_what_it_had_in_hand_has_not_finished_it():
+    made = processes(obeying("lambda *_: os._exit(0)"))
+    with made:
+        wait_for(started)
+    assert made.disorderly
+
+
 def test_one_that_lived_for_long_is_replaced_at_once(caplog, monkeypatch):
     monkeypatch.setattr(module, "STEADY", 0.0)
     with processes("raise SystemExit(1)", restart=FixedBackOffPolicy(3600)):
@@ -109,25 +160,26 @@ def test_the_pause_before_a_replacement_ends_when_it_is_to_stop(caplog):
 
 
 def test_a_command_that_nobody_understands_is_given_up(caplog):
-    script = OBEDIENT.replace(HERE, f"{HERE} sys.argv[-1] == '2' and sys.exit(2);")
+    gone = f"({saying(LastWord.NOT_UNDERSTOOD)}, sys.exit(2))"
+    script = OBEDIENT.replace(HERE, f"{HERE} sys.argv[-1] == '2' and {gone};")
     made = processes(script, 2)
     with pytest.raises(ProcessEndedError, match=r"process 2 .* ended with status 2") as caught:
         made.run()
-    assert caught.value.status == 2
+    assert caught.value.word is LastWord.NOT_UNDERSTOOD
     assert len(started(2)) == 1
     assert "no other follows" in caplog.text
 
 
 def test_one_that_gave_up_for_all_is_not_replaced_however_long_it_lived(caplog, monkeypatch):
     monkeypatch.setattr(module, "STEADY", 0.0)
-    made = processes("raise SystemExit(3)")
+    made = processes(ending(LastWord.GAVE_UP))
     with pytest.raises(ProcessEndedError, match="has given up, for a reason that each would have"):
         made.run()
     assert "no other follows" in caplog.text
 
 
 def test_an_application_that_no_process_can_load_at_the_start_ends_them_all(caplog):
-    made = processes("raise SystemExit(4)", 2)
+    made = processes(ending(LastWord.NOT_LOADED), 2)
     with pytest.raises(ProcessEndedError, match=r"process \d .* could not load the application, and ended after"):
         made.run()
     assert caplog.text.count("no other follows") == 1
@@ -136,14 +188,16 @@ def test_an_application_that_no_process_can_load_at_the_start_ends_them_all(capl
 @pytest.mark.parametrize("first", ["1", "-9"])
 def test_one_that_cannot_load_the_application_later_is_replaced(caplog, first):
     dies = "sys.exit(1)" if first == "1" else "os.kill(os.getpid(), 9)"
-    script = f"{IMPORTS} known = os.path.exists('x'); open('x', 'w').close(); known or {dies}; sys.exit(4)"
+    script = f"{IMPORTS} known = os.path.exists('x'); open('x', 'w').close(); known or {dies};"
+    script += f"{saying(LastWord.NOT_LOADED)}; sys.exit(1)"
     with processes(script):
         wait_for(lambda: caplog.text.count("could not load the application") >= 2)
     assert "no other follows" not in caplog.text
 
 
 def test_one_that_cannot_load_what_another_one_could_is_replaced(caplog):
-    script = OBEDIENT.replace(HERE, f"sys.argv[-1] == '1' and sys.exit(4); {HERE}")
+    gone = f"({saying(LastWord.NOT_LOADED)}, sys.exit(1))"
+    script = OBEDIENT.replace(HERE, f"sys.argv[-1] == '1' and {gone}; {HERE}")
     with processes(script, 2):
         wait_for(lambda: started(2) and caplog.text.count("could not load the application") >= 2)
     assert "no other follows" not in caplog.text
@@ -223,4 +277,4 @@ with Processes(("-c", {ANSWERING!r}), 1):
 
 
 def test_numbers_of_signals_without_a_name_are_shown():
-    assert "by signal 200" in str(ProcessEndedError(1, 2, -200, 3.0))
+    assert "by signal 200" in str(ProcessEndedError("process 1", -200, 3.0))
