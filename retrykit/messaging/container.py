@@ -24,7 +24,7 @@ from retrykit.messaging.lifetime import Ending, Lifespan, Lifetime
 from retrykit.messaging.logs import ATTRIBUTE, in_detail
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
-from retrykit.messaging.recoverers import Recoverer, misplaced_by
+from retrykit.messaging.recoverers import Recoverer, misplaced_by, park
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.work import Work
 from retrykit.messaging.worker import MISCONFIGURED, Worker
@@ -44,6 +44,21 @@ RECONNECT: Final = ExponentialBackOffPolicy(initial=0.1, multiplier=2.0, max_int
 def _is_template(_instance: Any, field: Any, value: Any) -> None:
     if not isinstance(value, RetryTemplate | AsyncRetryTemplate):
         raise wrong_type(field.name, "a RetryTemplate or an AsyncRetryTemplate", value)
+
+
+def _names_a_destination(_instance: Any, field: Any, value: Any) -> None:
+    if getattr(value, "destination", None) == "":
+        raise ValueError(
+            f"{field.name}: must name what is consumed (destination='/queue/…'), and {value.name} does not"
+        )
+
+
+def _parks_in_what_is_read(recover: Any, broker: Any) -> bool:
+    if not isinstance(recover, park):
+        return False
+    reads = getattr(broker, "reads", None)
+    place = recover.destination
+    return bool(place == getattr(broker, "destination", None) if reads is None else reads(place))
 
 
 def _shares_messages(container: Any, field: Any, value: int) -> None:
@@ -114,7 +129,7 @@ class ListenerContainer(Lifetime):
     entering it fails, the container gives up.
     """
 
-    broker: Broker = attrs.field(validator=is_broker)
+    broker: Broker = attrs.field(validator=[is_broker, _names_a_destination])
     handler: Handler
     template: RetryTemplate | AsyncRetryTemplate = attrs.field(kw_only=True, validator=_is_template)
     transaction: Transaction | None = attrs.field(default=None, kw_only=True, validator=is_callable_or_none)
@@ -146,6 +161,9 @@ class ListenerContainer(Lifetime):
         refuse_generators("recover", self.recover)
         if fault := misplaced_by(self.recover, self.broker):
             raise ValueError(f"recover: {fault}")
+        if _parks_in_what_is_read(self.recover, self.broker):
+            place = f"{getattr(self.recover, 'destination', '')!r}, which is consumed here"
+            raise ValueError(f"recover: must not park in {place}: what is parked would come again at once, for ever")
         if self.template.asynchronous:
             self.loop = _new_loop()
             return

@@ -6,7 +6,7 @@ nothing; it makes a container ready, so that a mistake is told where it is made.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Literal, TypedDict, TypeVar, Unpack
 
@@ -68,6 +68,7 @@ class Consumers:
     """
 
     def __init__(self, broker: str | Broker | BrokerFor, **options: Unpack[Options]) -> None:
+        _check_options("Consumers", options)
         self._broker_for = _broker_for(broker)
         self._options = options
         self._registered: list[_Registered] = []
@@ -95,6 +96,8 @@ class Consumers:
 
         `ValueError` for a second consumer of a destination under the same name: their histories would be one.
         """
+        if not isinstance(destination, str):
+            raise _no_destination(destination)
 
         def decorate(handler: H) -> H:
             self.add(destination, handler, broker=broker, name=name, **options)
@@ -113,7 +116,8 @@ class Consumers:
     ) -> None:
         """As `consumer`, for what is no function of its own, such as a bound method."""
         if not isinstance(destination, str):
-            raise wrong_type("destination", "a str", destination)
+            raise _no_destination(destination)
+        _check_options(f"the consumer of {destination!r}", options)
         place = self._broker_for if broker is None else _broker_for(broker)
         template = self._template(destination, name, options)
         given: dict[str, Any] = {**_fitting({**self._options, "template": template}), **options, "template": template}
@@ -194,6 +198,19 @@ def _fitting(options: dict[str, Any]) -> dict[str, Any]:
     if getattr(options["template"], "asynchronous", True):
         return options
     return {name: value for name, value in options.items() if name != "lifespan"}
+
+
+def _no_destination(given: object) -> TypeError:
+    if callable(given):
+        name = getattr(given, "__qualname__", type(given).__name__)
+        return TypeError(f'destination: must be a str, not {name}: write @….consumer("/queue/…") above its def')
+    return wrong_type("destination", "a str", given)
+
+
+def _check_options(whose: str, options: Mapping[str, object]) -> None:
+    for name in options.keys() - Options.__annotations__.keys():
+        known = ", ".join(Options.__annotations__)
+        raise TypeError(f"{whose}: there is no option {name!r}; those that there are: {known}")
 
 
 def _nothing(_message: Message) -> None:

@@ -368,3 +368,23 @@ def test_who_comes_late_is_told_what_is_past(broker, consumers):
 def test_a_wrong_group_is_refused(containers, names):
     with pytest.raises((TypeError, ValueError), match=f"containers.*{names}"):
         ContainerGroup(containers)
+
+
+def test_a_consumer_without_parentheses_is_refused_and_told_what_to_write(consumers):
+    with pytest.raises(TypeError, match=r'destination: must be a str, not .*book: write @….consumer\("/queue/…"\)'):
+
+        @consumers.consumer
+        def book(message):
+            """Not registered."""
+
+    with pytest.raises(TypeError, match="destination: must be a str, not int 7"):
+        consumers.consumer(7)
+    with pytest.raises(ValueError, match="none is registered"):
+        consumers.group()
+
+
+def test_an_option_that_does_not_exist_is_refused_by_whoever_was_given_it(broker, consumers):
+    with pytest.raises(TypeError, match=r"^Consumers: there is no option 'recovr'; those that there are: .*recover,"):
+        Consumers(broker, template=TEMPLATE, recovr=1)
+    with pytest.raises(TypeError, match=r"^the consumer of '/queue/orders': there is no option 'jornal'"):
+        consumers.add(ORDERS, handle, jornal="always")

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from retrykit.messaging.stomp.profiles import Profile
+
+_QUEUE: Final = "/queue/"
+_MADE: Final = "/amq/queue/"
 
 
 def misplaced(profile: Profile, destination: str) -> str:
@@ -14,6 +19,11 @@ def misplaced(profile: Profile, destination: str) -> str:
     if destination in profile.places:
         return f"{destination!r} has no name behind the last slash"
     return ""
+
+
+def of_one_name(destination: str) -> str:
+    """The destination by the name that all who mean it share: RabbitMQ knows a queue by two."""
+    return _QUEUE + destination.removeprefix(_MADE) if destination.startswith(_MADE) else destination
 
 
 def _outcome(profile: Profile, destination: str) -> str:

@@ -14,7 +14,7 @@ from retrykit.messaging.headers import check_headers, given_headers
 from retrykit.messaging.identity import Identify
 from retrykit.messaging.stomp.address import Servers, can_be_sent, located, parse_servers, redacted
 from retrykit.messaging.stomp.failover import Rota
-from retrykit.messaging.stomp.places import misplaced
+from retrykit.messaging.stomp.places import misplaced, of_one_name
 from retrykit.messaging.stomp.profiles import Profile, to_profile
 
 Credentials = Callable[[], tuple[str, str]]
@@ -115,6 +115,10 @@ class StompSettings:
     def misplaced(self, destination: str) -> str:
         """Why nothing can be sent to a destination, as far as the profile was given; "" for nothing that is known."""
         return "" if self.profile is None else misplaced(self.profile, destination)
+
+    def reads(self, destination: str) -> bool:
+        """Whether what is sent to a destination comes to those who consume here, as far as names tell."""
+        return of_one_name(destination) == of_one_name(self.destination)
 
     @property
     def name(self) -> str:
