@@ -27,8 +27,8 @@ import attrs
 from retrykit.errors import BackOffInterruptedError, CommitInDoubtError
 from retrykit.messaging.broker import Session
 from retrykit.messaging.errors import BrokerError, BrokerRefusedError, DelayUnavailableError
-from retrykit.messaging.headers import check_headers
-from retrykit.messaging.recoverers import COPY_OF, escaped_size
+from retrykit.messaging.headers import check_headers, escaped_size
+from retrykit.messaging.recoverers import COPY_OF
 
 if TYPE_CHECKING:
     from retrykit.backoff import BackOffPolicy

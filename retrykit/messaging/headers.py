@@ -37,3 +37,13 @@ def number_in(text: str | None) -> int:
     Python refuses to read thousands of digits.
     """
     return int(text) if text is not None and text.isascii() and text.isdigit() and len(text) < _DIGITS else 0
+
+
+def line_size(name: str, value: str) -> int:
+    """How many bytes a header takes in a STOMP frame, without the end of its line."""
+    return escaped_size(name) + 1 + escaped_size(value)
+
+
+def escaped_size(text: str) -> int:
+    """How many bytes a header's value takes in a STOMP frame; brokers bound the line (ActiveMQ: 10,241)."""
+    return len(text.encode("utf-8", "surrogatepass")) + sum(text.count(mark) for mark in ":\\\r\n")

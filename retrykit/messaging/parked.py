@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
@@ -36,6 +37,8 @@ FIRST_SECONDS: Final = 2.0
 NEXT_SECONDS: Final = 1.0
 END_SECONDS: Final = 15.0
 _QUEUE: Final = "/queue/"
+
+_log: Final = logging.getLogger("retrykit.messaging")
 
 
 @attrs.frozen(kw_only=True)
@@ -116,7 +119,8 @@ class Hands:
         `retrykit-id` says what its id was. It is a new message for its consumers: where the id is not the broker's, it
         gets one that follows from the old one and the time of its last failure, so that a copy that is sent twice is
         known for one. Consumers that know messages by something else (`identify`) tell it by `retrykit-sent-back` from
-        the one that was parked, whose history or mark they would find; unless that is `forgotten`.
+        the one that was parked, whose history or mark they would find; unless that is `forgotten`. Headers that were
+        too long for a copy are missing, which the log says.
 
         Whatever is raised, it is still parked; after `CommitInDoubtError` it may have been sent as well, or, where the
         broker does both in one step, be gone. `ValueError` without a destination.
@@ -127,7 +131,11 @@ class Hands:
         before = one.deliveries[0].headers.get(header.SENT_BACK)
         again = before if forgotten else _next_id(one.item)
         told = {header.SENT_BACK: again} if again else {}
-        self.session.send(destination, one.item.payload, self._headers(one.item) | told)
+        headers, long = header.fitting(self._headers(one.item) | told, getattr(self.session, "longest_header", None))
+        if missing := sorted({*one.item.left_out, *long}):
+            text = "message %r is sent back without headers that were too long for its copies: %s"
+            _log.warning(text, one.item.id, ", ".join(header.one_line(name) for name in missing))
+        self.session.send(destination, one.item.payload, headers)
         self.drop(one)
 
     def drop(self, one: InHand) -> None:

@@ -18,7 +18,9 @@ from retrykit.check import wrong_type
 from retrykit.failure import StoredError, message_of, type_name
 from retrykit.key import key_to_json
 from retrykit.message import EXPIRES_AT, Discard, Message, Park, Republish, is_nonempty_text
+from retrykit.messaging.headers import escaped_size, line_size
 from retrykit.messaging.identity import bounded
+from retrykit.messaging.overflow import OTHER_HEADERS, as_json, split, whole
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
@@ -38,8 +40,6 @@ ERROR: Final = "retrykit-error"
 REASON: Final = "retrykit-reason"
 DESTINATION: Final = "retrykit-destination"
 """Where the original came from, and where it is sent back to."""
-OTHER_HEADERS: Final = "retrykit-other-headers"
-"""A JSON object of the original's headers that do not travel as headers."""
 LEFT_OUT: Final = "retrykit-left-out"
 """A JSON object of the original's headers that no header can carry: their names, and how many bytes each takes."""
 SENT_BACK: Final = "retrykit-sent-back"
@@ -125,8 +125,9 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
 
     `headers` are the names (or patterns such as "x-*") of the original's headers that travel as headers; the others are
     kept as JSON text in `retrykit-other-headers`, because brokers take some for commands (delays, expiry,
-    transactions); those travel under no pattern. Texts are bounded to 1,000 characters. A header that is too long for
-    the broker, or for that JSON text, is left out: `retrykit-left-out` says so, and so does the log.
+    transactions); those travel under no pattern. What is too long for one header goes on in
+    `retrykit-other-headers-2`, and so on. Our own texts are bounded to 1,000 characters. A header of `headers` that is
+    too long for the broker is left out: `retrykit-left-out` says so, and so does the log.
     """
 
     destination: str = attrs.field(validator=is_nonempty_text)
@@ -138,7 +139,13 @@ class park:  # noqa: N801 - a verb to its users: `recover=park("/queue/orders.pa
         ours = _identity(message) | _history(context) | _others(message, self.headers) | {REASON: reason}
         if SENT_BACK in message.headers:
             ours[SENT_BACK] = bounded(message.headers[SENT_BACK])
-        return Park(self.destination, headers=_travelling(message, self.headers) | ours, reason=reason)
+        # What an earlier copy had kept is among the others of this one.
+        travelling = {
+            name: value
+            for name, value in _travelling(message, self.headers).items()
+            if not name.startswith(OTHER_HEADERS)
+        }
+        return Park(self.destination, headers=travelling | ours, reason=reason)
 
 
 @attrs.frozen
@@ -184,13 +191,8 @@ def may_travel(headers: Mapping[str, str]) -> dict[str, str]:
 
 def original_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Of a parked copy's headers: those that the original had, as far as another copy may have them."""
-    try:
-        others = json.loads(headers.get(OTHER_HEADERS, "{}"))
-    except (ValueError, RecursionError):
-        others = {}
-    found = {name: str(value) for name, value in others.items()} if isinstance(others, dict) else {}
     own = {name: value for name, value in headers.items() if not name.startswith("retrykit-")}
-    return {name: value for name, value in {**found, **own}.items() if _matches(name, ("*",))}
+    return {name: value for name, value in {**whole(headers), **own}.items() if _matches(name, ("*",))}
 
 
 def stable_id(headers: Mapping[str, str], own: str | None) -> str | None:
@@ -221,32 +223,26 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _others(message: Message, patterns: tuple[str, ...]) -> dict[str, str]:
+    staying = {name: value for name, value in message.headers.items() if not _matches(name, patterns)}
+    # What an earlier copy had kept stays kept, whatever travels now.
+    earlier = {name: value for name, value in whole(message.headers).items() if name not in message.headers}
     kept = {
         name: value
-        for name, value in message.headers.items()
-        if name not in _OF_THE_FRAME and not name.startswith("retrykit-") and not _matches(name, patterns)
+        for name, value in {**earlier, **staying}.items()
+        if name not in _OF_THE_FRAME and not name.startswith("retrykit-")
     }
-    # In JSON each takes as much as by itself: two braces less, a comma and a space more.
-    sizes = {name: escaped_size(json.dumps({name: value})) for name, value in kept.items()}
-    told, size = {}, 0
-    for name in sorted(kept, key=lambda name: (sizes[name], name)):
-        size += sizes[name]
-        if size <= _MAX_OTHER:
-            told[name] = kept[name]
-    others = {OTHER_HEADERS: json.dumps(told, sort_keys=True)} if told else {}
-    return with_left_out(others, {name: line_size(name, kept[name]) for name in kept.keys() - told.keys()})
+    return {OTHER_HEADERS: as_json(kept)} if kept else {}
 
 
 def fitting(headers: Mapping[str, str], longest: int | None) -> tuple[dict[str, str], tuple[str, ...]]:
     """The headers of a copy without those whose lines are longer than so many bytes (None: than any), and the names
-    of these, which `retrykit-left-out` has as well.
+    of these, which `retrykit-left-out` has as well. The JSON text of others is parted, not left out.
     """
-    long = {
-        name: size
-        for name, value in headers.items()
-        if longest is not None and (size := line_size(name, value)) > longest
-    }
-    short = {name: value for name, value in headers.items() if name not in long}
+    if longest is None:
+        return dict(headers), ()
+    parted, long = split(headers, longest)
+    long |= {name: size for name, value in parted.items() if (size := line_size(name, value)) > longest}
+    short = {name: value for name, value in parted.items() if name not in long}
     return with_left_out(short, long), tuple(sorted(long))
 
 
@@ -267,16 +263,6 @@ def left_out(headers: Mapping[str, str]) -> dict[str, int]:
         return {}
     whole = found.items() if isinstance(found, dict) else ()
     return {name[:_MAX_NAME]: size for name, size in whole if type(size) is int and 0 < size < _MAX_SIZE}
-
-
-def line_size(name: str, value: str) -> int:
-    """How many bytes a header takes in a STOMP frame, without the end of its line."""
-    return escaped_size(name) + 1 + escaped_size(value)
-
-
-def escaped_size(text: str) -> int:
-    """How many bytes a header's value takes in a STOMP frame; brokers bound the line (ActiveMQ: 10,240)."""
-    return len(text.encode("utf-8", "surrogatepass")) + sum(text.count(mark) for mark in ":\\\r\n")
 
 
 def _identity(message: Message) -> dict[str, str]:

@@ -358,14 +358,26 @@ def test_without_a_terminal_nothing_is_done_that_was_not_confirmed(server, queue
     assert len(delivered(server, f"{queue}.parked")) == 1
 
 
-def test_what_was_too_long_for_the_copy_is_named_and_the_message_goes_back_without_it(server, queue):
-    consume(server, queue, [b"7"], **{"x-long": "x" * 9_000})
+def test_long_headers_come_back_with_their_message(server, queue, caplog):
+    long = {name: name * 5_000 for name in ("x", "y", "z")}
+    consume(server, queue, [b"7"], **long)
+    assert parked(server, queue, "requeue", "--all", *of(1), "--yes").stdout.strip() == "sent back: 1"
+    (back,) = delivered(server, queue)
+    assert back.headers.items() >= long.items()
+    assert "sent back without" not in caplog.text
+
+
+def test_what_was_too_long_for_the_copy_is_named_and_the_message_goes_back_without_it(server, queue, caplog):
+    with Wire(server.host, server.port, virtual_host=None) as wire:
+        told = {"retrykit_left_out": '{"x-long": 19007}', "retrykit_destination": queue, "retrykit_id": "i-7"}
+        wire.publish(f"{queue}.parked", b"7", **told, retrykit_other_headers='{"x-tenant": "7"}')
     (item,) = browse(StompBroker(server.url, destination=f"{queue}.parked"), 1)
-    assert (item.left_out, item.headers["x-tenant"]) == ({"x-long": 9_007}, "7")
+    assert (item.left_out, item.headers["x-tenant"]) == ({"x-long": 19_007}, "7")
     assert "left out:" in (shown := parked(server, queue, "show", item.id, *of(1)).stdout)
-    assert "x-long (9,007 bytes)" in shown
+    assert "x-long (19,007 bytes)" in shown
     assert json.loads(parked(server, queue, "show", item.id, *of(1), "--json").stdout)["left_out"] == item.left_out
     assert parked(server, queue, "requeue", "--all", *of(1), "--yes").stdout.strip() == "sent back: 1"
+    assert "'i-7' is sent back without headers that were too long for its copies: x-long" in caplog.text
     (back,) = delivered(server, queue)
     assert (back.headers["x-tenant"], "x-long" in back.headers) == ("7", False)
 

@@ -31,7 +31,9 @@ from retrykit.messaging import (
     park,
     republish,
 )
+from retrykit.messaging.recoverers import original_headers
 from retrykit.messaging.stomp import StompBroker
+from retrykit.messaging.stomp.profiles import ACTIVEMQ
 from retrykit.policy import SimpleRetryPolicy
 from retrykit.sql import SqlRetryContextCache, sqlite_engine
 from retrykit.template import RetryTemplate
@@ -522,10 +524,12 @@ def test_a_parking_that_the_broker_refuses_is_a_failed_recovery(embedded, queue,
 
 @pytest.mark.parametrize("kind", ["embedded", "activemq"])
 def test_a_header_that_the_broker_cannot_take_is_refused_too(request, kind, queue):
-    session = StompBroker(request.getfixturevalue(kind).url, **SLOW_TO_FAIL).connect(consume=False)
-    session.send(queue, b"x", {"long": "x" * (10_241 - len("long:"))})
+    url, profile = request.getfixturevalue(kind).url, attrs.evolve(ACTIVEMQ, longest_header=None)
+    session = StompBroker(url, **SLOW_TO_FAIL, profile=profile).connect(consume=False)
+    session.send(queue, b"x", {"long": "x" * (ACTIVEMQ.longest_header - len("long:"))})
     session.commit()
-    session.send(queue, b"x", {"long": "x" * (10_242 - len("long:"))})
+    # Without what the profile knows nobody would say so before the broker does.
+    session.send(queue, b"x", {"long": "x" * (ACTIVEMQ.longest_header + 1 - len("long:"))})
     with pytest.raises(BrokerRefusedError, match=f"{queue}.*header length"):
         session.flush()
     with pytest.raises(ConnectionLostError):
@@ -578,6 +582,27 @@ def test_a_header_that_is_too_long_for_a_copy_is_left_out_and_told(server, queue
     else:
         assert (left, copy.headers.get("x-long")) == ({"x-long": 12_007}, None)
         assert "its copy goes without headers that are too long for it: x-long (12007 bytes)" in caplog.text
+
+
+def test_headers_that_the_broker_takes_are_all_kept_in_the_copy(server, queue):
+    long = {"a": "z" * 5_000, "b": "é" * 2_500, "c": '"' * 5_000, "d": "x" * 10_000}
+    if is_rabbit(server):
+        long["e"] = "y" * 100_000
+    copy = parked_of(server, queue, long)
+    assert original_headers(copy.headers).items() >= long.items()
+    assert "retrykit-left-out" not in copy.headers
+
+
+def test_rabbitmq_before_its_bound_is_sent_longer_headers_whether_its_profile_is_given_or_found(rabbitmq, queue):
+    long = {"long": "x" * 200_000}
+    for profile in (None, "rabbitmq"):
+        with Publisher(StompBroker(rabbitmq.url, profile=profile)) as publisher:
+            publisher.send(queue, b"x", long)
+    with closing(StompBroker(rabbitmq.url, destination=queue).connect()) as session:
+        for _ in range(2):
+            message = session.receive(PATIENCE)
+            assert message.headers["long"] == long["long"]
+            session.commit(message)
 
 
 @pytest.mark.parametrize("count", [150, 200])

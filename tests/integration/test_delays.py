@@ -195,7 +195,7 @@ def test_a_message_with_a_header_that_is_too_long_for_a_copy_waits_in_its_sessio
     assert instants[1] - instants[0] > 0.15
     fits = is_rabbit(server)
     assert late.container.counters.postponed == int(fits)
-    assert ("longer than the 10240 bytes that the broker takes: x-long" in caplog.text) is not fits
+    assert ("longer than the 10241 bytes that the broker takes: x-long" in caplog.text) is not fits
 
 
 def test_a_copy_is_no_first_delivery_to_a_worker_that_was_connected_before(server, queue):

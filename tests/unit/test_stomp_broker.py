@@ -23,8 +23,10 @@ from retrykit.messaging.stomp.session import StompSession
 from retrykit.messaging.stomp.sockets import PlainSocket
 from retrykit.messaging.stomp.transport import Call
 from retrykit.messaging.stomp.wire import Wire
+from retrykit.policy import SimpleRetryPolicy
 from retrykit.template import RetryTemplate
 from retrykit.testing import StompServer
+from tests.waiting import until
 
 
 @pytest.mark.parametrize(
@@ -105,6 +107,46 @@ def test_nothing_is_sent_to_where_nothing_can_be_and_the_next_message_is(profile
         with pytest.raises(ValueError, match="destination: '/queue/' has no name behind the last slash"):
             publisher.send("/queue/", b"x")
         publisher.send("/queue/a", b"x")
+        assert server.depth("/queue/a") == 1
+
+
+@pytest.mark.parametrize("profile", [ACTIVEMQ, attrs.evolve(RABBITMQ, longest_header=50_000)])
+def test_a_header_that_is_too_long_is_named_before_anything_is_sent_and_the_next_message_goes_out(profile):
+    longest = profile.longest_header
+    line = f"{longest} bytes"
+    with (
+        StompServer(profile=profile.name) as server,
+        Publisher(StompBroker(server.url, profile=profile)) as publisher,
+    ):
+        with pytest.raises(ValueError, match=f"headers: 'note' is too long to be sent: {longest + 1} bytes.*{line}"):
+            publisher.send("/queue/a", b"x", {"note": ":" + "y" * (longest - 6)})
+        with pytest.raises(ValueError, match="destination is too long to be sent"):
+            publisher.send("/queue/" + "a" * longest, b"x")
+        publisher.send("/queue/a", b"x", {"note": ":" + "y" * (longest - 7)})
+        assert server.depth("/queue/a") == 1
+
+
+def test_a_handler_that_sends_a_header_that_is_too_long_fails_and_its_message_is_parked_on_the_same_connection():
+    def handler(message):
+        message.send("/queue/b", b"x", {"note": "y" * 11_000})
+
+    template = RetryTemplate(retry_policy=SimpleRetryPolicy(max_attempts=2))
+    with StompServer() as server:
+        server.publish("/queue/a", b"x")
+        broker = StompBroker(server.url, destination="/queue/a")
+        with ListenerContainer(broker, handler, template=template, recover=park("/queue/p")) as container:
+            until(lambda: container.counters.parked == 1, 30)
+        assert (container.counters.generations, container.counters.in_doubt) == (1, 0)
+        (parked,) = server.messages("/queue/p")
+        assert parked.headers["retrykit-error-type"] == "builtins.ValueError"
+        assert "'note' is too long to be sent" in parked.headers["retrykit-error"]
+        assert server.depth("/queue/b") == 0
+
+
+def test_of_brokers_of_no_known_kind_no_header_is_too_long():
+    with StompServer(profile="rabbitmq") as server:
+        with Publisher(StompBroker(server.url, profile=attrs.evolve(GENERIC, longest_header=10))) as publisher:
+            publisher.send("/queue/a", b"x", {"note": "y" * 11_000})
         assert server.depth("/queue/a") == 1
 
 
@@ -207,7 +249,9 @@ def test_a_wrong_option_is_refused(option, value):
 
 def test_the_profile_is_what_the_server_calls_itself():
     assert profile_for("ActiveMQ/5.17.2") is ACTIVEMQ
-    assert profile_for("RabbitMQ/3.10.8") is RABBITMQ
+    assert profile_for("RabbitMQ/4.1.0") is RABBITMQ
+    assert profile_for("RabbitMQ") is RABBITMQ
+    assert profile_for("RabbitMQ/3.10.8") == attrs.evolve(RABBITMQ, longest_header=None)
     assert profile_for("Something/1.0") is GENERIC
     assert profile_for("") is GENERIC
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from retrykit.message import EXPIRES_AT
-from retrykit.messaging.headers import check_headers
+from retrykit.messaging.headers import check_headers, line_size
 from retrykit.messaging.recoverers import COPY_OF, ID
 from retrykit.messaging.stomp.java_text import is_text, to_java
 from retrykit.messaging.stomp.places import misplaced
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from retrykit.messaging.stomp.settings import StompSettings
 
 _LENGTH: Final = "content-length"
+_SHOWN: Final = 60
 
 
 def outgoing(
@@ -44,7 +45,20 @@ def outgoing(
     if full["persistent"] == "false":
         # Nothing says the same everywhere; "false" makes RabbitMQ want a queue that goes with this connection.
         del full["persistent"]
+    _check_length(full, profile)
     return full, body
+
+
+def _check_length(headers: Mapping[str, str], profile: Profile) -> None:
+    """`ValueError` for a header with which the broker would refuse the message, and many of them the connection."""
+    if profile.longest_header is None or not profile.server:
+        # Of servers of no kind in particular nothing is known for certain.
+        return
+    for name, value in headers.items():
+        if (size := line_size(name, value)) > profile.longest_header:
+            what = "destination" if name == "destination" else f"headers: {name[:_SHOWN]!r}"
+            limit = f"brokers of the kind {profile.name!r} take lines of at most {profile.longest_header} bytes"
+            raise ValueError(f"{what} is too long to be sent: {size} bytes with its name and escapes; {limit}")
 
 
 def _name(profile: Profile, headers: Mapping[str, str]) -> dict[str, str]:

@@ -30,7 +30,7 @@ from retrykit.messaging.stomp.incoming import Incoming
 from retrykit.messaging.stomp.java_text import to_java
 from retrykit.messaging.stomp.outgoing import outgoing
 from retrykit.messaging.stomp.places import misplaced
-from retrykit.messaging.stomp.profiles import ACTIVEMQ, RABBITMQ, Profile, profile_for
+from retrykit.messaging.stomp.profiles import ACTIVEMQ, PROFILES, RABBITMQ, Profile, profile_for
 from retrykit.messaging.stomp.refusals import not_subscribed
 from retrykit.messaging.stomp.subscription import (
     check_supported,
@@ -98,7 +98,8 @@ class StompSession:
             # ActiveMQ would bury what is given back as on RabbitMQ; RabbitMQ names no message as ActiveMQ does.
             reason = f"profile: {given.name!r} was given, and the server calls itself {server!r}; leave it out"
             raise NotSupportedError(broker=self._broker.name, reason=reason)
-        return given
+        # By its name alone it is the kind; the server's words tell its version, too.
+        return found if given in PROFILES and given.name == found.name else given
 
     @property
     def profile(self) -> Profile:
