@@ -112,6 +112,9 @@ class RetryContext:
     Whoever delivers the item again should wait.
     """
 
+    _retracted: bool = False
+    """This attempt is reserved no longer, though it may still run: its process ends (`retrykit.loops.retract`)."""
+
     def __init__(self, template: Any, started: float, outer: Any = None, state: RetryState | None = None) -> None:
         self._template = template
         self._started = started

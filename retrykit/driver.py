@@ -171,6 +171,8 @@ class Driver(Call):
             return fault
 
     def _believed(self, answer: bool | None) -> bool:  # noqa: FBT001 - the flow's last word
+        if self.context._retracted:
+            return False
         # One that was late, and was not overtaken meanwhile, is believed again.
         before, self.context.lease_lost = self.context.lease_lost, not answer
         if not answer and not before:

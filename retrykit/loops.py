@@ -10,9 +10,10 @@ from inspect import isawaitable
 from types import CoroutineType
 from typing import Any
 
-from retrykit.context import _bound
+from retrykit.context import RetryContext, _bound
 from retrykit.driver import Driver, answer_to, described
 from retrykit.errors import CommitInDoubtError
+from retrykit.flight import withdraw
 from retrykit.flow import abort, run
 from retrykit.steps import (
     ANSWER_NOTHING,
@@ -192,6 +193,28 @@ def _send(flow: Generator[Any, Any, Any], answer: Any) -> Any:
         return flow.send(answer)
     except StopIteration:
         return None
+
+
+def retract(template: Any, context: RetryContext) -> Exception | None:
+    """Withdraw, beside a call that is in the middle of its attempt, what is stored of that; the fault of the store.
+
+    For one whose process is to end before the attempt does: it has not failed, and is not to be believed dead. Nothing
+    of the call itself is touched. Should it go on after all, it finds that somebody else has changed its history.
+    """
+    history = context._history
+    if history is None or history.flight(history.fence) is None:
+        return None
+    context._retracted = True
+    driver = template.driver(template.context(context._state), retract, (), {}, None)
+    driver.flight = history.fence
+    steps, answer, fault = withdraw(driver), None, None
+    try:
+        while (step := _send(steps, answer)) is not None:
+            answer = perform(driver, step)
+            fault = answer if isinstance(answer, Exception) else fault
+    finally:
+        driver.done()
+    return fault
 
 
 def refuse_awaitable(answer: Any, what: Any) -> Any:

@@ -25,6 +25,7 @@ from retrykit.messaging.logs import ATTRIBUTE, in_detail
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.readiness import ConsumerHealth, Health, State
 from retrykit.messaging.recoverers import Recoverer, misplaced_by, park
+from retrykit.messaging.retraction import Retraction
 from retrykit.messaging.unit_of_work import Transaction
 from retrykit.messaging.work import Work
 from retrykit.messaging.worker import MISCONFIGURED, Worker
@@ -145,6 +146,7 @@ class ListenerContainer(Lifetime):
     _stopping: threading.Event = attrs.field(factory=threading.Event, init=False, repr=False)
     _ending: Ending = attrs.field(factory=Ending, init=False, repr=False)
     _lock: threading.Lock = attrs.field(factory=threading.Lock, init=False, repr=False)
+    _retraction: Retraction = attrs.field(factory=Retraction, init=False, repr=False)
     _sessions: list[Session] = attrs.field(factory=list, init=False, repr=False)
     _threads: list[threading.Thread] = attrs.field(factory=list, init=False, repr=False)
     loop: HandlerLoop | None = attrs.field(default=None, init=False, repr=False)
@@ -190,9 +192,14 @@ class ListenerContainer(Lifetime):
         """Ask the workers to finish the message in hand and leave; returns at once.
 
         `now` takes their connections away, and cancels handlers that are coroutines: what they have in hand is rolled
-        back and delivered again. May be called from any thread, and again.
+        back and delivered again, and counts neither as a failed attempt nor as a crash. That plain handlers have
+        attempts running is taken back in their histories; if the store hangs, `stop` returns after two seconds. May be
+        called from any thread, and again.
         """
         self._stopping.set()
+        if now and self.loop is None:
+            # First: whoever is then given a message looks into its history.
+            self._retraction.withdraw()
         with self._lock:
             sessions = list(self._sessions)
             started = bool(self._threads)
@@ -206,6 +213,10 @@ class ListenerContainer(Lifetime):
         # Now that nothing can be committed any more.
         for desk in self._desks if now else ():
             desk.cancel()
+        if now and self.loop is None:
+            # What was begun meanwhile.
+            self._retraction.withdraw()
+            self._retraction.finish()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait until all workers have left; False after `timeout` seconds.
@@ -278,6 +289,7 @@ class ListenerContainer(Lifetime):
             _deliveries(self.template),
             journal=self.journal,
             delays=Delays(self.delay),
+            retraction=self._retraction,
         )
 
     def _thread(self, work: Work, number: int) -> threading.Thread:

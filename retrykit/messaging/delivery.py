@@ -53,8 +53,8 @@ from retrykit.message import (
 from retrykit.messaging.broker import Overlapping, Session
 from retrykit.messaging.delays import still_due
 from retrykit.messaging.ends import name_facts, tell_doubt, tell_failed, tell_settled, tell_withheld
-from retrykit.messaging.errors import BrokerRefusedError, CutShortError
-from retrykit.messaging.handler import refuse_unfinished
+from retrykit.messaging.errors import BrokerRefusedError, CutOffInterrupt, CutShortError
+from retrykit.messaging.handler import exited, refuse_unfinished
 from retrykit.messaging.outbox import Outgoing, identified
 from retrykit.messaging.recoverers import ID, Recoverer, fitting, left_out, stable_id
 from retrykit.messaging.unit_of_work import UnitOfWork
@@ -82,6 +82,8 @@ class Delivery:
         self._sending = threading.Lock()
         self._sender: object | None = None
         self._open: Message | None = None
+        self._is_cut = False
+        self.was_cut = False
         self.sent = 0
         self.refused: BrokerRefusedError | None = None
 
@@ -152,7 +154,10 @@ class Delivery:
 
     def complete(self, verb: Callable[[], Any]) -> Any:
         """Do something with the template."""
-        return verb()
+        try:
+            return verb()
+        except CutOffInterrupt:
+            raise CutShortError("its handler had not come to its end when the container stopped at once") from None
 
     def state(self, key: Any) -> RetryState:
         """What the template is told of the item and of this delivery of it."""
@@ -179,22 +184,60 @@ class Delivery:
 
     def attempt(self, context: RetryContext) -> Any:
         """The template's callback: the handler, and what its result asks for."""
+        return self._obey(self._called(self.work.call, context, "handler"), context, "handler")
+
+    def _called(self, function: Callable[[Message, RetryContext], Any], context: RetryContext, whose: str) -> Any:
+        """What the user's function returns, if the container has not stopped at once meanwhile."""
         try:
-            return self._obey(self.work.call(self._opened(context), context), context, "handler")
-        finally:
-            self._close()
+            try:
+                result = function(self._opened(context), context)
+            finally:
+                self._close()
+        except SystemExit as leaving:
+            self._go_on(leaving)
+            raise exited(leaving, whose) from leaving
+        except Exception as error:
+            self._go_on(error)
+            raise
+        self._go_on(None)
+        return result
+
+    def _go_on(self, error: BaseException | None) -> None:
+        """The user's function has ended, with an error perhaps; `CutOffInterrupt` if it was cut off."""
+        if not self.was_cut:
+            return
+        if error is not None:
+            text = "message %r: what was cut off has ended with %r"
+            _log.warning(text, self.message.key, error, exc_info=error, extra=name_facts(self))
+        raise CutOffInterrupt from error
+
+    def cut(self) -> bool:
+        """Have the user's function, if it runs, end as if it had been cancelled; and let none begin. Whether it runs.
+
+        One that has just returned is not cut off: the delivery comes to its end by itself, one way or the other.
+        """
+        with self._sending:
+            runs, self._sender = self._sender is not None, None
+            self._is_cut, self.was_cut = True, self.was_cut or runs
+            if runs:
+                # Nobody may be there any more when it comes back.
+                self.work.tally.add(withheld=1)
+            return runs
 
     def _opened(self, context: RetryContext) -> Message:
         """The message as a handler gets it: it can send until `_close`, and nothing of an earlier attempt is sent."""
-        self.context, self._sender = context, (sender := object())
+        self.context, sender = context, object()
         if _log.isEnabledFor(logging.DEBUG):
             what = "the recovery after attempt" if self.recovering else "attempt"
             _log.debug("message %r: %s %d begins", self.message.key, what, context.attempt, extra=name_facts(self))
         if self.sent:
             self.sent = 0
             context.outbox.clear()
-        self._open = with_sender(self.message, partial(self._send_as, sender))
-        return self._open
+        with self._sending:
+            if self._is_cut:
+                raise CutOffInterrupt
+            self._sender, self._open = sender, with_sender(self.message, partial(self._send_as, sender))
+            return self._open
 
     def _close(self) -> None:
         """Let no one send any more."""
@@ -233,10 +276,7 @@ class Delivery:
 
     def recovery(self, context: RetryContext) -> Any:
         """The template's recovery: the recoverer, and what its result asks for."""
-        try:
-            return self._obey(self._recoverer()(self._opened(context), context), context, "recover")
-        finally:
-            self._close()
+        return self._obey(self._called(self._recoverer(), context, "recover"), context, "recover")
 
     def _recoverer(self) -> Recoverer:
         if self.refused is not None:
@@ -259,8 +299,6 @@ class Delivery:
                 stable = None if again else stable_id(self.message.headers, self.message.id)
                 named = {name: value for name, value in headers.items() if name != ID} if again else headers
                 self.send(destination, self.message.body, self._fitting(named), stable)
-        # What was sent is now stored with the mark.
-        self._close()
         if (self.sent or self.recovering) and self.work.template.remember_completed is None:
             # No mark would say what is done: until the broker has confirmed, the history has to say where it stands.
             # The cache finds no transaction to join, so it outlives the database's commit.
@@ -304,7 +342,7 @@ class Delivery:
         delay = 0.0 if decision is None else decision.delay
         counts = not self.withheld(error)
         if not counts:
-            self.work.tally.add(withheld=1)
+            self.work.tally.add(withheld=int(not self.was_cut))
             self.hold(error, delay)
             delay = still_due(error)
         else:

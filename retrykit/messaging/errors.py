@@ -83,6 +83,18 @@ class NoStableIdError(BrokerError):
     """
 
 
+class HandlerExitError(RetryError):
+    """The {whose} called sys.exit({code}).
+
+    Raised from its `SystemExit`. A worker's thread cannot end its process, and a message must not; so this is a failed
+    attempt (or recovery) like any other exception.
+    """
+
+
+class CutOffInterrupt(BaseException):
+    """Ends a call as an interrupt does: the container has stopped at once while the handler ran. Nothing is counted."""
+
+
 class CutShortError(Exception):
     """The handler was cancelled, as the container stops at once: nothing has failed."""
 

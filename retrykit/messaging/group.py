@@ -62,8 +62,16 @@ class ContainerGroup(Lifetime):
 
     def stop(self, *, now: bool = False) -> None:
         """Stop them all, as `ListenerContainer.stop` does."""
-        for one in self.containers:
-            one.stop(now=now)
+        if not now:
+            for one in self.containers:
+                one.stop()
+            return
+        # Beside each other: each may have to wait for its store.
+        stopping = [threading.Thread(target=one.stop, kwargs={"now": True}, daemon=True) for one in self.containers]
+        for thread in stopping:
+            thread.start()
+        for thread in stopping:
+            thread.join()
 
     @property
     def farewell(self) -> float:

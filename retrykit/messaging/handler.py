@@ -5,16 +5,19 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from retrykit.check import wrong_type
 from retrykit.message import Message
+from retrykit.messaging.errors import HandlerExitError
 
 if TYPE_CHECKING:
     from retrykit.context import RetryContext
     from retrykit.template import AsyncRetryTemplate, RetryTemplate
 
     Template = RetryTemplate | AsyncRetryTemplate
+
+_CODE: Final = 200
 
 Handler = Callable[..., Any]
 """A coroutine function where the template is an `AsyncRetryTemplate`, else a plain one."""
@@ -90,6 +93,12 @@ def _arguments(handler: Handler) -> tuple[int, bool]:
         return max(1 if named else 2, required), named
     wanted = 2 if len(positional) > 1 and positional[1].name == "context" else min(1, len(positional))
     return max(required, wanted), named
+
+
+def exited(leaving: SystemExit, whose: str) -> HandlerExitError:
+    """What a call of `sys.exit` in a handler is to the message: argparse's and click's `main` do so at their ends."""
+    code = "" if leaving.code is None else repr(leaving.code)[:_CODE]
+    return HandlerExitError(whose="handler" if whose == "handler" else "recovery", code=code)
 
 
 def refuse_unfinished(result: Any, whose: str) -> None:

@@ -126,7 +126,8 @@ class Lifetime(ABC):
 
         `grace`: the messages in hand may take so many seconds (None: as long as they do), then it stops at once. True
         if they were finished. If not, a handler may still be running in its thread: nothing that it does will be
-        committed. One that is a coroutine is cancelled, and has 2 seconds to come to its end.
+        committed, and it counts neither as a failed attempt nor as a crash. One that is a coroutine is cancelled, and
+        has 2 seconds to come to its end.
 
         Raises what made it give up.
         """

@@ -16,6 +16,7 @@ from retrykit.messaging.in_hand import KeysInHand, in_hand_of
 from retrykit.messaging.open_keys import OpenKeys
 from retrykit.messaging.patience import Patience
 from retrykit.messaging.recoverers import Recoverer
+from retrykit.messaging.retraction import Retraction
 from retrykit.messaging.unit_of_work import MisusedError, Transaction, TransactionMisuseError
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Work:
     desk: Desk | None = None
     """Where the worker waits for its delivery, if that runs on an event loop."""
     delays: Delays = attrs.field(factory=Delays)
+    retraction: Retraction = attrs.field(factory=Retraction)
     pauses: Pauses | None = None
     overlaps: bool = False
     """Whether a message may be handled before it is confirmed that the one before is acknowledged."""
@@ -81,6 +83,7 @@ class Work:
 
     def _take_on(self, delivery: Delivery) -> None:
         session, message = delivery.session, delivery.message
+        self.retraction.take(delivery)
         try:
             delivery.run()
         except MisusedError as misused:
@@ -94,3 +97,5 @@ class Work:
             delivery.give_back(error)
             if isinstance(error, LoopEndedError) or not isinstance(error, Exception):
                 raise
+        finally:
+            self.retraction.leave(delivery)

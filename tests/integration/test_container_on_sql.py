@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+from contextlib import contextmanager
+from functools import partial
+
 import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 
 from retrykit import ExponentialBackOffPolicy, RetryTemplate, SimpleRetryPolicy
-from retrykit.messaging import ListenerContainer, Message, park
+from retrykit.messaging import ListenerContainer, Message, park, retraction
 from retrykit.messaging.memory import MemoryBroker
 from retrykit.messaging.stomp import StompBroker
 from retrykit.sql import SqlRetryContextCache, park_in_transaction, parked_items
@@ -101,6 +105,62 @@ def test_a_connection_that_ended_while_the_handler_ran_is_known_before_the_datab
             waiting.until(lambda: len(calls) == 2 and not server.depth("/queue/orders"), PATIENCE)
     # There are no completion marks: committed the first time, it would be here twice.
     assert effects(cache) == 1
+
+
+@pytest.fixture
+def little_patience(monkeypatch):
+    """Whoever has written to a file of SQLite holds up all others, who would have to be waited for."""
+    monkeypatch.setattr(retraction, "PATIENCE", 0.02)
+
+
+class Halted:
+    """Where a delivery is halted until it is told to go on, the first time."""
+
+    def __init__(self, where):
+        self.where = where
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def at(self, where):
+        if where == self.where and not self.reached.is_set():
+            self.reached.set()
+            assert self.go_on.wait(PATIENCE)
+
+    def handle(self, message, context):
+        self.at("before the handler's work")
+        context.transaction.execute(text("INSERT INTO effects VALUES ('x')"))
+        self.at("after the handler's work")
+
+    @contextmanager
+    def transaction(self, engine):
+        with sessionmaker(engine).begin() as session:
+            yield session
+            self.at("before the commit")
+        self.at("after the commit")
+
+
+@pytest.mark.parametrize("remember_completed", [60, None])
+@pytest.mark.parametrize(
+    "where", ["before the handler's work", "after the handler's work", "before the commit", "after the commit"]
+)
+@pytest.mark.usefixtures("little_patience")
+def test_work_is_done_once_whenever_the_container_is_stopped_at_once(broker, cache, where, remember_completed):
+    broker.publish("x")
+    halted = Halted(where)
+    template = RetryTemplate(name="orders", context_cache=cache, remember_completed=remember_completed)
+    options = {"transaction": partial(halted.transaction, cache.engine), "template": template, "reconnect": AT_ONCE}
+    made = ListenerContainer(broker, halted.handle, journal="always", **options)
+    made.start()
+    assert halted.reached.wait(PATIENCE)
+    made.stop(now=True)
+    halted.go_on.set()
+    assert made.wait(PATIENCE)
+    with ListenerContainer(broker, halted.handle, journal="always", **options) as again:
+        assert broker.wait_until_empty(PATIENCE)
+    # Once the broker has been asked, the database commits, and what is not acknowledged is known by its mark only.
+    committed = where.endswith("the commit")
+    assert effects(cache) == (2 if committed and remember_completed is None else 1)
+    assert again.counters.duplicates == int(committed and remember_completed is not None)
+    assert [stored.snapshot["retry_count"] for _, stored in cache.items()] == [0] * (remember_completed is not None)
 
 
 def writes_and_sends(message, context):

@@ -8,6 +8,7 @@ import gc
 import logging
 import os
 import signal
+import sys
 import threading
 import weakref
 from contextlib import asynccontextmanager, contextmanager
@@ -20,6 +21,7 @@ from retrykit.backoff import ExponentialBackOffPolicy, FixedBackOffPolicy
 from retrykit.cache import MapRetryContextCache
 from retrykit.errors import ContextCacheError, ExhaustedRetryError
 from retrykit.front import FrontContextCache
+from retrykit.listener import RetryListener
 from retrykit.messaging import (
     BrokerUnavailableError,
     Capabilities,
@@ -920,11 +922,54 @@ def test_what_is_no_failure_of_the_handler_stops_the_container_and_gives_the_mes
     broker.publish("x")
 
     def handler(message):
-        raise SystemExit(3)
+        raise KeyboardInterrupt
 
-    with pytest.raises(SystemExit), container(broker, handler) as made:
+    with pytest.raises(KeyboardInterrupt), container(broker, handler) as made:
         made.wait(PATIENCE)
     assert len(broker.messages()) == 1
+
+
+@pytest.mark.parametrize(("code", "words"), [(5, "5"), (0, "0"), (None, ""), ("usage: …", "'usage: …'")])
+def test_an_exit_of_the_handler_is_a_failed_attempt_like_others(broker, code, words, caplog):
+    caplog.set_level(logging.INFO, "retrykit.messaging")
+    broker.publish("x")
+    broker.publish("good")
+    causes, last = [], []
+
+    def handler(message):
+        if message.text == "x":
+            sys.exit(code)
+
+    def recover(message, context):
+        last.append(context.last_error)
+        return Park(PARKED)
+
+    class Heard(RetryListener):
+        def on_error(self, context, error, decision):
+            causes.append(error.__cause__)
+
+    made = consume(broker, handler, recover=recover, template=template(listeners=[Heard()]))
+    assert [type(cause) for cause in causes] == [SystemExit] * 3
+    assert str(last[0]) == f"The handler called sys.exit({words})."
+    assert isinstance(causes[0], SystemExit)
+    assert causes[0].code == code
+    assert (made.counters.parked, made.counters.rolled_back, made.counters.acknowledged) == (1, 2, 1)
+    assert caplog.text.count("an attempt has failed: HandlerExitError(") == 2
+    assert (made.error, made.counters.generations) == (None, 1)
+
+
+def test_an_exit_of_the_recovery_is_a_failed_recovery_like_others(broker):
+    broker.publish("x")
+    tries = []
+
+    def recover(message, context):
+        tries.append(message)
+        if len(tries) == 1:
+            sys.exit(1)
+
+    made = consume(broker, failing(9), recover=recover, template=template(max_attempts=1))
+    assert len(tries) == 2
+    assert made.counters.recovered == 1
 
 
 @plain_only

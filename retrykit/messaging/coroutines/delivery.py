@@ -13,6 +13,7 @@ from retrykit.message import Message
 from retrykit.messaging.broker import Session
 from retrykit.messaging.coroutines.desk import Desk, finished
 from retrykit.messaging.delivery import Delivery
+from retrykit.messaging.handler import exited
 from retrykit.messaging.outbox import Outgoing
 
 if TYPE_CHECKING:
@@ -39,21 +40,22 @@ class AsyncDelivery(Delivery):
 
     async def attempt(self, context: RetryContext) -> Any:
         """As `Delivery.attempt`, awaited."""
-        try:
-            message = self._opened(context)
-            with self._desk.hearing():
-                result = await finished(self.work.call(message, context))
-            return self._obey(result, context, "handler")
-        finally:
-            self._close()
+        return self._obey(await self._heard(self.work.call, context, "handler"), context, "handler")
 
     async def recovery(self, context: RetryContext) -> Any:
         """As `Delivery.recovery`, awaited."""
+        return self._obey(await self._heard(self._recoverer(), context, "recover"), context, "recover")
+
+    async def _heard(self, function: Callable[[Message, RetryContext], Any], context: RetryContext, whose: str) -> Any:
+        """As `_called`, awaited. It is the desk that cuts it off."""
         try:
-            recover, message = self._recoverer(), self._opened(context)
+            message = self._opened(context)
             with self._desk.hearing():
-                result = await finished(recover(message, context))
-            return self._obey(result, context, "recover")
+                try:
+                    return await finished(function(message, context))
+                except SystemExit as leaving:
+                    # Else asyncio would end the loop with it.
+                    raise exited(leaving, whose) from leaving
         finally:
             self._close()
 
