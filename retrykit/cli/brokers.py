@@ -36,6 +36,18 @@ def broker_at(url: str, destination: str = "", declare: Mapping[str, str] | None
     return broker
 
 
+def destination_in(url: str | None) -> str:
+    """The destination that a URL names; "" for none, and for what is no URL of a broker."""
+    if url is None:
+        return ""
+    try:
+        from retrykit.messaging.stomp import StompBroker
+
+        return StompBroker(url).destination
+    except (ImportError, ValueError):
+        return ""
+
+
 def told_of(error: Exception) -> str:
     """What has kept a message from being sent, and which option would mend it."""
     text = str(error)

@@ -9,7 +9,7 @@ from typing import Any, Final, TextIO
 import click
 from click.core import ParameterSource
 
-from retrykit.cli.brokers import as_headers
+from retrykit.cli.brokers import as_headers, destination_in
 from retrykit.cli.options import F, json_option, since_until, together, yes_option
 from retrykit.cli.parked_items import Which
 from retrykit.cli.parked_queue import (
@@ -22,6 +22,7 @@ from retrykit.cli.parked_queue import (
     show_message,
 )
 from retrykit.cli.parked_table import discard_items, list_items, requeue_items, show_item
+from retrykit.cli.words import safe
 
 _BROKER: Final = "stomp://user:password@host:61613"
 
@@ -71,11 +72,13 @@ def _queue(broker_url: str | None, destination: str | None, **options: Any) -> P
     return Place(broker_url=broker_url, destination=destination, **options)
 
 
-def _table(url: str | None, **only_for_queues: Any) -> str:
-    """The database that is meant."""
+def _table(url: str | None, broker_url: str | None = None, **only_for_queues: Any) -> str:
+    """The database that is meant; `broker_url` where a broker would mean a queue of it."""
     for name, value in only_for_queues.items():
         if value is not None:
             raise click.UsageError(f"--{name} needs a --destination.")
+    if url is None and (queue := destination_in(broker_url)):
+        raise click.UsageError(f"--broker with a --destination: the queue goes there, out of the URL: {safe(queue)}")
     if url is None:
         raise click.UsageError("Say where: --store (or RETRYKIT_STORE), or --broker with --destination.")
     return url
@@ -129,7 +132,7 @@ def list_(
     """
     place = _queue(broker_url, destination, limit=limit)
     if place is None:
-        list_items(_table(url), Which(**where), limit=limit or LISTED, after=after, as_json=as_json)
+        list_items(_table(url, broker_url), Which(**where), limit=limit or LISTED, after=after, as_json=as_json)
     else:
         _refuse("url", "after")
         list_messages(place, Which(**where), as_json=as_json)
@@ -157,7 +160,7 @@ def show(
     """Show one item: its headers, its errors, and its body as far as it is text."""
     place = _queue(broker_url, destination, limit=limit)
     if place is None:
-        show_item(_table(url, limit=limit), id_, as_json=as_json, body=body)
+        show_item(_table(url, broker_url, limit=limit), id_, as_json=as_json, body=body)
     else:
         _refuse("url")
         show_message(place, id_, as_json=as_json, body=body)
@@ -257,7 +260,7 @@ def discard(
     place = _queue(broker_url, destination, limit=limit)
     meant: dict[str, Any] = {"ids": ids, "which": Which(**where), "everything": everything, "yes": yes}
     if place is None:
-        discard_items(_table(url, limit=limit), **meant, output=output)
+        discard_items(_table(url, broker_url, limit=limit), **meant, output=output)
     else:
         _refuse("url")
         discard_messages(place, **meant, output=output)

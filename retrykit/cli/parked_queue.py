@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TextIO
@@ -26,6 +26,8 @@ LISTED: Final = 50
 HELD: Final = 1_000
 # They keep nothing, or hand it to whom they will.
 _NO_QUEUES: Final = ("/topic/", "/exchange/", "/temp-")
+# Of RabbitMQ, which makes a queue when something is first put there.
+_NO_QUEUE: Final = "NOT_FOUND - no queue"
 _MOST: Final = 65_000  # RabbitMQ counts what is on its way in 16 bits
 
 
@@ -77,9 +79,23 @@ def _browsed(place: Place, default: int) -> tuple[list[ParkedMessage], bool]:
     broker = place.broker()
     from retrykit.messaging.parked import browse
 
-    with told("--broker"):
+    found: list[ParkedMessage] = []
+    with told("--broker"), _nothing_in_no_queue(place):
         found = browse(broker, place.bound(default))
     return found, len(found) == place.bound(default)
+
+
+@contextmanager
+def _nothing_in_no_queue(place: Place) -> Iterator[None]:
+    """Whoever looks into a queue that is not there has found nothing; it may be one that nobody has parked in yet."""
+    from retrykit.messaging.errors import BrokerError
+
+    try:
+        yield
+    except BrokerError as error:
+        if _NO_QUEUE not in error.answer:
+            raise
+        click.echo(f"there is no queue {safe(place.destination)}: nobody has parked anything there", err=True)
 
 
 def show_message(place: Place, id_: str, *, as_json: bool, body: Path | None) -> None:
@@ -107,25 +123,28 @@ def _called(place: Place, name: str, items: Sequence[ParkedMessage]) -> list[Par
 
 
 @contextmanager
-def _held(place: Place, ids: Sequence[str], which: Which, *, everything: bool) -> Iterator[tuple[Hands, list[InHand]]]:
-    """The connection, and the messages that are meant: of those named, or of those that the filter finds."""
+def _held(place: Place, ids: Sequence[str], which: Which, *, everything: bool) -> Iterator[tuple[Any, list[InHand]]]:
+    """The connection, and the messages that are meant: of those named, or of those that the filter finds.
+
+    For a queue that is not there, none that are meant, and what is of no use without any.
+    """
     which.must_be_said(ids, everything=everything)
     broker = place.broker()
     from retrykit.messaging.parked import taken
 
-    with told("--broker"), taken(broker, place.bound(HELD)) as hands:
-        yield hands, _meant(place, hands, ids, which)
+    with told("--broker"), ExitStack() as stack:
+        hands: Hands | None = None
+        with _nothing_in_no_queue(place):
+            hands = stack.enter_context(taken(broker, place.bound(HELD)))
+        yield hands, _meant(place, () if hands is None else hands.found, ids, which)
 
 
-def _meant(place: Place, hands: Hands, ids: Sequence[str], which: Which) -> list[InHand]:
+def _meant(place: Place, found: Sequence[InHand], ids: Sequence[str], which: Which) -> list[InHand]:
     if not ids:
-        found = [one for one in hands.found if which.fits(one.item)]
-        if not found:
-            raise click.ClickException("no such message is parked")
-        return found
-    items = [one.item for one in hands.found]
+        return [one for one in found if which.fits(one.item)]
+    items = [one.item for one in found]
     meant = {item.id for name in ids for item in _called(place, name, items)}
-    return [one for one in hands.found if one.item.id in meant]
+    return [one for one in found if one.item.id in meant]
 
 
 def requeue_messages(
@@ -141,6 +160,9 @@ def requeue_messages(
     """`parked requeue`."""
     histories = nullcontext(None) if contexts_url is None else opened(contexts_url)
     with told("--contexts"), histories as store, _held(place, ids, which, everything=everything) as (hands, meant):
+        if not meant:
+            click.echo("sent back: 0")
+            return
         confirm(f"Send {counted(meant)} back to {safe(to) if to else origin(meant)}?", yes=yes)
         _each(meant, "sent back", lambda one: _send_back(hands, one, to, store))
 
@@ -156,13 +178,19 @@ def discard_messages(
 ) -> None:
     """`parked discard`."""
     with _held(place, ids, which, everything=everything) as (hands, meant):
-        items = [one.item for one in meant]
-        if output is None:
-            _screen().table(TITLES, map(row_of, items))
-        else:
-            export(items, output)
+        if not meant:
+            click.echo("discarded: 0")
+            return
+        _show_or_export([one.item for one in meant], output)
         confirm(f"Discard {counted(meant)} for good?", yes=yes)
         _each(meant, "discarded", hands.drop)
+
+
+def _show_or_export(items: Sequence[ParkedMessage], output: TextIO | None) -> None:
+    if output is None:
+        _screen().table(TITLES, map(row_of, items))
+    else:
+        export(items, output)
 
 
 def _each(meant: Sequence[InHand], what: str, act: Any) -> None:

@@ -103,10 +103,7 @@ def _chosen(engine: Any, ids: Sequence[str], which: Which, *, everything: bool) 
     which.must_be_said(ids, everything=everything)
     if ids:
         return [_item(engine, number).id for number in dict.fromkeys(ids)]
-    found = list(parked_ids(engine, **attrs.asdict(which)))
-    if not found:
-        raise click.ClickException("no such item is parked")
-    return found
+    return list(parked_ids(engine, **attrs.asdict(which)))
 
 
 def requeue_items(
@@ -126,6 +123,9 @@ def requeue_items(
     broker = broker_at(broker_url, declare=declare)
     with _open(url) as store:
         numbers = _chosen(store.engine, ids, which, everything=everything)
+        if not numbers:
+            click.echo("sent back: 0")
+            return
         confirm(f"Send {counted(numbers)} back to {safe(to) if to else origin(numbers)}?", yes=yes)
         screen = Screen.here(store.histories.now())
         with _requeuer(store, broker, contexts_url, keep_history=keep_history) as requeuer:
@@ -169,6 +169,9 @@ def discard_items(
     """`parked discard`."""
     with _open(url) as store:
         numbers = _chosen(store.engine, ids, which, everything=everything)
+        if not numbers:
+            click.echo("discarded: 0")
+            return
         items = (item for number in numbers if (item := _found(store.engine, number)) is not None)
         screen = Screen.here(store.histories.now())
         if output is None:

@@ -400,9 +400,13 @@ def test_what_would_be_taken_for_a_queue_of_a_strange_name_is_refused(embedded):
 
 
 def test_nothing_is_made_that_was_not_there(rabbit, queue):
-    told = parked(rabbit, queue, "list", status=1).stderr
-    assert "NOT_FOUND" in told or "not found" in told
-    assert parked(rabbit, queue, "list", status=1).stderr == told
+    told = f"there is no queue {queue}.parked: nobody has parked anything there\n"
+    for _ in range(2):
+        found = parked(rabbit, queue, "list", "--json")
+        assert (json.loads(found.stdout), found.stderr) == ({"parked": [], "next": None}, told)
+    assert parked(rabbit, queue, "discard", "--all").output == f"{told}discarded: 0\n"
+    assert parked(rabbit, queue, "requeue", "--all").output == f"{told}sent back: 0\n"
+    assert "no message i-7 is among" in parked(rabbit, queue, "discard", "i-7", status=1).stderr
 
 
 def run(*arguments):
@@ -413,6 +417,8 @@ def run(*arguments):
     ("arguments", "told"),
     [
         (["list"], "Say where"),
+        (["list", "--broker", "stomp://h"], "Say where"),
+        (["list", "--broker", "stomp://u:p@h/queue/a.parked"], "goes there, out of the URL: /queue/a.parked\n"),
         (["list", "--destination", "/queue/a"], "--destination needs a --broker"),
         (["show", "1", "--store", "sqlite:///x", "--limit", "1"], "--limit needs a --destination"),
         (["list", "--broker", "stomp://h", "--destination", "/queue/a", "--store", "sqlite:///x"], "say one of them"),
