@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from retrykit.message import Discard, Park, Parked, Republish
 from retrykit.messaging.delays import Where, waits
-from retrykit.messaging.logs import decision_facts, in_detail, not_stored
+from retrykit.messaging.logs import at_hand, decision_facts, in_a_line, in_detail, not_stored
 from retrykit.messaging.recoverers import ID, stable_id
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def tell_settled(delivery: Delivery) -> None:
         case Republish(destination):
             tally.add(republished=1)
             if delivery.recovering:
-                _log.warning("message %r was sent on to %s", key, destination, extra=verdict_facts(delivery))
+                _tell_end(delivery, f"was sent on to {destination}")
         case Discard(reason):
             tally.add(discarded=1)
-            _log.warning("message %r was discarded: %s", key, reason, extra=verdict_facts(delivery))
+            _tell_end(delivery, f"was discarded: {reason}")
         case _:
             tally.add(acknowledged=1)
             if delivery.recovering:
-                _log.warning("message %r was recovered: no further attempt", key, extra=verdict_facts(delivery))
+                _tell_end(delivery, "was recovered: no further attempt")
             elif _log.isEnabledFor(logging.DEBUG):
                 _log.debug("message %r is handled, and acknowledged", key, extra=name_facts(delivery))
 
@@ -57,12 +57,17 @@ def tell_settled(delivery: Delivery) -> None:
 def _tell_parked(delivery: Delivery, place: str, known_as: int | str | None, reason: str) -> None:
     """By what `retrykit parked` knows it."""
     delivery.work.tally.add(parked=1)
-    told: dict[str, Any] = verdict_facts(delivery)
-    told["retrykit"] |= {"parked_in": place, "parked_as": known_as}
     name = "" if known_as == delivery.message.id else f" as {known_as}"
-    trace = None if delivery.context is None else delivery.context.last_error
-    text = "message %r was parked in %s%s: %s"
-    _log.warning(text, delivery.message.key, place, name, reason, exc_info=in_detail(trace), extra=told)
+    _tell_end(delivery, f"was parked in {place}{name}: {reason}", parked_in=place, parked_as=known_as)
+
+
+def _tell_end(delivery: Delivery, what: str, **more: Any) -> None:
+    """Say what became of a message, with the failure that led to it: nobody may have stored its traceback."""
+    told = verdict_facts(delivery)
+    told["retrykit"] |= more
+    error = None if delivery.context is None or not delivery.recovering else delivery.context.last_error
+    failed = "" if error is None else f"; its last attempt failed: {in_a_line(error)}"
+    _log.warning("message %r %s%s", delivery.message.key, what, failed, exc_info=at_hand(error), extra=told)
 
 
 def tell_doubt(delivery: Delivery, why: BaseException) -> None:
@@ -77,9 +82,11 @@ def tell_failed(delivery: Delivery, error: BaseException, where: Where) -> None:
     context = delivery.context
     why = "" if context is None or context.decision is None else context.decision.reason
     then = waits(where, None if context is None else context.not_before)
-    text = "message %r: an attempt has failed: %r (%s); %s"
+    text = "message %r: an attempt has failed: %r%s; %s"
     extra = verdict_facts(delivery, error)
-    _log.info(text, delivery.message.key, error, why, then, exc_info=in_detail(error), extra=extra)
+    _log.info(
+        text, delivery.message.key, error, f" ({why})" if why else "", then, exc_info=in_detail(error), extra=extra
+    )
 
 
 def tell_withheld(delivery: Delivery, error: BaseException, pause: float) -> None:
@@ -89,8 +96,10 @@ def tell_withheld(delivery: Delivery, error: BaseException, pause: float) -> Non
     unsaid = "" if work.recover is not None else "; there is no recover= to say what becomes of it"
     why = f"{error}{unsaid} ({error.__cause__!r})"
     if fault is not None:
-        why = f"its failed attempt could not be stored, so none is counted: {not_stored(fault, error)}"
+        why = f"its history could not be read or stored, so no attempt is counted: {not_stored(fault, error)}"
     times = work.patience.times(key)
     again = f" ({times} times now)" if times > 1 else ""
+    # Of a store's outage the traceback is told by whoever sees it; of anything else here, once.
+    trace = at_hand(error) if fault is None and times <= 1 else in_detail(error)
     text, extra = "message %r is withheld for %g s%s: %s", verdict_facts(delivery, error)
-    _log.error(text, key, round(pause, 3), again, why, exc_info=in_detail(error), extra=extra)
+    _log.error(text, key, round(pause, 3), again, why, exc_info=trace, extra=extra)

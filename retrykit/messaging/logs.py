@@ -25,7 +25,9 @@ ATTRIBUTE: Final = "retrykit"
 def decision_facts(
     name: str, key: Key | None, context: RetryContext | None, error: BaseException | None
 ) -> dict[str, Any]:
-    """The facts: `name`, `key` (JSON form), and after an attempt `attempt`, `retry`, `delay`, `reason`, `error`."""
+    """The facts: `name`, `key` (JSON form), and after an attempt `attempt`, `retry`, `delay`, `reason`, `error`,
+    `error_message`.
+    """
     facts: dict[str, Any] = {"name": name, "key": key_to_json(key)}
     if context is not None:
         facts["attempt"] = context.attempt
@@ -36,14 +38,25 @@ def decision_facts(
 
 def in_detail(error: BaseException | None) -> BaseException | None:
     """A failure whose traceback is to be in the log: one of this process, while it logs for debugging."""
-    here = error is not None and error.__traceback__ is not None
-    return error if here and _log.isEnabledFor(logging.DEBUG) else None
+    return at_hand(error) if _log.isEnabledFor(logging.DEBUG) else None
+
+
+def at_hand(error: BaseException | None) -> BaseException | None:
+    """A failure that has a traceback, since it is one of this process; else None."""
+    return error if error is not None and error.__traceback__ is not None else None
 
 
 def in_a_line(error: BaseException) -> str:
     """Class and first line of an error, at most 300 characters of it."""
-    words = message_of(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {words[:_LINE]}" if words else type(error).__name__
+    # An error loaded from a history is a stand-in that knows the name of the original's class.
+    kind = error.type.rpartition(".")[2] if isinstance(error, StoredError) else type(error).__name__
+    words = _first_line(error)
+    return f"{kind}: {words}" if words else kind
+
+
+def _first_line(error: BaseException) -> str:
+    lines = message_of(error).strip().splitlines()
+    return lines[0][:_LINE] if lines else ""
 
 
 def not_stored(fault: BaseException, error: BaseException) -> str:
@@ -69,8 +82,8 @@ def _verdict(decision: RetryDecision | None) -> dict[str, Any]:
 def _failure(error: BaseException | None) -> dict[str, str]:
     if error is None:
         return {}
-    # An error loaded from a history is a stand-in that knows the name of the original's class.
-    return {"error": error.type if isinstance(error, StoredError) else type_name(type(error))}
+    kind = error.type if isinstance(error, StoredError) else type_name(type(error))
+    return {"error": kind, "error_message": _first_line(error)}
 
 
 def facts_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -91,9 +104,10 @@ class JsonLines(logging.Formatter):
     """Formats a record as one line with one JSON object.
 
     Always there: `time` (ISO 8601, UTC), `level`, `logger`, `process`, `thread`, `message`. After a decision: `name`
-    (the template's), `key`, `attempt`, `retry` (will it be tried again?), `delay` (seconds until then), `reason`, and
-    `error`, the class of the failure. Of a message that was parked `parked_in`, a destination or table, and
-    `parked_as`, the id that it has there. With an exception `traceback`.
+    (the template's), `key`, `attempt`, `retry` (will it be tried again?), `delay` (seconds until then), `reason`,
+    `error`, the class of the failure, and `error_message`, the first line of its text (300 characters at most). Of a
+    message that was parked `parked_in`, a destination or table, and `parked_as`, the id that it has there. With an
+    exception `traceback`.
     """
 
     def format(self, record: logging.LogRecord) -> str:

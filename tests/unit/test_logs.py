@@ -85,7 +85,11 @@ def test_each_decision_is_a_line_with_its_facts(broker, lines, recover, words):
         "error": "builtins.ValueError",
     }
     assert last["level"] == "WARNING"
-    assert words in last["message"]
+    assert f"{words}" in last["message"]
+    assert last["message"].endswith("; its last attempt failed: ValueError: no")
+    assert last["error_message"] == first["error_message"] == "no"
+    assert ", in fail" in last["traceback"]
+    assert "traceback" not in first
 
 
 def test_a_parked_message_is_told_by_what_it_is_known_by_where_it_is_parked(broker, lines):
@@ -93,8 +97,43 @@ def test_a_parked_message_is_told_by_what_it_is_known_by_where_it_is_parked(brok
     park_as = Park("/queue/parked", headers={"retrykit-id": "abc"}, reason="poison")
     consume(broker, recover=lambda _message, _context: park_as)
     (line,) = [line for line in lines() if "parked_in" in line]
-    assert line["message"] == f"message ({ORDERS!r}, 'o-1') was parked in /queue/parked as abc: poison"
+    text = f"message ({ORDERS!r}, 'o-1') was parked in /queue/parked as abc: poison"
+    assert line["message"] == f"{text}; its last attempt failed: ValueError: no"
     assert (line["parked_in"], line["parked_as"]) == ("/queue/parked", "abc")
+
+
+def test_of_what_a_handler_parks_by_itself_no_failure_is_told(broker, lines):
+    broker.publish("x", id="o-1")
+    template = RetryTemplate(name="orders")
+    with ListenerContainer(broker, lambda _message: Park("/queue/parked", reason="odd"), template=template):
+        assert broker.wait_until_empty(PATIENCE)
+    (line,) = [line for line in lines() if "parked_in" in line]
+    assert line["message"].endswith("was parked in /queue/parked: odd")
+    assert "traceback" not in line
+
+
+def test_a_failure_of_another_process_is_told_without_a_traceback(broker, lines):
+    cache, key = Shared(), (ORDERS, "o-1")
+    error = {"type": "shop.errors.Refused", "message": "x" * 1_000, "traceback": "Traceback of another process"}
+    facts = {"format": 1, "name": "orders", "key": key_to_json(key), "retry_count": 2, "last_error": error}
+    cache.save(canonical_key("orders", key), facts, None)
+    broker.publish("x", id="o-1")
+    consume_again(broker, RetryTemplate, fail, context_cache=cache, remember_completed=60)
+    (line,) = [line for line in lines() if "parked_in" in line]
+    assert line["message"].endswith("; its last attempt failed: Refused: " + "x" * 300)
+    assert (line["error"], line["error_message"]) == ("shop.errors.Refused", "x" * 300)
+    assert "traceback" not in line
+
+
+def test_where_nobody_recovers_the_last_failure_has_its_traceback_once(broker, lines):
+    broker.publish("x", id="o-1")
+    template = RetryTemplate(name="orders", retry_policy=SimpleRetryPolicy(max_attempts=1))
+    with ListenerContainer(broker, fail, template=template) as container:
+        while container.counters.withheld < 2:
+            container.wait(0.01)
+    first, second = [line for line in lines() if "is withheld" in line["message"]][:2]
+    assert ", in fail" in first["traceback"]
+    assert "traceback" not in second
 
 
 @pytest.mark.parametrize("level", [logging.INFO, logging.DEBUG])
@@ -104,7 +143,9 @@ def test_whoever_debugs_is_shown_where_a_handler_failed(broker, lines, caplog, l
     consume(broker, recover=park("/queue/parked"))
     found = [line.get("traceback", "") for line in lines() if "attempt" in line]
     assert len(found) == 2
-    assert ["ValueError: no" in trace and ", in fail" in trace for trace in found] == [level == logging.DEBUG] * 2
+    shown = ["ValueError: no" in trace and ", in fail" in trace for trace in found]
+    # The last failure has its traceback for everybody.
+    assert shown == [level == logging.DEBUG, True]
 
 
 def test_whoever_debugs_is_shown_where_a_recovery_failed(broker, lines, caplog):
