@@ -18,6 +18,7 @@ from retrykit.cli.channel import Answers, LastWord
 from retrykit.cli.logs import log_options, set_up
 from retrykit.cli.processes import ProcessEndedError, Processes
 from retrykit.cli.target import LoadingError, TargetError, check, load
+from retrykit.cli.tracebacks import of_the_user
 from retrykit.cli.words import as_duration
 from retrykit.errors import RetryError
 from retrykit.messaging.lifetime import run
@@ -196,9 +197,16 @@ def _loaded(asked: Options, say: Callable[[LastWord], None]) -> ListenerContaine
         with _told():
             return load(asked.target, concurrency=asked.concurrency)
     except LoadingError as error:
-        _log.critical("%s", error, exc_info=None if isinstance(error.__cause__, RetryError) else error.__cause__)
+        _log.critical("%s", error, exc_info=_detail(error.__cause__))
         say(LastWord.NOT_LOADED)
         sys.exit(1)
+
+
+def _detail(cause: BaseException | None) -> BaseException | None:
+    """What of the user's error is logged with a traceback; how it was reached in here only for debugging."""
+    if cause is None or isinstance(cause, RetryError):
+        return None
+    return cause if _log.isEnabledFor(logging.DEBUG) else cause.with_traceback(of_the_user(cause))
 
 
 @contextmanager

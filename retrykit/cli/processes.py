@@ -48,7 +48,8 @@ class ProcessEndedError(Exception):
     """A process has ended that was to go on: with `status`, negative for the number of a signal.
 
     `word`: what it has said of its end; without one it has died, whatever the status. `at_start`: it was the first one
-    in its place, and no place has had another beginning.
+    in its place, and no place has had another beginning. `undecided`: it was the first one, and it depends on the
+    others whether another one follows.
     """
 
     def __init__(self, who: str, status: int, seconds: float, word: LastWord | None = None) -> None:
@@ -57,6 +58,7 @@ class ProcessEndedError(Exception):
         self.word = word
         self.seconds = seconds
         self.at_start = False
+        self.undecided = False
 
     @property
     def for_good(self) -> bool:
@@ -90,6 +92,8 @@ class _Teller(RetryListener):
     def on_error(self, context: RetryContext, error: Exception, decision: RetryDecision) -> None:
         """One line."""
         follows = f"another one follows in {decision.delay:.2g} s" if decision.retry else "no other follows"
+        if decision.retry and isinstance(error, ProcessEndedError) and error.undecided:
+            follows += ", unless no process can"
         facts = {"name": context.name, "error": type_name(type(error))}
         _log.error("%s; %s", error, follows, extra={ATTRIBUTE: facts})
 
@@ -161,6 +165,7 @@ class _Place:
         end = ProcessEndedError(who, status, time.monotonic() - started, word)
         if word is LastWord.NOT_LOADED and self._lives == 1:
             end.at_start = self.beginning.came_to_nothing(self.number)
+            end.undecided = not end.at_start
         if end.seconds < STEADY or end.for_good:
             raise end
         _log.error("%s; another one follows", end)

@@ -65,8 +65,11 @@ def duration(seconds: float) -> str:
 def as_duration(_ctx: click.Context, _param: click.Parameter, value: str | None) -> float | None:
     """Seconds, written `90s`, `15m`, `2h`, `7d`, `1h30m`."""
     seconds = None if value is None else _seconds(value)
-    if value is not None and (seconds is None or not 0 < seconds < timedelta.max.total_seconds()):
-        raise click.BadParameter(f"{value!r} is no duration such as 90s, 15m, 2h, 7d, 1h30m")
+    if value is not None and (seconds is None or seconds >= timedelta.max.total_seconds()):
+        unit = f": write {value}s for seconds" if value.isascii() and value.isdecimal() and int(value) else ""
+        raise click.BadParameter(f"{value!r} is no duration such as 90s, 15m, 2h, 7d, 1h30m{unit}")
+    if seconds == 0:
+        raise click.BadParameter(f"must be more than 0, not {value!r}")
     return seconds
 
 

@@ -382,6 +382,18 @@ def test_an_error_of_the_application_is_logged(tmp_path, service, options):
     assert "no configuration" in line["traceback"]
 
 
+def test_of_a_value_that_is_refused_the_users_own_lines_are_shown(tmp_path, service):
+    (tmp_path / "wrong.py").write_text("from settings import consumers\n")
+    (tmp_path / "settings.py").write_text(
+        APPLICATION.replace("template=template)", "template=template, delay='bogus')")
+    )
+    running = service(target="wrong:consumers")
+    assert running.wait() == 1
+    (line,) = running.logged("module 'wrong' could not be loaded: ValueError(\"delay: must be one of")
+    frames = [row.split('"')[1] for row in line["traceback"].splitlines() if row.lstrip().startswith("File ")]
+    assert [Path(name).name for name in frames] == ["wrong.py", "settings.py"]
+
+
 def test_what_this_library_says_of_a_store_is_logged_in_a_sentence(tmp_path, service):
     (tmp_path / "late.py").write_text("import shop\nshop.SqlRetryContextCache('sqlite:///no/such/folder.db')\n")
     running = service(target="late:consumers")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,6 +184,8 @@ def test_an_application_that_no_process_can_load_at_the_start_ends_them_all(capl
     with pytest.raises(ProcessEndedError, match=r"process \d .* could not load the application, and ended after"):
         made.run()
     assert caplog.text.count("no other follows") == 1
+    # The first one did not know yet.
+    assert re.search(r"another one follows in \S+ s, unless no process can", caplog.text)
 
 
 @pytest.mark.parametrize("first", ["1", "-9"])
