@@ -167,7 +167,7 @@ class Worker:
             return
         expected = isinstance(error, RetryError)
         _log.warning(
-            "%s: %s; it had brought %d deliveries (try %d)",
+            "%s: %s; deliveries settled before that: %d (try %d)",
             self.work.template.name,
             _told(error, self.broker),
             delivered,

@@ -283,7 +283,7 @@ def test_nothing_that_a_handler_sends_on_says_that_it_is_a_copy():
     [
         (GENERIC, "schedule", "nothing is known of the profile 'generic'"),
         (GENERIC, "redeliver", "nothing is known of the profile 'generic'"),
-        (RABBITMQ, "redeliver", "it can keep back copies: delay='schedule'"),
+        (RABBITMQ, "redeliver", "brokers of the kind 'rabbitmq' can keep back copies only (delay='schedule')"),
     ],
 )
 def test_a_way_that_a_kind_of_broker_does_not_know_is_refused(profile, way, words):

@@ -49,8 +49,9 @@ def queue_of(destination: str) -> str:
 def lack_of(profile: Profile, destination: str, way: Way, delays_are_ignored: Callable[[], bool]) -> str:
     """What a broker lacks to keep back messages of `destination` in this way; "" for nothing."""
     if profile.delays is None or (way == "redeliver" and profile.delays != "scheduler"):
-        able = {"scheduler": "", "queues": "; it can keep back copies: delay='schedule'"}.get(profile.delays or "", "")
-        return f"nothing is known of the profile {profile.name!r} by which it would keep messages back{able}"
+        if profile.delays == "queues":
+            return f"brokers of the kind {profile.name!r} can keep back copies only (delay='schedule')"
+        return f"nothing is known of the profile {profile.name!r} by which it would keep messages back"
     if destination and not queue_of(destination):
         return f"a copy of a message from {destination!r}, which is no queue, would go to every subscriber"
     if profile.delays == "scheduler" and delays_are_ignored():
