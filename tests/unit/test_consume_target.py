@@ -56,6 +56,10 @@ async def make_later():
     return container
 
 
+def leave():
+    raise SystemExit(2)
+
+
 def fail():
     raise RuntimeError("no database")
 
@@ -154,7 +158,9 @@ def test_the_name_of_a_file_is_no_name_of_a_module(module):
         load(f"{module}.py:container")
 
 
-@pytest.mark.parametrize(("name", "cause"), [("fail", RuntimeError), ("import_more", ModuleNotFoundError)])
+@pytest.mark.parametrize(
+    ("name", "cause"), [("fail", RuntimeError), ("import_more", ModuleNotFoundError), ("leave", SystemExit)]
+)
 def test_an_error_of_the_users_code_is_kept_as_the_cause(module, name, cause):
     with pytest.raises(LoadingError, match=f"{name}.*could not be loaded") as caught:
         load(f"{module}:{name}")
