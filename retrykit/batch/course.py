@@ -155,8 +155,15 @@ class Course:
             forget_frames(skipped.error)
             self.skipped.append(skipped)
         if is_veto(skipped.error):
-            _log.warning("step %s: item %d is skipped: %s", self.step.name, skipped.number, skipped.reason)
+            _log.warning("step %s: item %d is skipped: %s", self._name, skipped.number, skipped.reason)
             return
         times = "once" if skipped.attempts == 1 else f"{skipped.attempts} times"
-        facts = (self.step.name, skipped.number, skipped.phase, kind_of(skipped.error), times)
+        # Not what it says: that may be the item's content, and is with the parked item.
+        facts = (self._name, skipped.number, skipped.phase, kind_of(skipped.error), times)
         _log.warning("step %s: item %d is skipped: %s raised %s (%s)", *facts)
+
+    @property
+    def _name(self) -> str:
+        """As logs have it: which partition an item is of is not seen from its number."""
+        part = self.parameters.get("partition")
+        return self.step.name if part is None else f"{self.step.name} {part}"

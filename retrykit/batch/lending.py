@@ -26,7 +26,7 @@ Fault = Literal["over", "aborted"]
 class Ended(BaseException):
     """Raised through the template: nothing that handles failures sees it, since nothing of it can be tried again."""
 
-    def __init__(self, error: TransactionEndedError) -> None:
+    def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
         self.error = error
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from retrykit.batch.source import END_OF_CHUNK
 from retrykit.check import Seconds, seconds, wrong_type, wrong_value
 from retrykit.message import Message
+
+_log: Final = logging.getLogger("retrykit.batch")
 
 
 class MessageReader:
@@ -36,6 +39,10 @@ class MessageReader:
     def read_from(self, position: Any) -> Iterator[Any]:
         """Each message; the position is the source's own, which forgets what is acknowledged."""
         session = self._session = self.broker.connect()
+        if getattr(self.broker, "prefetch", 2) == 1:
+            _log.warning(
+                "%s: prefetch is 1, so every chunk is one message; let it be the size of chunks", self.broker.name
+            )
         try:
             waiting = self.idle
             while True:

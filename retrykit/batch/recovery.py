@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from retrykit.batch.lending import lent
+from retrykit.batch.lending import Ended, lent
 from retrykit.batch.report import Tally
 from retrykit.batch.work import Work
 from retrykit.context import RetryContext
+from retrykit.errors import JobLostError
 
 if TYPE_CHECKING:
     from retrykit.batch.effects import Effects
@@ -35,6 +36,13 @@ class Recovery:
         return self._attempt.perform(self._record(context))
 
     def _record(self, context: RetryContext) -> Work[Tally]:
+        try:
+            return (yield from self._recorded(context))
+        except JobLostError as lost:
+            # The recovery has not failed: it is no business of this run any more.
+            raise Ended(lost) from lost.__cause__
+
+    def _recorded(self, context: RetryContext) -> Work[Tally]:
         attempt = self._attempt
         attempt.context = context
         joined = yield from attempt.join(context.transaction)

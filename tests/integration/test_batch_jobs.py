@@ -42,6 +42,7 @@ from retrykit.sql import (
     parked_items,
     rk_job,
     sqlite_engine,
+    stop_job,
     stored_job,
     stored_jobs,
 )
@@ -327,6 +328,38 @@ def test_a_runner_that_was_overtaken_commits_nothing_more(engine, jobs):
     assert rows(engine) == [0, 1, 2]
     assert only(engine).position == 3
     assert list(parked_items(engine)) == []
+
+
+@pytest.mark.parametrize("transaction", range(1, 7))
+def test_a_job_that_is_stopped_is_lost_whatever_the_step_is_about(engine, jobs, transaction):
+    sessions, begun = sessionmaker(engine), []
+
+    def begin():
+        begun.append(True)
+        if len(begun) == transaction:
+            stop_job(engine, only(engine).id, "enough")
+        return sessions.begin()
+
+    def write(session, items):
+        if 7 in items:
+            raise ValueError("bad")
+
+    load = ChunkStep(
+        name="load",
+        reader=range(10),
+        writer=write,
+        transaction=begin,
+        chunk_size=10,
+        skip=SkipPolicy(skip_for=ValueError),
+        template=RetryTemplate(name="load", retry_policy=SimpleRetryPolicy(2, no_retry_for=ValueError)),
+        jobs=jobs,
+    )
+    # Also where the bad item stands alone, and is being recorded.
+    with pytest.raises(JobLostError, match="was stopped: enough"):
+        load.run()
+    assert len(begun) >= transaction
+    assert only(engine).reason == "enough"
+    assert load.run().counts.skipped == {"builtins.ValueError": 1}
 
 
 def test_of_two_starts_at_once_one_runs(url, engine):

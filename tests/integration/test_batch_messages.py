@@ -172,6 +172,14 @@ def test_a_reader_says_where_a_chunk_ends_and_hears_what_is_settled():
     assert chunks == reader.told == [[0, 1], [2], [3, 4], [5], [6]]
 
 
+@pytest.mark.parametrize(("prefetch", "warned"), [(1, True), (10, False)])
+def test_a_broker_that_gives_one_at_a_time_is_warned_of(caplog, prefetch, warned):
+    with StompServer() as server:
+        reader = MessageReader(StompBroker(server.url, destination=QUEUE, prefetch=prefetch), idle=0.01)
+        assert list(reader.read_from(None)) == []
+    assert ("prefetch is 1, so every chunk is one message" in caplog.text) == warned
+
+
 @pytest.mark.parametrize("options", [{"broker": "stomp://"}, {"idle": 0}, {"linger": -1}, {"idle": "1"}])
 def test_bad_arguments_are_refused(options):
     (name,) = options

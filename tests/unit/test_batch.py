@@ -721,6 +721,13 @@ def test_each_skipped_item_is_logged_without_its_content(table, caplog):
     ]
 
 
+def test_a_skipped_item_of_a_partition_is_logged_with_it(table, caplog):
+    with caplog.at_level(logging.WARNING, "retrykit.batch"):
+        one = step(table, ["secret"], writer=poisoned_write(table, "secret"), skip=skip_values)
+        one.run({"partition": "3/8"})
+    assert caplog.messages == ["step load 3/8: item 1 is skipped: write raised builtins.ValueError (once)"]
+
+
 # -- arguments
 
 

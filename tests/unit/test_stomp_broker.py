@@ -252,6 +252,7 @@ def test_the_profile_is_what_the_server_calls_itself():
     assert profile_for("RabbitMQ/4.1.0") is RABBITMQ
     assert profile_for("RabbitMQ") is RABBITMQ
     assert profile_for("RabbitMQ/3.10.8") == attrs.evolve(RABBITMQ, longest_header=None)
+    assert profile_for("ActiveMQ-Artemis/2.38.0 ActiveMQ Artemis Messaging Engine") is GENERIC
     assert profile_for("Something/1.0") is GENERIC
     assert profile_for("") is GENERIC
 

@@ -905,6 +905,7 @@ def test_a_crash_is_told_when_it_is_counted(way, caplog, journal):
         "delay": 0.0,
         "reason": "SimpleRetryPolicy: attempt 1 of 3 failed",
         "error": "retrykit.Crash",
+        "error_message": "attempt with fence 1 never ended; it was made by elsewhere/1/2/3",
     }
 
 

@@ -81,7 +81,8 @@ class Profile:
 
 ACTIVEMQ: Final = Profile(
     name="activemq",
-    server="activemq",
+    # With its slash: Artemis calls itself ActiveMQ-Artemis, and is another one.
+    server="activemq/",
     capabilities=Capabilities(
         atomic_send_and_ack=True, stable_ids=True, flags_while_connected=True, delayed_copies=True
     ),
