@@ -245,7 +245,10 @@ def test_commit_that_is_not_confirmed_repeats_and_loses_nothing(embedded, queue,
             sent = take(embedded, f"{queue}.next", 10)
     finally:
         embedded.clear_faults()
-    assert sqlite.effects() == calls == {str(number): 1 for number in range(10)}
+    assert sqlite.effects() == {str(number): 1 for number in range(10)}
+    # One that comes just before its connection ends is begun, rolled back, and begun again.
+    assert set(calls) == set(sqlite.effects())
+    assert calls.total() <= 10 + 4
     assert Counter(copy.text for copy in sent) == calls
     assert len({copy.id for copy in sent}) == 10
     if moment != "drop_after_receipt":
