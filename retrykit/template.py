@@ -241,7 +241,7 @@ class RetryTemplate(_Template):
         stateful one is; `RecoveryFailedError`, `BackOffInterruptedError`, `TerminatedRetryError` as they say.
         `TypeError` for bad arguments, before anything ran.
         """
-        direct = (
+        if (
             self.runs_direct
             # A first delivery, as the source says: the store has nothing to say, and nothing to be told of a success.
             and (
@@ -250,28 +250,29 @@ class RetryTemplate(_Template):
             )
             and (recover is None or callable(recover))
             and _short_cut
-        )
-        if direct and transaction is None:
-            context = RetryContext(self, monotonic(), None, state)
-            token = context._outer = _bind(context)
-            try:
-                value = callback(context)
-            except Exception as error:  # noqa: BLE001 - this is where an attempt ends
-                first = (error, monotonic())
-            else:
-                context.closed = True
-                return value
-            finally:
-                _unbind(token)
-            try:
-                _check_execute(callback, recover, state, transaction)
-                without_frame(first[0])
-                return drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
-            finally:
-                del first, context, token
-        if direct and callable(transaction) and callable(callback):
-            context = RetryContext(self, monotonic(), _bound.get(), state)
-            return drive_at_once(Driver(self, context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
+        ):
+            if transaction is None:
+                context = RetryContext(self, monotonic(), None, state)
+                token = context._outer = _bind(context)
+                try:
+                    value = callback(context)
+                except Exception as error:  # noqa: BLE001 - this is where an attempt ends
+                    first = (error, monotonic())
+                else:
+                    context.closed = True
+                    return value
+                finally:
+                    _unbind(token)
+                try:
+                    _check_execute(callback, recover, state, transaction)
+                    without_frame(first[0])
+                    return drive(self.driver(context, callback, (context,), {}, recover), first)  # type: ignore[no-any-return]
+                finally:
+                    del first, context, token
+            if callable(transaction) and callable(callback):
+                context = RetryContext(self, monotonic(), _bound.get(), state)
+                driver = Driver(self, context, callback, (context,), {}, recover, transaction)
+                return drive_at_once(driver)  # type: ignore[no-any-return]
         _check_execute(callback, recover, state, transaction)
         context = self.context(state)
         return drive(self.driver(context, callback, (context,), {}, recover, transaction))  # type: ignore[no-any-return]
