@@ -13,7 +13,13 @@ import attrs
 import pytest
 
 from retrykit.messaging import Consumers, ListenerContainer, Publisher, by_content, by_header, park, republish
-from retrykit.messaging.errors import BrokerError, BrokerRefusedError, BrokerUnavailableError, NotSupportedError
+from retrykit.messaging.errors import (
+    BrokerError,
+    BrokerRefusedError,
+    BrokerUnavailableError,
+    ConnectionLostError,
+    NotSupportedError,
+)
 from retrykit.messaging.stomp import StompBroker
 from retrykit.messaging.stomp.address import Address, parse_address, redacted
 from retrykit.messaging.stomp.frames import Frame
@@ -343,6 +349,17 @@ def test_what_makes_no_sense_ends_the_connection_and_is_its_reason(frames, words
     with answering(*frames) as port, pytest.raises(BrokerUnavailableError, match=words):
         StompBroker(f"stomp://127.0.0.1:{port}", destination="/queue/a").connect()
     assert "makes no sense" in caplog.text
+
+
+def test_a_refusal_that_the_broker_repeats_is_told_once(monkeypatch):
+    wire = Wire(StompBroker("stomp://127.0.0.1:1", destination="/queue/a"), Call(Address("127.0.0.1", 1)))
+    monkeypatch.setattr(wire, "_connection", SimpleNamespace(transport=SimpleNamespace(send=lambda _: None)))
+    wire.put_confirmed("SEND", {"destination": "/queue/b"}, what="a message")
+    wire.on_error({"message": "no such header"}, b"")
+    assert isinstance(wire.failure(), BrokerRefusedError)
+    # ActiveMQ may say it again, of the rest of a frame that it has not understood.
+    wire.on_error({"message": "no such header"}, b"")
+    assert isinstance(wire.failure(), ConnectionLostError)
 
 
 def test_the_reason_is_known_when_a_connection_that_was_lost_ends_a_wait():

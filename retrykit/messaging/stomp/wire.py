@@ -55,6 +55,7 @@ class Wire:
         # What each receipt that is due stands for, in the order of sending; "" for what is not of a transaction.
         self._awaited: dict[str, str] = {}
         self._refused = ""
+        self._told_refusal = False
         self.answer = ""
         self._outgoing: list[bytes] = []
         self._numbers = itertools.count(1)
@@ -91,7 +92,8 @@ class Wire:
         """The broker refused something: after that nothing on this connection can be relied on."""
         message = headers.get("message", "")
         with self._lock:
-            if not message.startswith(self.not_refusals):
+            # A broker may send a second one, of the same frame.
+            if not self._told_refusal and not message.startswith(self.not_refusals):
                 self._refused = self._refused or self._meant(headers.get("receipt-id"))
             self.answer = self.answer or whole_text(message, body)
         self.lose(f"the broker sent ERROR: {sentence(message, body)}")
@@ -233,6 +235,7 @@ class Wire:
         """Why the open transaction came to nothing."""
         with self._lock:
             what, self._refused = self._refused, ""
+            self._told_refusal = self._told_refusal or bool(what)
         # Said once: what is tried on this connection afterwards was not refused, it never arrived.
         if not what:
             return self.error()
