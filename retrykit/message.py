@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from operator import attrgetter
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 import attrs
 
@@ -194,29 +194,12 @@ def delivered(**facts: Any) -> Message:
 
 
 def with_sender(message: Message, sender: Sender) -> Message:
-    """The same message, and it can send. One that nobody has been given to send with is not copied for it."""
-    if message.sender is not None:
-        return _made((*_values_of(message)[:-1], sender))
-    _SETTERS["sender"](message, sender)
-    return message
+    """The same message, and it can send."""
+    return _made((*_values_of(message)[:-1], sender))
 
 
-def without_sender(message: Message) -> None:
-    """Have it send no more, whoever still has it, and let go of whatever it sent with.
-
-    That has the message itself: two that have each other would be kept, body and all, until somebody collects garbage.
-    """
-    _SETTERS["sender"](message, too_late)
-
-
-def too_late(*_sent: Any) -> NoReturn:
-    """The sender of a message that was handled."""
-    # Left behind by its handler, a thread or task: it would be sent by another attempt, or never.
-    raise RuntimeError("a message can send while it is handled, and its handler has returned")
-
-
-# One is made for every delivery, of what has been checked before: to do that again would cost as much as all else that
-# happens between a frame and its handler.
+# Two are made for every delivery, of what has been checked before: to do that again would cost as much as all else
+# that happens between a frame and its handler.
 def _made(values: Iterable[Any]) -> Message:
     made = object.__new__(Message)
     for put, value in zip(_SETTERS.values(), values, strict=True):

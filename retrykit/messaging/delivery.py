@@ -46,9 +46,7 @@ from retrykit.message import (
     Redeliver,
     Republish,
     Settlement,
-    too_late,
     with_sender,
-    without_sender,
 )
 from retrykit.messaging.broker import Overlapping, Session
 from retrykit.messaging.delays import still_due
@@ -81,7 +79,6 @@ class Delivery:
         self.recovering = False
         self._sending = threading.Lock()
         self._sender: object | None = None
-        self._open: Message | None = None
         self._is_cut = False
         self.was_cut = False
         self.sent = 0
@@ -236,20 +233,19 @@ class Delivery:
         with self._sending:
             if self._is_cut:
                 raise CutOffInterrupt
-            self._sender, self._open = sender, with_sender(self.message, partial(self._send_as, sender))
-            return self._open
+            self._sender = sender
+        return with_sender(self.message, partial(self._send_as, sender))
 
     def _close(self) -> None:
         """Let no one send any more."""
         with self._sending:
-            opened, self._open, self._sender = self._open, None, None
-        if opened is not None:
-            without_sender(opened)
+            self._sender = None
 
     def _send_as(self, sender: object, *sent: Any) -> None:
         with self._sending:
             if sender is not self._sender:
-                too_late()
+                # Left behind by its handler, a thread or task: it would be sent by another attempt, or never.
+                raise RuntimeError("a message can send while it is handled, and its handler has returned")
             self.send(*sent)
 
     def send(self, destination: str, body: bytes, headers: Mapping[str, str], given: str | None = None) -> None:
